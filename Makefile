@@ -1,0 +1,56 @@
+# Everything runs in .venv, made on first use; versions come from constraints.txt.
+PYTHON ?= python3
+PY := .venv/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check -q
+# idle OpenMP threads must sleep: spinning ones turn every parallel region into milliseconds on a busy machine
+export OMP_WAIT_POLICY := PASSIVE
+export GOMP_SPINCOUNT := 0
+
+.PHONY: help demo test lint bench bench-quick gpu build clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo         fine-tune a small flow model with Flow-DPPO and look at the result (about 3 minutes)"
+	@echo "make test         lint, types and all tests"
+	@echo "make bench        op benchmark against every contender on this CPU"
+	@echo "make bench-quick  the same with few samples, to try the harness"
+	@echo "make gpu          everything a GPU is needed for, into one result folder"
+	@echo "make clean        remove .venv and build products"
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+# torch first and pinned: a build environment of pip's own would fetch another torch
+.venv/.installed: .venv/bin/python pyproject.toml setup.py constraints.txt
+	$(PIP) install -c constraints.txt torch numpy ninja setuptools wheel
+	FLOWDPPO_BUILD_CPU=1 $(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+build: .venv/.installed
+	@if [ -n "$$(find csrc -newer .venv/.installed -type f)" ]; then \
+		FLOWDPPO_BUILD_CPU=1 $(PIP) install -c constraints.txt --no-build-isolation --no-deps -e . && touch .venv/.installed; fi
+
+demo: build
+	$(PY) examples/digits/demo.py
+
+lint: build
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+# one thread per worker; the thread-count tests set their own
+test: lint
+	FLOWDPPO_REQUIRE_CPU=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
+	bench/gpu.sh --dry-run
+
+bench: build
+	$(PY) -m bench.ops run
+
+bench-quick: build
+	$(PY) -m bench.ops run --quick
+
+gpu:
+	bench/gpu.sh
+
+clean:
+	rm -rf .venv build *.egg-info flowdppo_fast/*.so flowdppo_fast/_build_info.json

@@ -1,0 +1,17 @@
+// What lets one header serve the host compiler and nvcc.
+#pragma once
+
+#if defined(__CUDACC__)
+#define FLOWDPPO_HD static __host__ __device__ __forceinline__
+#define FLOWDPPO_HD_MEMBER __host__ __device__ __forceinline__
+#define FLOWDPPO_UNROLL _Pragma("unroll")
+#else
+// static and always inlined: translation units built for different instruction sets must never share a copy
+#define FLOWDPPO_HD static inline __attribute__((always_inline))
+#define FLOWDPPO_HD_MEMBER inline __attribute__((always_inline))
+#if defined(__clang__)
+#define FLOWDPPO_UNROLL _Pragma("unroll")
+#else
+#define FLOWDPPO_UNROLL _Pragma("GCC unroll 16")
+#endif
+#endif

@@ -1,0 +1,130 @@
+// Counter-based Gaussian noise: Philox4x32-10 (Salmon et al., SC 2011), 24-bit uniforms, Box-Muller. The definition is in
+// flowdppo_fast/noise.py; this is its twin for scalars (CUDA, host) and, through `Lanes`, for CPU vectors.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "macros.h"
+
+namespace flowdppo {
+
+// The few operations the arithmetic below is written in; cpu/simd.h has the same for vectors.
+struct ScalarLanes {
+  using Float = float;
+  using Uint = uint32_t;
+  // Philox words live in the low halves of 64-bit lanes; what the high halves hold is never read
+  using Word = uint64_t;
+
+  FLOWDPPO_HD Word multiply_low(Word a, uint32_t b) { return static_cast<uint64_t>(static_cast<uint32_t>(a)) * b; }
+  // of an integer below 2^31
+  FLOWDPPO_HD Float to_float(Uint x) { return static_cast<float>(static_cast<int32_t>(x)); }
+  FLOWDPPO_HD Uint bits(Float x) {
+    Uint out;
+    memcpy(&out, &x, sizeof out);
+    return out;
+  }
+  FLOWDPPO_HD Float from_bits(Uint x) {
+    Float out;
+    memcpy(&out, &x, sizeof out);
+    return out;
+  }
+  FLOWDPPO_HD Float square_root(Float x) { return sqrtf(x); }
+  FLOWDPPO_HD Float select(Uint condition, Float yes, Float no) { return condition != 0 ? yes : no; }
+};
+
+template <class Word>
+struct PhiloxWords {
+  Word w0, w1, w2, w3;
+};
+
+template <class Lanes>
+FLOWDPPO_HD PhiloxWords<typename Lanes::Word> philox4x32(
+    PhiloxWords<typename Lanes::Word> counter, uint64_t seed) {
+  using Word = typename Lanes::Word;
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  FLOWDPPO_UNROLL
+  for (int round = 0; round < 10; ++round) {
+    const Word p0 = Lanes::multiply_low(counter.w0, 0xD2511F53u);
+    const Word p1 = Lanes::multiply_low(counter.w2, 0xCD9E8D57u);
+    counter.w0 = (p1 >> 32) ^ counter.w1 ^ static_cast<uint64_t>(k0);
+    counter.w1 = p1;
+    counter.w2 = (p0 >> 32) ^ counter.w3 ^ static_cast<uint64_t>(k1);
+    counter.w3 = p0;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return counter;
+}
+
+// -2*log(u), u in [2^-24, 1]: relative error below 2^-23 also next to u = 1, where radii are small. Polynomials here are
+// minimax fits whose coefficients were rounded to float32.
+template <class Lanes>
+FLOWDPPO_HD typename Lanes::Float minus_two_log(typename Lanes::Float u) {
+  using Float = typename Lanes::Float;
+  // u = 2^exponent * (1 + f), 1 + f in [sqrt(1/2), sqrt(2))
+  const typename Lanes::Uint biased = Lanes::bits(u) + (0x3f800000u - 0x3f3504f3u);
+  const Float exponent = Lanes::to_float((biased >> 23) - 127u);
+  const Float f = Lanes::from_bits((biased & 0x007fffffu) + 0x3f3504f3u) - 1.0f;
+  Float tail = f * 0.15268987f - 0.2552315f;
+  tail = tail * f + 0.26320365f;
+  tail = tail * f - 0.28403518f;
+  tail = tail * f + 0.33246714f;
+  tail = tail * f - 0.40002453f;
+  tail = tail * f + 0.5000164f;
+  tail = tail * f - 0.6666666f;
+  const Float square = f * f;
+  return exponent * -1.38629436f + (f * -2.0f + (square * f * tail + square));
+}
+
+// Normals from 24-bit integers: radius from (radius_bits + 1) * 2^-24, angle from angle_bits * 2^-24 turns.
+template <class Lanes>
+FLOWDPPO_HD void box_muller(
+    typename Lanes::Uint radius_bits,
+    typename Lanes::Uint angle_bits,
+    typename Lanes::Float& cosine,
+    typename Lanes::Float& sine) {
+  using Float = typename Lanes::Float;
+  using Uint = typename Lanes::Uint;
+  const Float uniform = Lanes::to_float(radius_bits + 1u) * 5.9604644775390625e-8f;
+  const Float radius = Lanes::square_root(minus_two_log<Lanes>(uniform));
+  // nearest quarter turn, and what is left in quarter turns, [-1/2, 1/2): exact in integers
+  const Uint quarter = (angle_bits + 0x200000u) >> 22;
+  const Float r = Lanes::to_float(angle_bits - (quarter << 22)) * 2.384185791015625e-7f;
+  const Float z = r * r;
+  Float s = z * -0.0046859714f + 0.079712525f;
+  s = s * z - 0.64596665f;
+  s = (s * z + 1.5707964f) * r;
+  Float c = z * 0.0008944864f - 0.020855596f;
+  c = c * z + 0.25366855f;
+  c = c * z - 1.2337005f;
+  c = c * z + 1.0f;
+  const Uint odd = quarter & 1u;
+  const Uint sign_of_cosine = ((quarter + 1u) << 30) & 0x80000000u, sign_of_sine = (quarter << 30) & 0x80000000u;
+  const Float unsigned_cosine = Lanes::select(odd, s, c), unsigned_sine = Lanes::select(odd, c, s);
+  cosine = radius * Lanes::from_bits(Lanes::bits(unsigned_cosine) ^ sign_of_cosine);
+  sine = radius * Lanes::from_bits(Lanes::bits(unsigned_sine) ^ sign_of_sine);
+}
+
+FLOWDPPO_HD void box_muller_words(uint32_t radius_word, uint32_t angle_word, float& cosine, float& sine) {
+  box_muller<ScalarLanes>(radius_word >> 8, angle_word >> 8, cosine, sine);
+}
+
+// For float64 latents; speed does not matter there.
+FLOWDPPO_HD void box_muller_words(uint32_t radius_word, uint32_t angle_word, double& cosine, double& sine) {
+  const double radius = sqrt(-2.0 * log(((radius_word >> 8) + 1u) * 0x1p-24));
+  const double angle = (angle_word >> 8) * (0x1p-24 * 6.283185307179586476925286766559);
+  cosine = radius * cos(angle);
+  sine = radius * sin(angle);
+}
+
+// The four normals of one counter: elements 4*block .. 4*block+3 of the row that reads `stream`.
+template <class T>
+FLOWDPPO_HD void philox_normals(uint64_t seed, uint64_t stream, uint64_t block, T (&z)[4]) {
+  const auto w = philox4x32<ScalarLanes>({block, block >> 32, stream, stream >> 32}, seed);
+  box_muller_words(static_cast<uint32_t>(w.w0), static_cast<uint32_t>(w.w1), z[0], z[1]);
+  box_muller_words(static_cast<uint32_t>(w.w2), static_cast<uint32_t>(w.w3), z[2], z[3]);
+}
+
+}  // namespace flowdppo

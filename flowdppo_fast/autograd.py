@@ -1,0 +1,182 @@
+"""Autograd around the operators: gradients flow into the first argument only, through one backward kernel."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .backend import operator
+from .layout import from_rows, latent_order, to_rows
+from .objectives import RowField
+from .reference import Form
+
+
+class RowSource(NamedTuple):
+    """What describes the rows besides tensors: the step's numbers, the noise's seed, the form, and who computes."""
+
+    backend: str
+    form: int
+    row_dims: int
+    step_values: list[float]
+    seed: int
+    first_stream: int
+
+
+class _Canonical(NamedTuple):
+    """Latents as ``[R0, R1, N]`` and the memory order that leads back."""
+
+    new: Tensor
+    old: Tensor
+    noise: Tensor | None
+    reference: Tensor | None
+    order: tuple[int, ...] | None
+
+
+def canonical(
+    new: Tensor, old: Tensor, noise: Tensor | None, reference: Tensor | None, source: RowSource
+) -> _Canonical:
+    """All latents in the memory order of ``new``; seeded noise is defined on logical order, so there it is kept."""
+    dims = source.row_dims
+    order = None if noise is None else latent_order(new, dims)
+    return _Canonical(
+        to_rows(new, dims, order),
+        to_rows(old, dims, order),
+        None if noise is None else to_rows(noise, dims, order),
+        None if reference is None else to_rows(reference, dims, order),
+        order,
+    )
+
+
+class PolicyLoss(torch.autograd.Function):
+    """``(loss, rows, summary)`` of an objective; ``loss`` is differentiable in ``new``.
+
+    ``loss`` is the mean (0-d), the sum (0-d) or the vector of row losses ``[R]``, by ``reduction``.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, new, old, noise, reference, streams, step, advantages, row_weights, old_log_prob,
+        source, ints, floats, reduction,
+    ):  # fmt: skip
+        c = canonical(new, old, noise, reference, source)
+        loss, rows, summary = operator("policy_loss", source.backend, new.device.type)(
+            c.new, c.old, c.noise, c.reference, streams, step,
+            source.step_values, source.seed, source.first_stream, source.form,
+            advantages, row_weights, old_log_prob, ints, floats,
+        )  # fmt: skip
+        if reduction == "none":
+            loss = rows[RowField.LOSS].clone()
+        elif reduction == "sum":
+            loss = rows[RowField.LOSS].sum()
+        ctx.save_for_backward(c.new, c.old, c.noise, c.reference, streams, step, rows)
+        ctx.source, ctx.order, ctx.shape = source, c.order, new.shape
+        ctx.factor = 1.0 / rows.shape[1] if reduction == "mean" and rows.shape[1] > 0 else 1.0
+        ctx.mark_non_differentiable(rows, summary)
+        ctx.set_materialize_grads(False)
+        return loss, rows, summary
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss, grad_rows, grad_summary):
+        nothing = (None,) * 12
+        if grad_loss is None:
+            return None, *nothing
+        new, old, noise, reference, streams, step, rows = ctx.saved_tensors
+        source = ctx.source
+        grad = operator("row_grad", source.backend, new.device.type)(
+            new, old, noise, reference, streams, step,
+            source.step_values, source.seed, source.first_stream, source.form,
+            rows[RowField.GRAD_P :], grad_loss.reshape(-1), ctx.factor,
+        )  # fmt: skip
+        return from_rows(grad, ctx.shape, source.row_dims, ctx.order), *nothing
+
+
+class RowStatistics(torch.autograd.Function):
+    """``[4, R]`` of ``P, Q, E, R``, differentiable in ``new`` through ``P``, ``Q`` and ``R``."""
+
+    @staticmethod
+    def forward(ctx, new, old, noise, reference, streams, step, source, second_moment):
+        c = canonical(new, old, noise, reference, source)
+        stats = operator("row_stats", source.backend, new.device.type)(
+            c.new, c.old, c.noise, c.reference, streams, step,
+            source.step_values, source.seed, source.first_stream, source.form, second_moment,
+        )  # fmt: skip
+        ctx.save_for_backward(c.new, c.old, c.noise, c.reference, streams, step)
+        ctx.source, ctx.order, ctx.shape = source, c.order, new.shape
+        return stats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_stats):
+        new, old, noise, reference, streams, step = ctx.saved_tensors
+        source = ctx.source
+        # E does not depend on the new policy
+        coefficients = torch.cat((grad_stats[:2], grad_stats[3:]))
+        grad = operator("row_grad", source.backend, new.device.type)(
+            new, old, noise, reference, streams, step,
+            source.step_values, source.seed, source.first_stream, source.form,
+            coefficients, grad_stats.new_ones(1), 1.0,
+        )  # fmt: skip
+        return from_rows(grad, ctx.shape, source.row_dims, ctx.order), *(None,) * 7
+
+
+class SamplerStep(torch.autograd.Function):
+    """``(x', mu, log_prob)`` of a sampler step, ``mu`` and ``log_prob`` differentiable in ``velocity``.
+
+    The next state is an action, a constant to the gradient whether it was given or just drawn: ``dmu/dv = b`` and
+    ``dlog_prob/dmu = e/(N*S)``, which is the row gradient of the MEAN form at ``new == old == mu`` with ``gP =
+    dlog_prob``.
+    """
+
+    @staticmethod
+    def forward(ctx, velocity, sample, noise, prev_sample, streams, step, source, dtype, flags):
+        with_mean, with_log_prob, unnormalized = flags
+        dims = source.row_dims
+        order = latent_order(sample, dims) if noise is not None or prev_sample is not None else None
+        given = None if prev_sample is None else to_rows(prev_sample, dims, order)
+        needs_grad = ctx.needs_input_grad[0]
+        next_sample, mean, log_prob = operator("sde_step", source.backend, velocity.device.type)(
+            to_rows(sample, dims, order),
+            to_rows(velocity, dims, order),
+            None if noise is None else to_rows(noise, dims, order),
+            given, streams, step, source.step_values, source.seed, source.first_stream,
+            dtype, with_mean or needs_grad, with_log_prob, unnormalized,
+        )  # fmt: skip
+        ctx.save_for_backward(mean, next_sample if given is None else given, step)
+        ctx.source, ctx.order, ctx.shape, ctx.dtype = source, order, velocity.shape, velocity.dtype
+        ctx.unnormalized = unnormalized
+        ctx.set_materialize_grads(False)
+        if given is None:
+            next_sample = from_rows(next_sample, velocity.shape, dims, order)
+        ctx.mark_non_differentiable(next_sample)
+        if mean.numel():
+            mean = from_rows(mean, velocity.shape, dims, order)
+        return next_sample, mean, log_prob
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_next, grad_mean, grad_log_prob):
+        mean, action, step = ctx.saved_tensors
+        source = ctx.source
+        rows = mean.shape[0] * mean.shape[1]
+        if step is None:
+            _, b, std = (mean.new_full((rows,), value) for value in source.step_values)
+        else:
+            _, b, std = step.unbind(1)
+        grad = None
+        if grad_log_prob is not None:
+            grad_p = grad_log_prob * b * (2.0 * std**2 if ctx.unnormalized else 1.0)
+            zeros = torch.zeros_like(grad_p)
+            grad = operator("row_grad", source.backend, mean.device.type)(
+                mean, mean, action, None, None, std[:, None].contiguous(),
+                [], 0, 0, Form.MEAN, torch.stack((grad_p, zeros, zeros)), grad_p.new_ones(1), 1.0,
+            )  # fmt: skip
+        if grad_mean is not None:
+            through_mean = b.reshape(*mean.shape[:2], 1) * to_rows(grad_mean, source.row_dims, ctx.order)
+            grad = through_mean if grad is None else grad + through_mean
+        if grad is not None:
+            grad = from_rows(grad.to(ctx.dtype), ctx.shape, source.row_dims, ctx.order)
+        return grad, *(None,) * 8

@@ -1,0 +1,150 @@
+"""Which backend serves which device: loading, choosing, saying why not. Nothing here falls back in silence.
+
+==========  =========================================  ===============================================
+name        code                                       ``auto`` takes it for
+==========  =========================================  ===============================================
+reference   ``reference.py``, plain torch              devices that nothing else serves (warns once)
+cpu         ``csrc/cpu``, loaded as ``_C_cpu.so``      CPU tensors, when built
+triton      ``kernels/triton``                         CUDA and ROCm tensors, when Triton is installed
+==========  =========================================  ===============================================
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import ops, reference
+
+BACKENDS = ("reference", "cpu", "triton")
+_PACKAGE = Path(__file__).parent
+_LIBRARY = _PACKAGE / "_C_cpu.so"
+
+
+def _load_cpu_library() -> str | None:
+    """Loads the C++ library; returns why it cannot be used, or None."""
+    if not _LIBRARY.exists():
+        return (
+            "the C++ library is not built; install with a C++ compiler present "
+            "(FLOWDPPO_BUILD_CPU=1 pip install --no-build-isolation . turns a failed build into an error)"
+        )
+    try:
+        torch.ops.load_library(str(_LIBRARY))
+    except OSError as error:
+        built = build_info().get("torch", "an unknown version")
+        return f"the C++ library built for torch {built} cannot be loaded under torch {torch.__version__}: {error}"
+    return None
+
+
+def build_info() -> dict[str, Any]:
+    """What the installed C++ library was built with (empty for a pure-Python install)."""
+    path = _PACKAGE / "_build_info.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on CPU tensors (``TRITON_INTERPRET=1``)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+_CPU_PROBLEM = _load_cpu_library()
+_TRITON_PROBLEM = (
+    None
+    if importlib.util.find_spec("triton") is not None
+    else "Triton is not installed; pip install 'triton>=3.6' (Linux x86-64) or take another backend"
+)
+
+
+def problem(name: str, device_type: str) -> str | None:
+    """Why backend ``name`` cannot serve tensors on ``device_type``, in one sentence; None if it can.
+
+    Raises:
+        ValueError: unknown backend.
+    """
+    if name == "reference":
+        return None
+    if name == "cpu":
+        if device_type != "cpu":
+            return f"it serves CPU tensors and these are on {device_type!r}"
+        return _CPU_PROBLEM
+    if name == "triton":
+        if _TRITON_PROBLEM is not None:
+            return _TRITON_PROBLEM
+        if device_type == "cuda" or (device_type == "cpu" and triton_interpreted()):
+            return None
+        return (
+            f"it serves GPU tensors and these are on {device_type!r} "
+            "(TRITON_INTERPRET=1 runs the kernels on CPU tensors, slowly, for tests)"
+        )
+    raise ValueError(f"backend: got {name!r}, expected 'auto' or one of {', '.join(map(repr, BACKENDS))}")
+
+
+def resolve(name: str, device_type: str) -> str:
+    """The backend that will run: ``name`` itself, or the best one for the device if ``name`` is ``"auto"``.
+
+    Raises:
+        ValueError: unknown backend. RuntimeError: a backend asked for by name cannot run here; the message says why.
+    """
+    if name != "auto":
+        reason = problem(name, device_type)
+        if reason is not None:
+            raise RuntimeError(f"backend={name!r} cannot run: {reason}")
+        return name
+    preferred = {"cpu": "cpu", "cuda": "triton"}.get(device_type)
+    if preferred is None:
+        return "reference"
+    reason = problem(preferred, device_type)
+    if reason is None:
+        return preferred
+    if not torch.compiler.is_compiling():
+        _warn_reference(preferred, device_type, reason)
+    return "reference"
+
+
+_warned: set[str] = set()
+
+
+def _warn_reference(preferred: str, device_type: str, reason: str) -> None:
+    if preferred not in _warned:
+        _warned.add(preferred)
+        warnings.warn(
+            f"flowdppo_fast: backend 'auto' takes the plain torch reference for {device_type!r} tensors because "
+            f"{preferred!r} cannot run: {reason}. backend='reference' silences this.",
+            stacklevel=4,
+        )
+
+
+def operator(op: str, backend: str, device_type: str) -> Callable:
+    """The callable behind operator ``op`` of a resolved backend, all with the signatures of ``reference.py``."""
+    if backend == "reference":
+        return getattr(reference, op)
+    if backend == "triton" and device_type == "cpu":
+        return getattr(importlib.import_module("flowdppo_fast.kernels"), op)
+    return _OPERATORS[op]
+
+
+_OPERATORS: dict[str, Callable] = {op: getattr(torch.ops.flowdppo, op).default for op in ops.SCHEMAS}
+
+
+def _register_triton() -> None:
+    # the launchers are imported at the first call, so that importing the package stays light
+    def lazily(op: str) -> Callable:
+        def launch(*args):
+            return getattr(importlib.import_module("flowdppo_fast.kernels"), op)(*args)
+
+        return launch
+
+    for op in ops.SCHEMAS:
+        ops.library.impl(op, lazily(op), "CUDA")
+
+
+if _TRITON_PROBLEM is None:
+    _register_triton()

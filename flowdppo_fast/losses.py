@@ -1,0 +1,433 @@
+"""The front door: fused losses on step means or on velocities, for every objective, plus the (P, Q) primitive.
+
+``advantages.shape`` says which leading dims are rows (``[B]`` or ``[B, S]``); everything after is latent. Formulas:
+with ``u = k*(new-old)``, ``P = mean(e*u)`` and ``Q = mean(u*u)`` the log-ratio is ``P - Q/2`` and the KL ``Q/2`` (both
+exact for Gaussians of equal variance; Flow-DPPO, arXiv 2606.11025, Sec. 3.2 and Eq. 14).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import layout
+from .autograd import PolicyLoss, RowSource, RowStatistics, canonical
+from .backend import operator, resolve
+from .noise import PhiloxNoise
+from .objectives import DPPO, EpilogueOptions, GRPOGuard, Objective, RatioClip
+from .reference import Form, stats_dtype
+from .results import LossOutput
+from .samplers import SDEStep
+
+_SHARED_OPTIONS = """
+        advantage_clip: clamp advantages to ``[-c, c]`` first (Flow-Factory, DanceGRPO: 5); None leaves them.
+        old_log_prob: ``[rows]`` rollout log-probs, mean-reduced, with normaliser: ``L = logp_new - old_log_prob``
+            instead of ``P - Q/2``. For trainers that have nothing else; loses precision (two numbers of order 1 are
+            subtracted).
+        row_weights: ``[rows]`` weights on row losses (rollout correction).
+        reduction: over rows: ``"mean"`` (dropped rows stay in the denominator), ``"sum"`` or ``"none"``.
+        reduce: over latent elements: ``"mean"``, or ``"sum"`` to multiply log-ratio and KL by N.
+        log_prob: ``"gaussian"``, or ``"unnormalized"`` for trainers whose CPS log-prob drops ``1/(2*S**2)`` and
+            normaliser.
+        kl_weight: weight of the KL to the reference policy, >= 0; needs a reference.
+        reference_kl: ``"gaussian"``, or ``"without_dt"`` for flow_grpo's ``(mu-mu_ref)**2 / (2*std_dev_t**2)``.
+        single_pass: compute the gradient in the same call; ``out.grad`` feeds ``velocity.backward(out.grad)`` and
+            ``out.loss`` is detached.
+        backend: ``"auto"`` or a name from :data:`flowdppo_fast.BACKENDS`; a named one that cannot run is an error.
+
+    Returns:
+        :class:`~flowdppo_fast.results.LossOutput`.
+
+    Raises:
+        ValueError, TypeError: an argument of wrong shape, dtype, device or value; the message names it.
+        RuntimeError: the named backend cannot run here.
+"""
+
+
+def _documented(function):
+    function.__doc__ = function.__doc__.rstrip() + _SHARED_OPTIONS
+    return function
+
+
+@_documented
+def fused_policy_loss(
+    objective: Objective,
+    prev_sample_mean: Tensor,
+    old_prev_sample_mean: Tensor,
+    prev_sample: Tensor,
+    std: float | Tensor,
+    advantages: Tensor,
+    *,
+    dt: float | Tensor | None = None,
+    reference_prev_sample_mean: Tensor | None = None,
+    advantage_clip: float | None = None,
+    old_log_prob: Tensor | None = None,
+    row_weights: Tensor | None = None,
+    reduction: str = "mean",
+    reduce: str = "mean",
+    log_prob: str = "gaussian",
+    kl_weight: float = 0.0,
+    reference_kl: str = "gaussian",
+    single_pass: bool = False,
+    backend: str = "auto",
+) -> LossOutput:
+    """Any objective on step means.
+
+    Args:
+        objective: :class:`DPPO`, :class:`RatioClip`, :class:`GRPOGuard` or :class:`Unclipped`.
+        prev_sample_mean: ``[rows, *latent]`` mean of the new policy's step; the only argument that gets a gradient.
+        old_prev_sample_mean: same shape, the rollout policy's mean. Keep it in float32: bf16 means inflate the KL.
+        prev_sample: same shape, the next state ``x'`` that was drawn.
+        std: standard deviation ``S`` of the step (``std_dev_t * sqrt(-dt)`` for Flow-SDE): float, or a tensor that
+            broadcasts to the rows, trailing dims of size 1 allowed (``[B, 1, 1, 1]``).
+        advantages: ``[B]`` or ``[B, S]``.
+        dt: ``sigma_next - sigma`` (negative), needed by GRPO-Guard and ``reference_kl="without_dt"``.
+        reference_prev_sample_mean: same shape, the reference policy's mean.
+    """
+    if isinstance(objective, DPPO) and objective.trust_region == "velocity_drift":
+        raise ValueError(
+            "objective: trust_region='velocity_drift' needs velocities; use the velocity form, or 'mean_drift' here"
+        )
+    rows, dtype = _check_call(
+        {
+            "prev_sample_mean": prev_sample_mean,
+            "old_prev_sample_mean": old_prev_sample_mean,
+            "prev_sample": prev_sample,
+            "reference_prev_sample_mean": reference_prev_sample_mean,
+        },
+        advantages,
+    )
+    if dt is None and (isinstance(objective, GRPOGuard) or (reference_kl == "without_dt" and kl_weight > 0.0)):
+        raise ValueError("dt: got None, expected sigma_next - sigma; GRPO-Guard and reference_kl='without_dt' need it")
+    device = prev_sample_mean.device
+    step, values = _mean_step(std, dt, rows, device, dtype)
+    name = resolve(backend, device.type)
+    source = RowSource(name, int(Form.MEAN), len(rows), values, 0, 0)
+    options = EpilogueOptions.make(
+        objective,
+        reduce=reduce,
+        log_prob=log_prob,
+        advantage_clip=advantage_clip,
+        kl_weight=kl_weight,
+        reference_kl=reference_kl,
+    )
+    tensors = (prev_sample_mean, old_prev_sample_mean, prev_sample, reference_prev_sample_mean, None, step)
+    return _run(
+        objective, tensors, source, options, advantages, row_weights, old_log_prob, reduction, single_pass, dtype
+    )
+
+
+@_documented
+def fused_velocity_policy_loss(
+    objective: Objective,
+    velocity: Tensor,
+    old_velocity: Tensor,
+    noise: Tensor | PhiloxNoise,
+    step: SDEStep,
+    advantages: Tensor,
+    *,
+    reference_velocity: Tensor | None = None,
+    advantage_clip: float | None = None,
+    old_log_prob: Tensor | None = None,
+    row_weights: Tensor | None = None,
+    reduction: str = "mean",
+    reduce: str = "mean",
+    log_prob: str = "gaussian",
+    kl_weight: float = 0.0,
+    reference_kl: str = "gaussian",
+    single_pass: bool = False,
+    backend: str = "auto",
+) -> LossOutput:
+    """Any objective on velocities: half the bytes of float32 means, lossless in the model's own dtype.
+
+    Args:
+        objective: :class:`DPPO`, :class:`RatioClip`, :class:`GRPOGuard` or :class:`Unclipped`.
+        velocity: ``[rows, *latent]`` new model output; the only argument that gets a gradient.
+        old_velocity: same shape, the rollout policy's output, in the model's dtype.
+        noise: same shape, the standard normal noise that was drawn, or :class:`PhiloxNoise` to regenerate it.
+        step: the :class:`SDEStep` of the rows (one for all, or stacked to broadcast against the rows).
+        advantages: ``[B]`` or ``[B, S]``.
+        reference_velocity: same shape, the reference policy's output.
+    """
+    stored = None if isinstance(noise, PhiloxNoise) else noise
+    rows, dtype = _check_call(
+        {
+            "velocity": velocity,
+            "old_velocity": old_velocity,
+            "noise": stored,
+            "reference_velocity": reference_velocity,
+        },
+        advantages,
+    )
+    device = velocity.device
+    if noise is None:
+        raise TypeError("noise: got None, expected the drawn noise as a tensor, or PhiloxNoise(seed, stream)")
+    table, values = _velocity_step(step, rows, device, dtype)
+    streams, seed, first_stream = noise.kernel_source(rows, device) if isinstance(noise, PhiloxNoise) else (None, 0, 0)
+    name = resolve(backend, device.type)
+    source = RowSource(name, int(Form.VELOCITY), len(rows), values, seed, first_stream)
+    options = EpilogueOptions.make(
+        objective,
+        reduce=reduce,
+        log_prob=log_prob,
+        advantage_clip=advantage_clip,
+        kl_weight=kl_weight,
+        reference_kl=reference_kl,
+    )
+    tensors = (velocity, old_velocity, stored, reference_velocity, streams, table)
+    return _run(
+        objective, tensors, source, options, advantages, row_weights, old_log_prob, reduction, single_pass, dtype
+    )
+
+
+def fused_dppo_loss(
+    prev_sample_mean: Tensor,
+    old_prev_sample_mean: Tensor,
+    prev_sample: Tensor,
+    std: float | Tensor,
+    advantages: Tensor,
+    *,
+    threshold: float = 1e-5,
+    symmetric: bool = False,
+    trust_region: str = "kl",
+    **options,
+) -> LossOutput:
+    """Flow-DPPO on step means: :func:`fused_policy_loss` with :class:`DPPO`.
+
+    ``threshold`` bounds the mean-reduced KL (1e-5: UniRL, verl-omni, FLUX.1-dev; 1e-6: Flow-Factory SD3.5, FLUX.2).
+    """
+    objective = DPPO(threshold, symmetric, trust_region)
+    return fused_policy_loss(objective, prev_sample_mean, old_prev_sample_mean, prev_sample, std, advantages, **options)
+
+
+def fused_dppo_velocity_loss(
+    velocity: Tensor,
+    old_velocity: Tensor,
+    noise: Tensor | PhiloxNoise,
+    step: SDEStep,
+    advantages: Tensor,
+    *,
+    threshold: float = 1e-5,
+    symmetric: bool = False,
+    trust_region: str = "kl",
+    **options,
+) -> LossOutput:
+    """Flow-DPPO on velocities: :func:`fused_velocity_policy_loss` with :class:`DPPO`."""
+    objective = DPPO(threshold, symmetric, trust_region)
+    return fused_velocity_policy_loss(objective, velocity, old_velocity, noise, step, advantages, **options)
+
+
+def fused_ratio_clip_loss(
+    prev_sample_mean: Tensor,
+    old_prev_sample_mean: Tensor,
+    prev_sample: Tensor,
+    std: float | Tensor,
+    advantages: Tensor,
+    *,
+    clip_range: float | tuple[float, float] = 1e-4,
+    **options,
+) -> LossOutput:
+    """Flow-GRPO's ratio clipping on step means: :func:`fused_policy_loss` with :class:`RatioClip`.
+
+    ``clip_range`` is ``c`` or ``(low, high)``: ratios are kept in ``[1-low, 1+high]``.
+    """
+    objective = RatioClip(*_clip_pair(clip_range))
+    return fused_policy_loss(objective, prev_sample_mean, old_prev_sample_mean, prev_sample, std, advantages, **options)
+
+
+def fused_ratio_clip_velocity_loss(
+    velocity: Tensor,
+    old_velocity: Tensor,
+    noise: Tensor | PhiloxNoise,
+    step: SDEStep,
+    advantages: Tensor,
+    *,
+    clip_range: float | tuple[float, float] = 1e-4,
+    **options,
+) -> LossOutput:
+    """Flow-GRPO's ratio clipping on velocities: :func:`fused_velocity_policy_loss` with :class:`RatioClip`."""
+    objective = RatioClip(*_clip_pair(clip_range))
+    return fused_velocity_policy_loss(objective, velocity, old_velocity, noise, step, advantages, **options)
+
+
+def fused_grpo_guard_loss(
+    prev_sample_mean: Tensor,
+    old_prev_sample_mean: Tensor,
+    prev_sample: Tensor,
+    std: float | Tensor,
+    advantages: Tensor,
+    *,
+    dt: float | Tensor,
+    clip_range: float | tuple[float, float] = 2e-6,
+    bias: str = "row",
+    **options,
+) -> LossOutput:
+    """GRPO-Guard on step means: :func:`fused_policy_loss` with :class:`GRPOGuard`; ``dt`` is ``sigma_next - sigma``."""
+    objective = GRPOGuard(*_clip_pair(clip_range), bias)
+    return fused_policy_loss(
+        objective, prev_sample_mean, old_prev_sample_mean, prev_sample, std, advantages, dt=dt, **options
+    )
+
+
+def fused_grpo_guard_velocity_loss(
+    velocity: Tensor,
+    old_velocity: Tensor,
+    noise: Tensor | PhiloxNoise,
+    step: SDEStep,
+    advantages: Tensor,
+    *,
+    clip_range: float | tuple[float, float] = 2e-6,
+    bias: str = "row",
+    **options,
+) -> LossOutput:
+    """GRPO-Guard on velocities: :func:`fused_velocity_policy_loss` with :class:`GRPOGuard`."""
+    objective = GRPOGuard(*_clip_pair(clip_range), bias)
+    return fused_velocity_policy_loss(objective, velocity, old_velocity, noise, step, advantages, **options)
+
+
+def row_statistics(
+    velocity: Tensor,
+    old_velocity: Tensor,
+    noise: Tensor | PhiloxNoise,
+    step: SDEStep,
+    *,
+    rows: int | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The differentiable primitive: ``(P, Q)``, from which any objective is a few lines on ``[rows]`` tensors.
+
+    KL is ``Q/2``, the log-ratio ``P - Q/2``, the mean-squared drift ``S**2 * Q``.
+
+    Args:
+        velocity, old_velocity, noise, step: as in :func:`fused_velocity_policy_loss`.
+        rows: how many leading dims are rows: 1 (default) or 2.
+
+    Returns:
+        ``P`` and ``Q`` shaped like the rows, float32 (float64 for float64 velocities), differentiable in ``velocity``.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as in :func:`fused_velocity_policy_loss`.
+    """
+    stored = None if isinstance(noise, PhiloxNoise) else noise
+    if not isinstance(velocity, torch.Tensor):
+        raise TypeError(f"velocity: got {type(velocity).__name__}, expected a tensor")
+    row_dims = 1 if rows is None else rows
+    if row_dims not in (1, 2):
+        raise ValueError(f"rows: got {rows!r}, expected 1 or 2 leading row dims")
+    shape = tuple(velocity.shape[:row_dims])
+    named = {"velocity": velocity, "old_velocity": old_velocity, "noise": stored}
+    layout.check_latents(named, "velocity", shape)
+    layout.check_no_grad(named, "velocity")
+    dtype, device = stats_dtype(velocity), velocity.device
+    table, values = _velocity_step(step, shape, device, dtype)
+    streams, seed, first_stream = noise.kernel_source(shape, device) if isinstance(noise, PhiloxNoise) else (None, 0, 0)
+    name = resolve(backend, device.type)
+    source = RowSource(name, int(Form.VELOCITY), row_dims, values, seed, first_stream)
+    stats = RowStatistics.apply(velocity, old_velocity, stored, None, streams, table, source, False)
+    return stats[0].reshape(shape), stats[1].reshape(shape)
+
+
+def _clip_pair(clip_range: float | tuple[float, float]) -> tuple[float, float]:
+    return clip_range if isinstance(clip_range, tuple) else (clip_range, clip_range)
+
+
+def _check_call(named: dict[str, Tensor | None], advantages: Tensor) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shapes, dtypes and gradients of all latents; returns the row shape and the accumulation dtype."""
+    if not isinstance(advantages, torch.Tensor):
+        raise TypeError(f"advantages: got {type(advantages).__name__}, expected a tensor shaped [B] or [B, S]")
+    first = next(iter(named))
+    rows = tuple(advantages.shape)
+    layout.check_latents(named, first, rows)
+    layout.check_no_grad(named, first)
+    return rows, stats_dtype(named[first])  # type: ignore[arg-type]
+
+
+def _mean_step(
+    std: float | Tensor, dt: float | Tensor | None, rows: tuple[int, ...], device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor | None, list[float]]:
+    """Step table or values of the means form; ``S`` alone is enough where ``dt`` is not needed."""
+    if not isinstance(std, torch.Tensor) and not isinstance(dt, torch.Tensor):
+        if not std > 0.0:
+            raise ValueError(f"std: got {std!r}, expected a number > 0 (a step without noise has no density)")
+        if dt is not None and not dt < 0.0:
+            raise ValueError(f"dt: got {dt!r}, expected sigma_next - sigma < 0")
+        return None, [float(std), 1.0 / std, float("nan") if dt is None else -dt]
+    if not isinstance(std, torch.Tensor):
+        std = torch.full((), std, device=device, dtype=dtype)
+    column = layout.row_vector(std, "std", rows, device, dtype)
+    if dt is None:
+        return column[:, None], []
+    if not isinstance(dt, torch.Tensor):
+        dt = torch.full((), dt, device=device, dtype=dtype)
+    return torch.stack((column, 1.0 / column, -layout.row_vector(dt, "dt", rows, device, dtype)), dim=1), []
+
+
+def _velocity_step(
+    step: SDEStep, rows: tuple[int, ...], device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor | None, list[float]]:
+    if not isinstance(step, SDEStep):
+        raise TypeError(
+            f"step: got {type(step).__name__}, expected an SDEStep (SDEStep.from_sigmas(sampler, sigma, sigma_next))"
+        )
+    if step.is_scalar:
+        return None, step.row_values()
+    return step.row_table(rows, device, dtype), []
+
+
+def _run(
+    objective: Objective,
+    tensors: tuple,
+    source: RowSource,
+    options: EpilogueOptions,
+    advantages: Tensor,
+    row_weights: Tensor | None,
+    old_log_prob: Tensor | None,
+    reduction: str,
+    single_pass: bool,
+    dtype: torch.dtype,
+) -> LossOutput:
+    """Checks what all forms share, then calls the operator."""
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction: got {reduction!r}, expected 'mean', 'sum' or 'none'")
+    if options.batch_bias and reduction == "none":
+        raise ValueError("reduction: bias='batch' couples all rows, so 'none' has no per-row gradient; use 'mean'")
+    new, reference = tensors[0], tensors[3]
+    if options.kl_weight > 0.0 and reference is None:
+        raise ValueError("kl_weight: got a positive weight without a reference, expected the reference policy's output")
+    row_shape, device = tuple(advantages.shape), new.device
+
+    def vector(value: Tensor | None, name: str) -> Tensor | None:
+        if value is None:
+            return None
+        if value.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name}: got a tensor that requires grad, expected a detached one; pass {name}.detach()")
+        return layout.row_vector(value, name, row_shape, device, dtype)
+
+    row_tensors = (
+        vector(advantages, "advantages"),
+        vector(row_weights, "row_weights"),
+        vector(old_log_prob, "old_log_prob"),
+    )
+    names = objective.metrics + (("kl_ref_mean",) if reference is not None else ())
+    if not single_pass:
+        loss, rows, summary = PolicyLoss.apply(*tensors, *row_tensors, source, options.ints, options.floats, reduction)
+        if reduction == "none":
+            loss = loss.reshape(row_shape)
+        return LossOutput(loss, rows, summary, row_shape, names, source.backend)
+    if reduction == "none":
+        raise ValueError(
+            "reduction: got 'none', expected 'mean' or 'sum' in the single-pass form (one loss, one gradient)"
+        )
+    with torch.no_grad():
+        c = canonical(new, tensors[1], tensors[2], reference, source)
+        count = advantages.numel()
+        factor = 1.0 / count if reduction == "mean" and count > 0 else 1.0
+        loss, rows, summary, grad = operator("policy_loss_and_grad", source.backend, device.type)(
+            c.new, c.old, c.noise, c.reference, *tensors[4:],
+            source.step_values, source.seed, source.first_stream, source.form,
+            *row_tensors, options.ints, options.floats, factor,
+        )  # fmt: skip
+        if reduction == "sum":
+            loss = loss * count
+        grad = layout.from_rows(grad, new.shape, source.row_dims, c.order)
+    return LossOutput(loss, rows, summary, row_shape, names, source.backend, grad)

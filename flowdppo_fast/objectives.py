@@ -1,0 +1,375 @@
+"""Objectives: small epilogues over the row statistics (P, Q), with their hand-written gradients.
+
+A *row* is one sample at one denoising step. With ``u = k*(new-old)`` and the drawn noise ``e``, the kernels deliver per
+row ``P = mean(e*u)``, ``Q = mean(u*u)`` and, where asked, ``E = mean(e*e)`` and ``R = mean((k*(new-ref))**2)``.
+Everything below is O(rows): log-ratio, divergence, which rows are kept, the loss, and ``dl/dP, dl/dQ, dl/dR`` for the
+backward kernel. This file is the oracle; ``csrc/objective.h`` and ``kernels/triton/objective.py`` are its twins.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LOG_SQRT_2PI = 0.5 * math.log(2.0 * math.pi)
+
+
+class Rule(enum.IntEnum):
+    """How a row's surrogate is bounded; the integer is what kernels switch on."""
+
+    DPPO = 0
+    DPPO_SYMMETRIC = 1
+    RATIO_CLIP = 2
+    GRPO_GUARD = 3
+    UNCLIPPED = 4
+
+
+class TrustRegion(enum.IntEnum):
+    """Which divergence is compared with the threshold."""
+
+    KL = 0
+    MEAN_DRIFT = 1
+    VELOCITY_DRIFT = 2
+
+
+class RowField(enum.IntEnum):
+    """Lines of the ``[8, R]`` row results: what users see, then the gradient coefficients ``dl/dP, dl/dQ, dl/dR``."""
+
+    LOG_RATIO = 0
+    RATIO = 1
+    KL = 2
+    KEPT = 3
+    LOSS = 4
+    GRAD_P = 5
+    GRAD_Q = 6
+    GRAD_R = 7
+
+
+# order of the summary vector; entry 0 is the scalar loss
+SUMMARY = (
+    "loss",
+    "policy_loss",
+    "ratio_mean",
+    "ratio_std",
+    "ratio_min",
+    "ratio_max",
+    "approx_kl",
+    "kl_new_old_mean",
+    "kl_new_old_max",
+    "kl_mask_fraction",
+    "pos_rm_fraction",
+    "neg_rm_fraction",
+    "masked_fraction",
+    "unmasked_fraction",
+    "drift_mean",
+    "nonfinite_rows",
+    "clipfrac",
+    "clipfrac_gt_one",
+    "clipfrac_lt_one",
+    "kl_ref_mean",
+)
+_COMMON = (
+    "policy_loss",
+    "ratio_mean",
+    "ratio_std",
+    "ratio_min",
+    "ratio_max",
+    "approx_kl",
+    "kl_new_old_mean",
+    "kl_new_old_max",
+    "masked_fraction",
+    "unmasked_fraction",
+    "drift_mean",
+    "nonfinite_rows",
+)
+_MASK_METRICS = ("kl_mask_fraction", "pos_rm_fraction", "neg_rm_fraction")
+_CLIP_METRICS = ("clipfrac", "clipfrac_gt_one", "clipfrac_lt_one")
+
+
+@dataclass(frozen=True)
+class DPPO:
+    """Flow-DPPO (arXiv 2606.11025, Eq. 14 and 18): drop a row that is far from the old policy *and* moving away.
+
+    Args:
+        threshold: bound on the divergence, > 0; a row with ``D >= threshold`` is far. Mean-reduced over latents: the
+            paper's sum threshold is ``threshold * N``.
+        symmetric: ablation, drop every far row.
+        trust_region: ``"kl"`` (exact Gaussian KL), ``"mean_drift"`` (``mean((mu-mu_old)**2)/2``) or
+            ``"velocity_drift"`` (``mean((v-v_old)**2)``, velocities only).
+    """
+
+    threshold: float = 1e-5
+    symmetric: bool = False
+    trust_region: str = "kl"
+
+    def __post_init__(self) -> None:
+        _check_positive("threshold", self.threshold)
+        _check_choice("trust_region", self.trust_region, ("kl", "mean_drift", "velocity_drift"))
+
+    @property
+    def rule(self) -> Rule:
+        return Rule.DPPO_SYMMETRIC if self.symmetric else Rule.DPPO
+
+    metrics = _COMMON + _MASK_METRICS
+
+
+@dataclass(frozen=True)
+class RatioClip:
+    """PPO ratio clipping as in Flow-GRPO: ``max(-A*r, -A*clamp(r, 1-low, 1+high))``.
+
+    Args:
+        low, high: clip ranges, > 0 (``low`` below 1). Ratios are of mean-reduced log-probs, so 1e-4..1e-5 is usual.
+    """
+
+    low: float = 1e-4
+    high: float = 1e-4
+
+    def __post_init__(self) -> None:
+        _check_clip(self.low, self.high)
+
+    rule = Rule.RATIO_CLIP
+    metrics = _COMMON + _CLIP_METRICS
+
+
+@dataclass(frozen=True)
+class GRPOGuard:
+    """GRPO-Guard (arXiv 2510.22319): clipping on the normalised ratio ``exp((L + D)*S)``, loss divided by ``-dt``.
+
+    Args:
+        low, high: clip ranges, > 0 (``low`` below 1).
+        bias: ``"row"`` adds each row's own divergence (verl-omni), ``"batch"`` the batch mean (flow_grpo's behaviour).
+    """
+
+    low: float = 2e-6
+    high: float = 2e-6
+    bias: str = "row"
+
+    def __post_init__(self) -> None:
+        _check_clip(self.low, self.high)
+        _check_choice("bias", self.bias, ("row", "batch"))
+
+    rule = Rule.GRPO_GUARD
+    metrics = _COMMON + _CLIP_METRICS
+
+
+@dataclass(frozen=True)
+class Unclipped:
+    """The plain importance-weighted policy gradient ``-A*r``."""
+
+    rule = Rule.UNCLIPPED
+    metrics = _COMMON
+
+
+Objective = DPPO | RatioClip | GRPOGuard | Unclipped
+
+
+class EpilogueOptions(NamedTuple):
+    """Everything an epilogue needs besides tensors; ``ints`` and ``floats`` are what operator schemas carry."""
+
+    rule: int
+    trust_region: int
+    sum_reduce: int
+    unnormalized_log_prob: int
+    batch_bias: int
+    reference_without_dt: int
+    threshold: float
+    clip_low: float
+    clip_high: float
+    advantage_clip: float
+    kl_weight: float
+
+    @classmethod
+    def make(
+        cls,
+        objective: Objective,
+        *,
+        reduce: str = "mean",
+        log_prob: str = "gaussian",
+        advantage_clip: float | None = None,
+        kl_weight: float = 0.0,
+        reference_kl: str = "gaussian",
+    ) -> EpilogueOptions:
+        """Checks the options that all objectives share and packs them.
+
+        Raises:
+            ValueError: an unknown choice, a non-positive ``advantage_clip`` or a negative ``kl_weight``.
+        """
+        _check_choice("reduce", reduce, ("mean", "sum"))
+        _check_choice("log_prob", log_prob, ("gaussian", "unnormalized"))
+        _check_choice("reference_kl", reference_kl, ("gaussian", "without_dt"))
+        if advantage_clip is not None:
+            _check_positive("advantage_clip", advantage_clip)
+        if not kl_weight >= 0.0:
+            raise ValueError(f"kl_weight: got {kl_weight!r}, expected a number >= 0")
+        region = getattr(objective, "trust_region", "kl")
+        return cls(
+            rule=int(objective.rule),
+            trust_region=int(TrustRegion[region.upper()]),
+            sum_reduce=int(reduce == "sum"),
+            unnormalized_log_prob=int(log_prob == "unnormalized"),
+            batch_bias=int(getattr(objective, "bias", "row") == "batch"),
+            reference_without_dt=int(reference_kl == "without_dt"),
+            # infinities are identities here: nothing is beyond them
+            threshold=getattr(objective, "threshold", math.inf),
+            clip_low=getattr(objective, "low", math.inf),
+            clip_high=getattr(objective, "high", math.inf),
+            advantage_clip=math.inf if advantage_clip is None else float(advantage_clip),
+            kl_weight=float(kl_weight),
+        )
+
+    @property
+    def ints(self) -> list[int]:
+        return list(self[:6])
+
+    @property
+    def floats(self) -> list[float]:
+        return list(self[6:])
+
+    @classmethod
+    def unpack(cls, ints: list[int], floats: list[float]) -> EpilogueOptions:
+        return cls(*ints, *floats)
+
+
+def epilogue(
+    stats: Tensor,
+    std: Tensor,
+    scale: Tensor,
+    neg_dt: Tensor,
+    advantages: Tensor,
+    row_weights: Tensor | None,
+    old_log_prob: Tensor | None,
+    numel: int,
+    options: EpilogueOptions,
+) -> tuple[Tensor, Tensor]:
+    """Row results and summary of one objective, in plain torch.
+
+    Args:
+        stats: ``[4, R]`` rows of ``P, Q, E, R``.
+        std, scale, neg_dt: ``[R]`` ``S``, ``k`` and ``-dt``.
+        advantages, row_weights, old_log_prob: ``[R]``.
+        numel: N, latent elements per row.
+
+    Returns:
+        ``[8, R]`` lines of :class:`RowField` and the :data:`SUMMARY` vector, both in ``stats``' dtype. The gradient
+        lines are of each row's own loss; the mean's 1/R is applied by the backward.
+    """
+    o = options
+    p, q, e, r = stats.unbind(0)
+    count = float(numel) if o.sum_reduce else 1.0
+    weight = torch.ones_like(p) if row_weights is None else row_weights
+    adv = advantages.clamp(-o.advantage_clip, o.advantage_clip)
+
+    # log-ratio L and its slope against P (against Q it is -slope/2)
+    slope = count * 2.0 * std**2 if o.unnormalized_log_prob else torch.full_like(p, count)
+    if old_log_prob is None:
+        log_ratio = slope * (p - 0.5 * q)
+    else:
+        normalizer = 0.0 if o.unnormalized_log_prob else count * (torch.log(std) + LOG_SQRT_2PI)
+        log_ratio = -0.5 * slope * (e - 2.0 * p + q) - normalizer - count * old_log_prob
+    half_kl = 0.5 * count
+    if o.trust_region == TrustRegion.MEAN_DRIFT:
+        kl = half_kl * std**2 * q
+    elif o.trust_region == TrustRegion.VELOCITY_DRIFT:
+        kl = count * q / scale**2
+    else:
+        kl = half_kl * q
+
+    # exponent X of the ratio, its slopes, and the divisor of the loss
+    exponent, slope_p, slope_q, gain = log_ratio, slope, -0.5 * slope, torch.ones_like(p)
+    if o.rule == Rule.GRPO_GUARD:
+        divergence = half_kl * q
+        bias = divergence.mean().expand_as(q) if o.batch_bias else divergence
+        exponent, slope_p = (log_ratio + bias) * std, slope * std
+        slope_q = (-0.5 * slope + (0.0 if o.batch_bias else half_kl)) * std
+        gain = 1.0 / neg_dt
+
+    ratio = torch.exp(exponent)
+    # decisions use r - 1 and the sign of the exponent: exp() rounds what differs from 1 by less than an ulp to 1
+    excess = torch.expm1(exponent)
+    far = kl >= o.threshold
+    above, below = excess > o.clip_high, -excess > o.clip_low
+    if o.rule == Rule.DPPO:
+        dropped = far & (((adv > 0) & (exponent > 0)) | ((adv < 0) & (exponent < 0)))
+    elif o.rule == Rule.DPPO_SYMMETRIC:
+        dropped = far
+    elif o.rule in (Rule.RATIO_CLIP, Rule.GRPO_GUARD):
+        dropped = ((adv > 0) & above) | ((adv < 0) & below)
+    else:
+        dropped = torch.zeros_like(far)
+
+    surrogate = -adv * ratio
+    bound = torch.zeros_like(p)
+    if o.rule in (Rule.RATIO_CLIP, Rule.GRPO_GUARD):
+        bound = -adv * torch.where(adv > 0, p.new_full(p.shape, 1.0 + o.clip_high), 1.0 - o.clip_low)
+    policy = weight * gain * torch.where(dropped, bound, surrogate)
+    # dl/dX equals the surrogate itself; where() keeps an overflowed ratio out of dropped rows
+    slope_x = weight * gain * torch.where(dropped, torch.zeros_like(p), surrogate)
+    grad_p, grad_q = slope_x * slope_p, slope_x * slope_q
+    grad_p = torch.where(dropped, torch.zeros_like(p), grad_p)
+    grad_q = torch.where(dropped, torch.zeros_like(p), grad_q)
+    if o.rule == Rule.GRPO_GUARD and o.batch_bias:
+        # the shared bias moves with every row's Q
+        grad_q = grad_q + half_kl / p.numel() * (slope_x * std).sum()
+
+    reference = count * 0.5 * r * (neg_dt if o.reference_without_dt else 1.0)
+    loss, grad_r = policy, torch.zeros_like(p)
+    if o.kl_weight > 0.0:
+        loss = policy + weight * o.kl_weight * reference
+        grad_r = weight * o.kl_weight * count * 0.5 * (neg_dt if o.reference_without_dt else torch.ones_like(p))
+
+    rows = torch.stack((log_ratio, ratio, kl, (~dropped).to(p.dtype), loss, grad_p, grad_q, grad_r))
+    nonfinite = ~(torch.isfinite(log_ratio) & torch.isfinite(ratio) & torch.isfinite(kl) & torch.isfinite(loss))
+    if p.numel() == 0:
+        # no rows: no loss, nothing to count, and no statistics to report
+        summary = p.new_full((len(SUMMARY),), math.nan)
+        for name in ("loss", "policy_loss", "nonfinite_rows"):
+            summary[SUMMARY.index(name)] = 0.0
+        return rows, summary
+
+    def fraction(flags: Tensor) -> Tensor:
+        return flags.to(p.dtype).mean()
+
+    values = (
+        loss.mean(),
+        policy.mean(),
+        1.0 + excess.mean(),
+        excess.std() if p.numel() > 1 else torch.zeros_like(p[0]),
+        ratio.min(),
+        ratio.max(),
+        0.5 * log_ratio.square().mean(),
+        kl.mean(),
+        kl.max(),
+        fraction(far),
+        fraction(dropped & (adv > 0)),
+        fraction(dropped & (adv < 0)),
+        fraction(dropped),
+        fraction(~dropped),
+        (std**2 * q).mean(),
+        nonfinite.to(p.dtype).sum(),
+        fraction(above | below),
+        fraction(above),
+        fraction(below),
+        reference.mean(),
+    )
+    return rows, torch.stack(values)
+
+
+def _check_positive(name: str, value: float) -> None:
+    if isinstance(value, torch.Tensor) or not value > 0.0:
+        raise ValueError(f"{name}: got {value!r}, expected a number > 0")
+
+
+def _check_clip(low: float, high: float) -> None:
+    _check_positive("high", high)
+    if isinstance(low, torch.Tensor) or not 0.0 < low < 1.0:
+        raise ValueError(f"low: got {low!r}, expected a number in (0, 1)")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")

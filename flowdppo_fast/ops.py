@@ -1,0 +1,85 @@
+"""Operator schemas, registered once. Backends fill them in: see ``backend.py`` for who serves which device.
+
+The reference is the ``CompositeExplicitAutograd`` implementation (any device); the C++ library overrides ``CPU`` when
+it is loaded, a GPU backend overrides ``CUDA``. Autograd sits outside (``autograd.py``).
+
+Canonical tensors (made by ``layout.py``): latents ``[R0, R1, N]`` with last stride 1, any row strides, ``R = R0*R1``;
+``step`` a contiguous ``[R, 3]`` table (``S, k, -dt`` for training rows, ``a, b, S`` for the sampler; ``[R, 1]``
+holding ``S`` is enough for means) in the accumulation dtype, or None with three ``step_values``; ``streams`` ``[R]``
+int64 or None with ``first_stream``; row tensors ``[R]`` contiguous in the accumulation dtype (float64 for float64
+latents, else float32).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .objectives import SUMMARY, RowField
+
+_SOURCE = (
+    "Tensor new, Tensor old, Tensor? noise, Tensor? reference, Tensor? streams, Tensor? step, "
+    "float[] step_values, int seed, int first_stream, int form"
+)
+_EPILOGUE = "Tensor advantages, Tensor? row_weights, Tensor? old_log_prob, int[] ints, float[] floats"
+
+SCHEMAS = {
+    "row_stats": f"({_SOURCE}, bool second_moment) -> Tensor",
+    "row_grad": f"({_SOURCE}, Tensor coefficients, Tensor upstream, float factor) -> Tensor",
+    "policy_loss": f"({_SOURCE}, {_EPILOGUE}) -> (Tensor, Tensor, Tensor)",
+    "policy_loss_and_grad": f"({_SOURCE}, {_EPILOGUE}, float factor) -> (Tensor, Tensor, Tensor, Tensor)",
+    "sde_step": (
+        "(Tensor sample, Tensor velocity, Tensor? noise, Tensor? prev_sample, Tensor? streams, Tensor? step, "
+        "float[] step_values, int seed, int first_stream, ScalarType dtype, bool with_mean, bool with_log_prob, "
+        "bool unnormalized) -> (Tensor, Tensor, Tensor)"
+    ),
+}
+
+
+def _row_stats_fake(new: Tensor, *args) -> Tensor:
+    return new.new_empty((4, new.shape[0] * new.shape[1]), dtype=reference.stats_dtype(new))
+
+
+def _row_grad_fake(new: Tensor, *args) -> Tensor:
+    return new.new_empty(new.shape)
+
+
+def _policy_loss_fake(new: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = reference.stats_dtype(new)
+    rows = new.new_empty((len(RowField), new.shape[0] * new.shape[1]), dtype=dtype)
+    return new.new_empty((), dtype=dtype), rows, new.new_empty((len(SUMMARY),), dtype=dtype)
+
+
+def _policy_loss_and_grad_fake(new: Tensor, *args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return *_policy_loss_fake(new), _row_grad_fake(new)
+
+
+def _sde_step_fake(
+    sample, velocity, noise, prev_sample, streams, step, step_values, seed, first_stream,
+    dtype, with_mean, with_log_prob, unnormalized,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    compute = reference.stats_dtype(sample)
+    rows = sample.shape[0] * sample.shape[1]
+    return (
+        sample.new_empty(0 if prev_sample is not None else sample.shape, dtype=dtype),
+        sample.new_empty(sample.shape if with_mean else 0, dtype=compute),
+        sample.new_empty(rows if with_log_prob else 0, dtype=compute),
+    )
+
+
+_FAKES: dict[str, Callable] = {
+    "row_stats": _row_stats_fake,
+    "row_grad": _row_grad_fake,
+    "policy_loss": _policy_loss_fake,
+    "policy_loss_and_grad": _policy_loss_and_grad_fake,
+    "sde_step": _sde_step_fake,
+}
+
+library = torch.library.Library("flowdppo", "DEF")
+for _name, _schema in SCHEMAS.items():
+    library.define(_name + _schema)
+    library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"flowdppo::{_name}", _FAKES[_name], lib=library)

@@ -1,0 +1,179 @@
+"""The fused sampler step: mean, noise, next state and log-prob of any affine sampler in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import layout
+from .autograd import RowSource, SamplerStep
+from .backend import resolve
+from .noise import PhiloxNoise
+from .reference import Form, stats_dtype
+from .samplers import Schedule, SDEStep
+
+
+class SampledStep(NamedTuple):
+    """Result of :func:`sde_step`.
+
+    Attributes:
+        prev_sample: next state ``x'``, in the requested dtype (the one that was given, if it was).
+        mean: ``mu`` in float32 (float64 for float64 samples), or None unless asked for.
+        log_prob: ``[rows]`` mean-reduced log-density of the step, or None unless asked for.
+        noise: the noise that was drawn (tensor or :class:`PhiloxNoise`); None when ``prev_sample`` was given.
+    """
+
+    prev_sample: Tensor
+    mean: Tensor | None
+    log_prob: Tensor | None
+    noise: Tensor | PhiloxNoise | None
+
+
+def sde_step(
+    sample: Tensor,
+    velocity: Tensor,
+    step: SDEStep,
+    *,
+    noise: Tensor | PhiloxNoise | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    prev_sample: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    return_mean: bool = False,
+    log_prob: str | None = None,
+    rows: int = 1,
+    backend: str = "auto",
+) -> SampledStep:
+    """One step ``mu = a*x + b*v``, ``x' = mu + S*e`` of any sampler, one launch (two with a log-prob).
+
+    Args:
+        sample: ``[rows, *latent]`` state ``x``.
+        velocity: same shape, model output; ``mean`` and ``log_prob`` are differentiable in it.
+        step: :class:`SDEStep` of the rows, scalar or stacked; ``S == 0`` (ODE) gives ``x' = mu``.
+        noise: standard normal noise, or :class:`PhiloxNoise` drawn in the kernel; None draws float32 noise from
+            ``generator`` (one, or one per row of the first dim).
+        prev_sample: the next state of a recorded step: nothing is drawn, mean and log-prob are of that step.
+        dtype: of the next state; default: the sample's.
+        return_mean: also return ``mu``.
+        log_prob: None, ``"gaussian"`` (``-mean(e**2)/2 - log S - log(2*pi)/2``) or ``"unnormalized"``
+            (``-mean((x'-mu)**2)``, the convention of Flow-CPS trainers).
+        rows: how many leading dims are rows, 1 or 2.
+        backend: as for the losses.
+
+    Raises:
+        ValueError, TypeError: an argument of wrong shape, dtype, device or value. RuntimeError: the named backend
+            cannot run.
+    """
+    if rows not in (1, 2):
+        raise ValueError(f"rows: got {rows!r}, expected 1 or 2 leading row dims")
+    if log_prob not in (None, "gaussian", "unnormalized"):
+        raise ValueError(f"log_prob: got {log_prob!r}, expected None, 'gaussian' or 'unnormalized'")
+    if not isinstance(step, SDEStep):
+        raise TypeError(f"step: got {type(step).__name__}, expected an SDEStep")
+    if prev_sample is not None and (noise is not None or generator is not None):
+        raise ValueError(
+            "prev_sample: got it together with noise or a generator, expected one source of the next state"
+        )
+    if not isinstance(sample, torch.Tensor):
+        raise TypeError(f"sample: got {type(sample).__name__}, expected a tensor")
+    shape = tuple(sample.shape[:rows])
+    stored = None if isinstance(noise, PhiloxNoise) else noise
+    named = {"sample": sample, "velocity": velocity, "noise": stored, "prev_sample": prev_sample}
+    layout.check_latents(named, "sample", shape)
+    layout.check_no_grad(named, "velocity")
+    device, compute = sample.device, stats_dtype(sample)
+    if step.is_scalar:
+        table, values = None, step.step_values()
+    else:
+        table, values = step.step_table(shape, device, compute), []
+    streams, seed, first_stream = noise.kernel_source(shape, device) if isinstance(noise, PhiloxNoise) else (None, 0, 0)
+    if prev_sample is None and noise is None:
+        noise = stored = _draw(sample.shape, generator, device, compute)
+    source = RowSource(resolve(backend, device.type), int(Form.VELOCITY), rows, values, seed, first_stream)
+    flags = (return_mean, log_prob is not None, log_prob == "unnormalized")
+    next_sample, mean, density = SamplerStep.apply(
+        velocity, sample, stored, prev_sample, streams, table, source, dtype or sample.dtype, flags
+    )
+    return SampledStep(
+        next_sample if prev_sample is None else prev_sample,
+        mean if return_mean else None,
+        None if log_prob is None else density.reshape(shape),
+        noise,
+    )
+
+
+def sde_step_with_logprob(
+    scheduler: Any,
+    model_output: Tensor,
+    timestep: Tensor,
+    sample: Tensor,
+    noise_level: float = 0.7,
+    prev_sample: Tensor | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    sde_type: str = "sde",
+    return_sqrt_dt: bool = False,
+) -> tuple[Tensor, ...]:
+    """flow_grpo's step under its signature, fused and differentiable in ``model_output``.
+
+    Args:
+        scheduler: a diffusers flow scheduler with ``sigmas`` and ``index_for_timestep``.
+        model_output, sample: ``[B, *latent]`` of any rank.
+        timestep: ``[B]`` timesteps of the schedule.
+        noise_level: eta.
+        sde_type: ``"sde"`` (Flow-SDE) or ``"cps"``; for ``"cps"`` the log-prob is theirs, ``-mean((x'-mu)**2)``.
+
+    Returns:
+        ``(prev_sample, log_prob [B], prev_sample_mean, std_dev_t [B, 1, ...])``, float32, and ``sqrt_dt [B, 1, ...]``
+        if asked. ``std_dev_t`` is the diffusion ``s`` for ``"sde"`` and ``S`` for ``"cps"``, as in flow_grpo.
+
+    Raises:
+        ValueError: unknown ``sde_type``, or anything :func:`sde_step` refuses.
+    """
+    samplers = {"sde": "flow_sde", "cps": "cps"}
+    if sde_type not in samplers:
+        raise ValueError(f"sde_type: got {sde_type!r}, expected 'sde' or 'cps'")
+    indices = [scheduler.index_for_timestep(t) for t in timestep.reshape(-1)]
+    sigmas = [float(level) for level in scheduler.sigmas]
+    schedule = Schedule.from_sigmas(sigmas)
+    steps = [
+        SDEStep.from_sigmas(samplers[sde_type], sigmas[i], sigmas[i + 1], eta=noise_level, schedule=schedule)
+        for i in indices
+    ]
+    step = SDEStep.stack(steps)
+    result = sde_step(
+        sample.float(),
+        model_output.float(),
+        step,
+        generator=generator,
+        prev_sample=None if prev_sample is None else prev_sample.detach().float(),
+        return_mean=True,
+        log_prob="gaussian" if sde_type == "sde" else "unnormalized",
+    )
+    shape = (-1,) + (1,) * (sample.ndim - 1)
+
+    def per_row(values: float | Tensor) -> Tensor:
+        return torch.as_tensor(values).to(device=sample.device, dtype=torch.float32).reshape(shape)
+
+    sqrt_dt = torch.sqrt(-torch.as_tensor(step.dt))
+    std_dev_t = per_row(step.std / sqrt_dt if sde_type == "sde" else step.std)
+    results = (result.prev_sample, result.log_prob, result.mean, std_dev_t)
+    return (*results, per_row(sqrt_dt)) if return_sqrt_dt else results  # type: ignore[return-value]
+
+
+def _draw(
+    shape: torch.Size,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Standard normal noise; a generator may live on the CPU while the latents do not."""
+    if generator is None or isinstance(generator, torch.Generator):
+        source = device if generator is None else generator.device
+        return torch.randn(shape, generator=generator, device=source, dtype=dtype).to(device)
+    if len(generator) != shape[0]:
+        raise ValueError(
+            f"generator: got {len(generator)} generators, expected one per row of the first dim ({shape[0]})"
+        )
+    return torch.stack([_draw(shape[1:], one, device, dtype) for one in generator])
