@@ -1,6 +1,6 @@
 // Objectives: small epilogues over a row's statistics, their hand-written gradients, and the batch summary. Twin of
-// flowdppo_fast/objectives.py, which says what every line means; framework-free, host and device. Row arithmetic is in T
-// in the same order as there, so that decisions at a threshold agree; batch sums are in double.
+// flowdppo_fast/objectives.py, which says what every line means; framework-free, host and device. Row arithmetic is in
+// T in the same order as there, so that decisions at a threshold agree; batch sums are in double.
 #pragma once
 
 #include <math.h>
@@ -172,6 +172,8 @@ class RowSummary {
     RowSummary one;
     one.rows_ = 1.0;
     one.excess_ = one.excess_mean_ = row.excess;
+    // zero, or NaN: an infinite ratio leaves no deviation to tell
+    one.excess_squares_ = row.excess - row.excess;
     one.ratio_min_ = one.ratio_max_ = ratio;
     one.kl_max_ = kl;
     one.loss_ = loss;

@@ -1,5 +1,5 @@
-// Counter-based Gaussian noise: Philox4x32-10 (Salmon et al., SC 2011), 24-bit uniforms, Box-Muller. The definition is in
-// flowdppo_fast/noise.py; this is its twin for scalars (CUDA, host) and, through `Lanes`, for CPU vectors.
+// Counter-based Gaussian noise: Philox4x32-10 (Salmon et al., SC 2011), 24-bit uniforms, Box-Muller. The definition is
+// in flowdppo_fast/noise.py; this is its twin for scalars (CUDA, host) and, through `Lanes`, for CPU vectors.
 #pragma once
 
 #include <math.h>
@@ -58,7 +58,7 @@ FLOWDPPO_HD PhiloxWords<typename Lanes::Word> philox4x32(
   return counter;
 }
 
-// -2*log(u), u in [2^-24, 1]: relative error below 2^-23 also next to u = 1, where radii are small. Polynomials here are
+// -2*log(u), u in [2^-24, 1]: accurate to a few ulp also next to u = 1, where radii are small. Polynomials here are
 // minimax fits whose coefficients were rounded to float32.
 template <class Lanes>
 FLOWDPPO_HD typename Lanes::Float minus_two_log(typename Lanes::Float u) {
