@@ -1,8 +1,8 @@
-"""Philox4x32-10 normals inside a kernel, the draws of :mod:`flowdppo_fast.noise`.
+"""Philox4x32-10 normals inside a kernel: the draws of :mod:`flowdppo_fast.noise`.
 
 Logarithm, sine and cosine are polynomials of our own: the hardware's approximations lose all relative accuracy of
-``log(u)`` near ``u = 1``, and one set of formulas serves every vendor and the interpreter. Against float64 the normals
-are within 4 float32 ulp.
+``log(u)`` near ``u = 1``, and one set of formulas serves every vendor and the interpreter. The normals are within 4
+float32 eps, relative, of the float64 definition.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from flowdppo_fast.kernels.elementary import minus_two_log_of_bits
+
 
 @triton.jit
 def philox_words(seed, stream, block_low, block_high):
     """The four uint32 words of counters ``(block_low, block_high, stream_low, stream_high)`` under key ``seed``.
 
     ``seed`` and ``stream`` are int64 scalars, ``block_low`` a uint32 tensor, ``block_high`` a uint32 scalar. Words that
-    depend on scalars alone stay scalars for the first rounds, which saves their vector arithmetic.
+    depend on scalars alone stay scalars through the first rounds, which saves their vector arithmetic.
     """
     k0 = (seed & 0xFFFFFFFF).to(tl.uint32)
     k1 = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
@@ -39,30 +41,17 @@ def philox_words(seed, stream, block_low, block_high):
 
 @triton.jit
 def _radius(word):
-    """``sqrt(-2 * log(u))`` for ``u = ((word >> 8) + 1) * 2**-24``."""
-    # u = 2**e * (1 + f) with f in [-1/3, 1/3): u near 1 has e = 0 and an exact f, so nothing cancels.
-    # 0x0C000000 is 24 in the exponent field, the 2**-24 of u; 0x3F2AAAAB is 2/3
-    bits = ((word >> 8) + 1).to(tl.float32).to(tl.int32, bitcast=True)
-    exponent = (bits - (0x0C000000 + 0x3F2AAAAB)) & -0x800000
-    f = (bits - exponent - 0x0C000000).to(tl.float32, bitcast=True) - 1.0
-    # minimax on [-1/3, 1/3]: -2*log1p(f) = f*q(f), relative error 3e-8
-    q = f * -0.28041139245033264 + 0.30767229199409485
-    q = q * f - 0.27994272112846375
-    q = q * f + 0.3283405601978302
-    q = q * f - 0.40022146701812744
-    q = q * f + 0.500154972076416
-    q = q * f - 0.6666640043258667
-    q = q * f + 0.9999987483024597
-    q = q * f - 2.0
-    # -2*ln(2)*2**-23, because e sits 23 bits up
-    return tl.sqrt(exponent.to(tl.float32) * -1.6525916589735634e-07 + f * q)
+    """``sqrt(-2*log(u))`` for ``u = ((word >> 8) + 1) * 2**-24``."""
+    # 0x0C000000 is 24 in the exponent field: the factor 2**-24
+    bits = ((word >> 8) + 1).to(tl.float32).to(tl.int32, bitcast=True) - 0x0C000000
+    return tl.sqrt(minus_two_log_of_bits(bits))
 
 
 @triton.jit
 def _cos_sin(word):
     """``cos`` and ``sin`` of ``2*pi*turns`` for ``turns = (word >> 8) * 2**-24``."""
-    # to the nearest quarter turn in integers, which is exact: an eighth added, the two top bits number the quarter and
-    # the next 22 are the mantissa of 1.5 + rest with rest in [-1/2, 1/2) quarters
+    # to the nearest quarter turn in integers, which is exact: with an eighth added, the two top bits number the quarter
+    # and the next 22 are the mantissa of 1.5 + rest, rest in [-1/2, 1/2) quarters
     shifted = word + 0x20000000
     rest = (((shifted >> 7) & 0x7FFFFE) | 0x3F800000).to(tl.float32, bitcast=True) - 1.5
     y = rest * rest
@@ -85,9 +74,23 @@ def normals(seed, stream, start, BLOCK: tl.constexpr):
     first = start // 4
     # BLOCK/4 divides 2**32, so the low words of one block never carry
     low = (first & 0xFFFFFFFF).to(tl.uint32) + tl.arange(0, BLOCK // 4).to(tl.uint32)
-    high = (first >> 32).to(tl.uint32)
-    w0, w1, w2, w3 = philox_words(seed, stream, low, high)
-    # [BLOCK/4, pair], then [BLOCK/4, pair, cosine or sine]: in memory order z0 z1 z2 z3
-    radius = _radius(tl.join(w0, w2))
-    cosine, sine = _cos_sin(tl.join(w1, w3))
+    w0, w1, w2, w3 = philox_words(seed, stream, low, (first >> 32).to(tl.uint32))
+    # both words of a pair in one integer: with a single join Triton carries the layout of the loads back through all
+    # rounds, with two it would move the normals through shared memory; the packing itself compiles to nothing
+    pair0 = w0.to(tl.uint64) | (w1.to(tl.uint64) << 32)
+    pair1 = w2.to(tl.uint64) | (w3.to(tl.uint64) << 32)
+    pairs = tl.join(pair0, pair1)
+    radius = _radius(pairs.to(tl.uint32))
+    cosine, sine = _cos_sin((pairs >> 32).to(tl.uint32))
+    # [BLOCK/4, pair, cosine or sine] is z0 z1 z2 z3 in memory order
     return tl.reshape(tl.join(radius * cosine, radius * sine), (BLOCK,))
+
+
+@triton.jit
+def row_stream(streams, first_stream, row):
+    """The int64 Philox stream of a row: from the table, or consecutive from the first."""
+    if streams is None:
+        stream = first_stream.to(tl.int64) + row.to(tl.int64)
+    else:
+        stream = tl.load(streams + row)
+    return stream

@@ -1,0 +1,12 @@
+"""Triton backend: the operators of :mod:`flowdppo_fast.reference` on a GPU, with the same signatures.
+
+Forward is a streaming pass and one small epilogue, backward one streaming pass. Nothing here synchronises, tunes itself
+or adds up in an order that depends on timing; what is launched depends on shapes and dtypes alone.
+"""
+
+from flowdppo_fast.kernels.gradient import row_grad
+from flowdppo_fast.kernels.objective import policy_loss, policy_loss_and_grad
+from flowdppo_fast.kernels.sampler_step import sde_step
+from flowdppo_fast.kernels.statistics import row_stats
+
+__all__ = ["policy_loss", "policy_loss_and_grad", "row_grad", "row_stats", "sde_step"]

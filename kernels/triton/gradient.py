@@ -1,0 +1,183 @@
+"""The backward pass: one streaming launch from row coefficients to the gradient of the first argument."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flowdppo_fast.kernels.elementary import divide
+from flowdppo_fast.kernels.launch import (
+    BLOCK,
+    MEAN,
+    NUM_WARPS,
+    cut,
+    on_device,
+    row_strides,
+    step_arguments,
+    vector_width,
+)
+from flowdppo_fast.kernels.philox import normals, row_stream
+from flowdppo_fast.kernels.rows import row_offset
+
+
+@triton.jit(do_not_specialize=["splits", "upstream_stride", "seed", "first_stream"])
+def gradient_kernel(
+    new,
+    old,
+    noise,
+    reference,
+    streams,
+    step,
+    coefficients,  # [3, rows]
+    upstream,
+    grad,  # [rows, numel]
+    scale,
+    factor,
+    numel,
+    splits,
+    upstream_stride,
+    rows1,
+    new_outer,
+    old_outer,
+    noise_outer,
+    reference_outer,
+    new_inner,
+    old_inner,
+    noise_inner,
+    reference_inner,
+    seed: tl.int64,
+    first_stream: tl.int64,
+    COLUMNS: tl.constexpr,
+    MEAN_FORM: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    dtype: tl.constexpr = coefficients.dtype.element_ty
+    program = tl.program_id(0)
+    row = program // splits
+    rows = tl.num_programs(0) // splits
+    start = (program % splits).to(tl.int64) * (BLOCKS * BLOCK)
+    remaining = tl.minimum(numel - start, BLOCKS * BLOCK).to(tl.int32)
+    grad += row.to(tl.int64) * numel + start
+    grad_p = tl.load(coefficients + row)
+    grad_q = tl.load(coefficients + rows.to(tl.int64) + row)
+    grad_r = tl.load(coefficients + 2 * rows.to(tl.int64) + row)
+    if (grad_p != 0) | (grad_q != 0) | (grad_r != 0):
+        if step is None:
+            k = tl.full((), scale, dtype)
+        else:
+            if MEAN_FORM:
+                k = divide(tl.full((), 1.0, dtype), tl.load(step + row * COLUMNS))
+            else:
+                k = tl.load(step + row * COLUMNS + 1)
+        outer = tl.full((), factor, dtype) * k
+        if upstream is not None:
+            outer *= tl.load(upstream + row * upstream_stride).to(dtype)
+        times_z = outer * grad_p
+        times_d = 2.0 * outer * k * grad_q
+        times_w = 2.0 * outer * k * grad_r
+        if MEAN_FORM:
+            times_z = times_z * k
+        new += row_offset(row, rows1, new_outer, new_inner) + start
+        old += row_offset(row, rows1, old_outer, old_inner) + start
+        if noise is None:
+            stream = row_stream(streams, first_stream, row)
+        else:
+            noise += row_offset(row, rows1, noise_outer, noise_inner) + start
+        if reference is not None:
+            reference += row_offset(row, rows1, reference_outer, reference_inner) + start
+        for i in range(BLOCKS):
+            at = tl.max_contiguous(tl.arange(0, BLOCK) + i * BLOCK, VECTOR)
+            inside = at < remaining
+            x = tl.load(new + at, mask=inside, other=0.0)
+            y = tl.load(old + at, mask=inside, other=0.0)
+            if noise is not None:
+                z = tl.load(noise + at, mask=inside, other=0.0)
+            if reference is not None:
+                w = tl.load(reference + at, mask=inside, other=0.0)
+            x = x.to(dtype)
+            y = y.to(dtype)
+            if noise is None:
+                z = normals(seed.to(tl.int64), stream, start + i * BLOCK, BLOCK).to(dtype)
+            else:
+                z = z.to(dtype)
+                if MEAN_FORM:
+                    z = z - y
+            result = times_z * z + times_d * (x - y)
+            if reference is not None:
+                result += times_w * (x - w.to(dtype))
+            tl.store(grad + at, result.to(grad.dtype.element_ty), mask=inside)
+    else:
+        # nothing is read: the row may hold overflowed numbers, and reading is most of the cost
+        for i in range(BLOCKS):
+            at = tl.max_contiguous(tl.arange(0, BLOCK) + i * BLOCK, VECTOR)
+            tl.store(grad + at, tl.full((BLOCK,), 0.0, grad.dtype.element_ty), mask=at < remaining)
+
+
+def launch_gradient(
+    new: Tensor,
+    old: Tensor,
+    noise: Tensor | None,
+    reference: Tensor | None,
+    streams: Tensor | None,
+    step: Tensor | None,
+    step_values: list[float],
+    seed: int,
+    first_stream: int,
+    form: int,
+    coefficients: Tensor,
+    upstream: Tensor | None,
+    factor: float,
+) -> Tensor:
+    """:func:`row_grad` whose ``upstream`` may be None for 1."""
+    rows0, rows1, numel = new.shape
+    rows = rows0 * rows1
+    grad = new.new_empty(new.shape)
+    if rows == 0:
+        return grad
+    coefficients = coefficients.contiguous()
+    step, (std, scale, _) = step_arguments(step, step_values, rows, coefficients)
+    if step is None and form == MEAN:
+        scale = 1.0 / std if std != 0.0 else float("inf")
+    factor /= numel
+    if coefficients.dtype == torch.float64:
+        # python floats reach kernels as float32
+        scaled = torch.full((), factor, dtype=torch.float64, device=new.device)
+        upstream, factor = scaled if upstream is None else scaled * upstream, 1.0
+    upstream_stride = 0 if upstream is None or upstream.numel() == 1 else upstream.stride(0)
+    blocks, splits = cut(rows, numel)
+    rows1, outer, inner = row_strides(new, old, noise, reference)
+    with on_device(new):
+        gradient_kernel[(rows * splits,)](
+            new, old, noise, reference, streams, step, coefficients, upstream, grad,
+            scale, factor, numel, splits, upstream_stride, rows1, *outer, *inner, seed, first_stream,
+            COLUMNS=0 if step is None else step.shape[1], MEAN_FORM=form == MEAN,
+            VECTOR=vector_width(grad), BLOCKS=blocks, BLOCK=BLOCK,
+            num_warps=NUM_WARPS, enable_fp_fusion=True,
+        )  # fmt: skip
+    return grad
+
+
+def row_grad(
+    new: Tensor,
+    old: Tensor,
+    noise: Tensor | None,
+    reference: Tensor | None,
+    streams: Tensor | None,
+    step: Tensor | None,
+    step_values: list[float],
+    seed: int,
+    first_stream: int,
+    form: int,
+    coefficients: Tensor,
+    upstream: Tensor,
+    factor: float,
+) -> Tensor:
+    """:func:`flowdppo_fast.reference.row_grad` in one launch."""
+    return launch_gradient(
+        new, old, noise, reference, streams, step, step_values, seed, first_stream, form,
+        coefficients, upstream, factor,
+    )  # fmt: skip

@@ -1,0 +1,139 @@
+"""What every launcher needs: how rows are cut up, where they lie in memory, and the device to launch on.
+
+The cut depends on the shape alone, never on the device, so that one input gives the same bits on every GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flowdppo_fast.reference import Form
+
+# 8 elements per thread and block: one 16-byte load per bf16 tensor, two per float32 tensor. Larger shares per thread
+# raise registers (four accumulators each) faster than they raise the bytes in flight per SM.
+BLOCK = 2048
+NUM_WARPS = 8
+# programs wanted before one takes several blocks (8 x 262,144 gets there; a GPU holds 500 to 1,000 of them at a time),
+# and the most blocks that one takes: at 65,536 elements each, partials are below a ten-thousandth of the latents
+_PROGRAMS = 1024
+_MAX_BLOCKS = 32
+# partials that a warp of the small kernels loads at a time: 16 per thread
+_WARP_TILE = 512
+_MAX_SPLIT_BLOCK = 128
+MEAN = int(Form.MEAN)
+_NOTHING = contextlib.nullcontext()
+
+
+class Cut(NamedTuple):
+    """A row is cut into ``splits`` programs of ``blocks`` consecutive blocks (a power of two) each."""
+
+    blocks: int
+    splits: int
+
+
+# cached, like all pure functions of the shape here, because a launch is mostly host time
+@functools.cache
+def cut(rows: int, numel: int) -> Cut:
+    """The cut of ``rows`` rows of ``numel`` elements."""
+    wanted = max(1, min(rows * -(-numel // BLOCK) // _PROGRAMS, _MAX_BLOCKS))
+    blocks = 1 << (wanted.bit_length() - 1)
+    return Cut(blocks, -(-numel // (BLOCK * blocks)))
+
+
+class Tiles(NamedTuple):
+    """How small kernels walk partials ``[rows, splits]``: in tiles ``[row_block, split_block]``."""
+
+    row_block: int
+    row_blocks: int
+    split_block: int
+    split_blocks: int
+
+
+@functools.cache
+def partial_tiles(rows: int, splits: int, num_warps: int = 1) -> Tiles:
+    """Tiles for a program of ``num_warps``."""
+    split_block = min(_power_of_two(splits), _MAX_SPLIT_BLOCK)
+    row_block = min(_power_of_two(rows), num_warps * _WARP_TILE // split_block)
+    return Tiles(row_block, -(-rows // row_block), split_block, -(-splits // split_block))
+
+
+class EpilogueTiles(NamedTuple):
+    """The epilogue's tiles of partials, and the blocks in which it then walks finished rows."""
+
+    partials: Tiles
+    row_block: int
+    row_blocks: int
+    num_warps: int
+
+
+@functools.cache
+def epilogue_tiles(rows: int, splits: int) -> EpilogueTiles:
+    """One warp where it can, because it reduces by shuffles alone; more where rows or partials are many."""
+    num_warps = 8 if rows > 1024 else 4 if rows * splits > 1024 else 1
+    row_block = min(_power_of_two(rows), 32 * num_warps)
+    return EpilogueTiles(partial_tiles(rows, splits, num_warps), row_block, -(-rows // row_block), num_warps)
+
+
+def _power_of_two(value: int) -> int:
+    return 1 << (value - 1).bit_length()
+
+
+def vector_width(*stored: Tensor) -> int:
+    """Elements that the widest of the stored tensors takes in 16 bytes: what a thread should hold side by side.
+
+    Without the hint Triton would give a thread what 16 bytes of the narrowest input hold, and move wider results
+    through shared memory on their way out.
+    """
+    return 16 // max(x.element_size() for x in stored)
+
+
+class RowStrides(NamedTuple):
+    """Row strides of several latents; ``rows1`` and ``outer`` are None when one stride per tensor finds every row."""
+
+    rows1: int | None
+    outer: tuple[int | None, ...]
+    inner: tuple[int | None, ...]
+
+
+_NO_OUTER = (None,) * 4
+
+
+def row_strides(*latents: Tensor | None) -> RowStrides:
+    """Strides as kernels take them: row ``r`` of a tensor starts at ``(r // rows1)*outer + (r % rows1)*inner``.
+
+    Where all tensors allow it (the usual case) the two row dims collapse into one, which saves the kernel a division
+    and the launch half of its strides. The first tensor is never None.
+    """
+    rows0, rows1, _ = latents[0].shape  # type: ignore[union-attr]
+    # a stride of a dim of size 1 is never taken: 0 keeps the alignment that wide loads need
+    outer = tuple([x if x is None else x.stride(0) if rows0 > 1 else 0 for x in latents])
+    if rows1 == 1:
+        return RowStrides(None, _NO_OUTER[: len(latents)], outer)
+    inner = tuple([x if x is None else x.stride(1) for x in latents])
+    if rows0 == 1 or all(i is None or o == rows1 * i for o, i in zip(outer, inner)):  # type: ignore[operator]
+        return RowStrides(None, _NO_OUTER[: len(latents)], inner)
+    return RowStrides(rows1, outer, inner)
+
+
+def step_arguments(
+    step: Tensor | None, step_values: list[float], rows: int, like: Tensor
+) -> tuple[Tensor | None, list[float] | tuple[None, None, None]]:
+    """The table or the three numbers of a step, the other being None; ``like`` has the accumulation dtype.
+
+    Triton passes python floats as float32, so float64 rows get a table, at the price of a copy to the device.
+    """
+    if step is None and like.dtype == torch.float64:
+        step = like.new_tensor(step_values).repeat(rows, 1)
+    return (None, step_values) if step is None else (step, (None, None, None))
+
+
+def on_device(x: Tensor) -> contextlib.AbstractContextManager:
+    """Makes the tensor's GPU the current one, which is where Triton launches."""
+    if x.is_cuda and x.get_device() != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return _NOTHING

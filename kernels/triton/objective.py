@@ -1,0 +1,382 @@
+"""The objectives' epilogue in one small program: the twin of :func:`flowdppo_fast.objectives.epilogue`.
+
+A single program adds up the rows' partials, then walks the rows in blocks: applies the objective and keeps running
+metrics, lane by lane, which it folds at the end. Rows are few, so one launch counts for more than its parallelism.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flowdppo_fast.kernels.elementary import divide, exp_and_expm1, log
+from flowdppo_fast.kernels.gradient import launch_gradient
+from flowdppo_fast.kernels.launch import MEAN, cut, epilogue_tiles, on_device, step_arguments
+from flowdppo_fast.kernels.rows import row_statistics, row_sums, training_step
+from flowdppo_fast.kernels.statistics import launch_partials
+from flowdppo_fast.objectives import LOG_SQRT_2PI, SUMMARY, RowField, Rule, TrustRegion
+
+_LOG_SQRT_2PI = tl.constexpr(LOG_SQRT_2PI)
+_DPPO = tl.constexpr(int(Rule.DPPO))
+_DPPO_SYMMETRIC = tl.constexpr(int(Rule.DPPO_SYMMETRIC))
+_UNCLIPPED = tl.constexpr(int(Rule.UNCLIPPED))
+_GRPO_GUARD = tl.constexpr(int(Rule.GRPO_GUARD))
+_MEAN_DRIFT = tl.constexpr(int(TrustRegion.MEAN_DRIFT))
+_VELOCITY_DRIFT = tl.constexpr(int(TrustRegion.VELOCITY_DRIFT))
+_ROW_FIELDS, _SUMMARIES = len(RowField), len(SUMMARY)
+_NO_NUMBERS = (None,) * 5
+_GRAD_Q = tl.constexpr(int(RowField.GRAD_Q))
+
+
+@triton.jit
+def _number(value, table, index: tl.constexpr, dtype: tl.constexpr):
+    """A scalar option in ``dtype``: the launch argument, or an entry of the float64 table."""
+    if table is None:
+        number = tl.full((), value, dtype)
+    else:
+        number = tl.load(table + index)
+    return number
+
+
+@triton.jit
+def _add(total, flags, inside):
+    """``total`` plus the flags of the rows inside, in ``total``'s dtype."""
+    return total + (flags & inside).to(total.dtype)
+
+
+@triton.jit(do_not_specialize=["rows", "splits", "numel"])
+def epilogue_kernel(
+    partials,  # [FIELDS, rows, splits], and room for [FIELDS, rows] behind it
+    step,
+    std,
+    scale,
+    neg_dt,
+    advantages,
+    row_weights,
+    old_log_prob,
+    loss_out,  # []
+    rows_out,  # [len(RowField), rows]
+    summary,  # [len(SUMMARY)]
+    rows,
+    splits,
+    numel,
+    options,  # the five numbers below as float64, or None
+    threshold,
+    clip_low,
+    clip_high,
+    advantage_clip,
+    kl_weight,
+    RULE: tl.constexpr,
+    TRUST_REGION: tl.constexpr,
+    SUM_REDUCE: tl.constexpr,
+    UNNORMALIZED: tl.constexpr,
+    BATCH_BIAS: tl.constexpr,
+    REFERENCE_WITHOUT_DT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    MEAN_FORM: tl.constexpr,
+    DRIFT: tl.constexpr,
+    FIELDS: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
+    ROW_BLOCKS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_ROW_BLOCKS: tl.constexpr,
+    SPLIT_BLOCK: tl.constexpr,
+    SPLIT_BLOCKS: tl.constexpr,
+):
+    dtype: tl.constexpr = partials.dtype.element_ty
+    threshold = _number(threshold, options, 0, dtype)
+    clip_low = _number(clip_low, options, 1, dtype)
+    clip_high = _number(clip_high, options, 2, dtype)
+    advantage_clip = _number(advantage_clip, options, 3, dtype)
+    kl_weight = _number(kl_weight, options, 4, dtype)
+    zero = tl.full((ROW_BLOCK,), 0.0, dtype)
+    one = tl.full((ROW_BLOCK,), 1.0, dtype)
+    count = one
+    if SUM_REDUCE:
+        count = one * numel.to(dtype)
+    half_kl = 0.5 * count
+    total_rows = tl.full((), 1.0, dtype) * rows.to(dtype)
+    line = rows.to(tl.int64)
+
+    if SPLIT_BLOCK == 1:
+        sums = partials
+    else:
+        # row sums go through memory: kept in registers they would keep the tiles' layout, many copies of every row,
+        # through all of the arithmetic below
+        sums = partials + FIELDS * line * splits
+        for block in range(TILE_ROW_BLOCKS):
+            row = tl.arange(0, TILE_ROWS) + block * TILE_ROWS
+            first, second, third, fourth = row_sums(
+                partials, row, rows, splits, FIELDS, TILE_ROWS, SPLIT_BLOCK, SPLIT_BLOCKS
+            )
+            tl.store(sums + row, first, mask=row < rows)
+            tl.store(sums + line + row, second, mask=row < rows)
+            if FIELDS > 2:
+                tl.store(sums + 2 * line + row, third, mask=row < rows)
+            if FIELDS > 3:
+                tl.store(sums + 3 * line + row, fourth, mask=row < rows)
+        tl.debug_barrier()
+
+    bias = zero
+    if BATCH_BIAS:
+        for block in range(ROW_BLOCKS):
+            row = tl.arange(0, ROW_BLOCK) + block * ROW_BLOCK
+            _, k, _ = training_step(step, std, scale, neg_dt, row, rows, dtype, ROW_BLOCK, COLUMNS, MEAN_FORM)
+            square = tl.load(sums + line + row, mask=row < rows, other=0.0)
+            bias += half_kl * (divide(square, one * numel.to(dtype)) * k * k)
+        bias = one * divide(tl.sum(bias, axis=0), total_rows)
+
+    # running metrics, one lane per row of a block; Welford's mean and squared distance for the spread of the ratio
+    loss_sum, policy_sum, log_ratio_squares, kl_sum, drift_sum, reference_sum = zero, zero, zero, zero, zero, zero
+    far_sum, positive_sum, negative_sum, dropped_sum, nonfinite_sum = zero, zero, zero, zero, zero
+    outside_sum, above_sum, below_sum, slope_sum = zero, zero, zero, zero
+    excess_mean, excess_squares, lane_rows = zero, zero, zero
+    ratio_min = one * float("inf")
+    ratio_max = one * float("-inf")
+    kl_max = one * float("-inf")
+    ratio_nans, kl_nans = zero, zero
+
+    for block in range(ROW_BLOCKS):
+        row = tl.arange(0, ROW_BLOCK) + block * ROW_BLOCK
+        inside = row < rows
+        s, k, t = training_step(step, std, scale, neg_dt, row, rows, dtype, ROW_BLOCK, COLUMNS, MEAN_FORM)
+        cross = tl.load(sums + row, mask=inside, other=0.0)
+        square = tl.load(sums + line + row, mask=inside, other=0.0)
+        moment = zero
+        drift = zero
+        if old_log_prob is not None:
+            moment = tl.load(sums + 2 * line + row, mask=inside, other=0.0)
+        if DRIFT:
+            drift = tl.load(sums + (FIELDS - 1) * line + row, mask=inside, other=0.0)
+        p, q, e, r = row_statistics(cross, square, moment, drift, numel, k, MEAN_FORM)
+        adv = tl.load(advantages + row, mask=inside, other=0.0)
+        adv = tl.where(adv > advantage_clip, advantage_clip, tl.where(adv < -advantage_clip, -advantage_clip, adv))
+        weight = one
+        if row_weights is not None:
+            weight = tl.load(row_weights + row, mask=inside, other=0.0)
+
+        # log-ratio and its slope against P (against Q it is -slope/2)
+        slope = count
+        if UNNORMALIZED:
+            slope = count * 2.0 * (s * s)
+        if old_log_prob is None:
+            log_ratio = slope * (p - 0.5 * q)
+        else:
+            log_ratio = -0.5 * slope * (e - 2.0 * p + q)
+            if not UNNORMALIZED:
+                log_ratio -= count * (log(s) + _LOG_SQRT_2PI)
+            log_ratio -= count * tl.load(old_log_prob + row, mask=inside, other=0.0)
+        if TRUST_REGION == _MEAN_DRIFT:
+            kl = half_kl * (s * s) * q
+        elif TRUST_REGION == _VELOCITY_DRIFT:
+            kl = divide(count * q, k * k)
+        else:
+            kl = half_kl * q
+
+        # exponent of the ratio, its slopes, and what the loss is multiplied by
+        exponent, slope_p, slope_q, gain = log_ratio, slope, -0.5 * slope, one
+        if RULE == _GRPO_GUARD:
+            gain = divide(one, t)
+            slope_p = slope * s
+            if BATCH_BIAS:
+                exponent = (log_ratio + bias) * s
+                slope_q = -0.5 * slope * s
+            else:
+                exponent = (log_ratio + half_kl * q) * s
+                slope_q = (-0.5 * slope + half_kl) * s
+
+        # decisions use r - 1 and the sign of the exponent: exp() rounds what differs from 1 by less than an ulp to 1
+        ratio, excess = exp_and_expm1(exponent)
+        far = kl >= threshold
+        above = excess > clip_high
+        below = -excess > clip_low
+        bound = zero
+        if RULE == _DPPO:
+            dropped = far & (((adv > 0) & (exponent > 0)) | ((adv < 0) & (exponent < 0)))
+        elif RULE == _DPPO_SYMMETRIC:
+            dropped = far
+        elif RULE == _UNCLIPPED:
+            dropped = row < 0
+        else:
+            dropped = ((adv > 0) & above) | ((adv < 0) & below)
+            bound = -adv * tl.where(adv > 0, 1.0 + clip_high, 1.0 - clip_low)
+
+        surrogate = -adv * ratio
+        policy = weight * gain * tl.where(dropped, bound, surrogate)
+        # where() keeps an overflowed ratio out of dropped rows
+        slope_x = weight * gain * tl.where(dropped, 0.0, surrogate)
+        grad_p = tl.where(dropped, 0.0, slope_x * slope_p)
+        grad_q = tl.where(dropped, 0.0, slope_x * slope_q)
+
+        reference_slope = count * 0.5
+        if REFERENCE_WITHOUT_DT:
+            reference_slope *= t
+        reference = reference_slope * r
+        # a weight of 0 must not turn a non-finite reference term into NaN
+        loss = policy + tl.where(kl_weight > 0, weight * kl_weight * reference, 0.0)
+        grad_r = tl.where(kl_weight > 0, weight * kl_weight * reference_slope, 0.0)
+
+        out = rows_out + row
+        tl.store(out, log_ratio, mask=inside)
+        tl.store(out + line, ratio, mask=inside)
+        tl.store(out + 2 * line, kl, mask=inside)
+        tl.store(out + 3 * line, tl.where(dropped, zero, one), mask=inside)
+        tl.store(out + 4 * line, loss, mask=inside)
+        tl.store(out + 5 * line, grad_p, mask=inside)
+        tl.store(out + 6 * line, grad_q, mask=inside)
+        tl.store(out + 7 * line, grad_r, mask=inside)
+
+        loss_sum += tl.where(inside, loss, 0.0)
+        policy_sum += tl.where(inside, policy, 0.0)
+        log_ratio_squares += tl.where(inside, log_ratio * log_ratio, 0.0)
+        kl_sum += tl.where(inside, kl, 0.0)
+        drift_sum += tl.where(inside, s * s * q, 0.0)
+        reference_sum += tl.where(inside, reference, 0.0)
+        slope_sum += tl.where(inside, slope_x * s, 0.0)
+        far_sum = _add(far_sum, far, inside)
+        positive_sum = _add(positive_sum, dropped & (adv > 0), inside)
+        negative_sum = _add(negative_sum, dropped & (adv < 0), inside)
+        dropped_sum = _add(dropped_sum, dropped, inside)
+        outside_sum = _add(outside_sum, above | below, inside)
+        above_sum = _add(above_sum, above, inside)
+        below_sum = _add(below_sum, below, inside)
+        # abs(x) < inf is false for NaN, too
+        infinity: tl.constexpr = float("inf")
+        finite = (tl.abs(log_ratio) < infinity) & (ratio < infinity)
+        finite = finite & (tl.abs(kl) < infinity) & (tl.abs(loss) < infinity)
+        nonfinite_sum = _add(nonfinite_sum, finite == 0, inside)
+        ratio_nans = _add(ratio_nans, ratio != ratio, inside)
+        kl_nans = _add(kl_nans, kl != kl, inside)
+        ratio_min = tl.where(inside, tl.minimum(ratio_min, ratio), ratio_min)
+        ratio_max = tl.where(inside, tl.maximum(ratio_max, ratio), ratio_max)
+        kl_max = tl.where(inside, tl.maximum(kl_max, kl), kl_max)
+        lane_rows = tl.where(inside, lane_rows + 1.0, lane_rows)
+        step_to_mean = divide(excess - excess_mean, tl.where(inside, lane_rows, one))
+        distance = excess - excess_mean
+        excess_mean = tl.where(inside, excess_mean + step_to_mean, excess_mean)
+        excess_squares += tl.where(inside, distance * (excess - excess_mean), 0.0)
+
+    if BATCH_BIAS:
+        # the shared bias moves with every row's Q
+        shared = divide(half_kl * tl.sum(slope_sum, axis=0), one * total_rows)
+        # this program's own stores are read back
+        tl.debug_barrier()
+        for block in range(ROW_BLOCKS):
+            row = tl.arange(0, ROW_BLOCK) + block * ROW_BLOCK
+            out = rows_out + _GRAD_Q * line + row
+            tl.store(out, tl.load(out, mask=row < rows, other=0.0) + shared, mask=row < rows)
+
+    mean_excess = divide(tl.sum(lane_rows * excess_mean, axis=0), total_rows)
+    distance = tl.where(lane_rows > 0, excess_mean - mean_excess, 0.0)
+    squares = tl.sum(excess_squares + lane_rows * (distance * distance), axis=0)
+    spread = tl.sqrt(divide(squares, tl.maximum(total_rows - 1.0, 1.0)))
+    nan = tl.full((), float("nan"), dtype)
+    loss = divide(tl.sum(loss_sum, axis=0), total_rows)
+    tl.store(loss_out, loss)
+    # in the order of objectives.SUMMARY
+    tl.store(summary, loss)
+    tl.store(summary + 1, divide(tl.sum(policy_sum, axis=0), total_rows))
+    tl.store(summary + 2, 1.0 + mean_excess)
+    tl.store(summary + 3, tl.where(rows > 1, spread, 0.0))
+    tl.store(summary + 4, tl.where(tl.sum(ratio_nans, axis=0) > 0, nan, tl.min(ratio_min, axis=0)))
+    tl.store(summary + 5, tl.where(tl.sum(ratio_nans, axis=0) > 0, nan, tl.max(ratio_max, axis=0)))
+    tl.store(summary + 6, 0.5 * divide(tl.sum(log_ratio_squares, axis=0), total_rows))
+    tl.store(summary + 7, divide(tl.sum(kl_sum, axis=0), total_rows))
+    tl.store(summary + 8, tl.where(tl.sum(kl_nans, axis=0) > 0, nan, tl.max(kl_max, axis=0)))
+    tl.store(summary + 9, divide(tl.sum(far_sum, axis=0), total_rows))
+    tl.store(summary + 10, divide(tl.sum(positive_sum, axis=0), total_rows))
+    tl.store(summary + 11, divide(tl.sum(negative_sum, axis=0), total_rows))
+    tl.store(summary + 12, divide(tl.sum(dropped_sum, axis=0), total_rows))
+    tl.store(summary + 13, divide(total_rows - tl.sum(dropped_sum, axis=0), total_rows))
+    tl.store(summary + 14, divide(tl.sum(drift_sum, axis=0), total_rows))
+    tl.store(summary + 15, tl.sum(nonfinite_sum, axis=0))
+    tl.store(summary + 16, divide(tl.sum(outside_sum, axis=0), total_rows))
+    tl.store(summary + 17, divide(tl.sum(above_sum, axis=0), total_rows))
+    tl.store(summary + 18, divide(tl.sum(below_sum, axis=0), total_rows))
+    tl.store(summary + 19, divide(tl.sum(reference_sum, axis=0), total_rows))
+
+
+def policy_loss(
+    new: Tensor,
+    old: Tensor,
+    noise: Tensor | None,
+    reference: Tensor | None,
+    streams: Tensor | None,
+    step: Tensor | None,
+    step_values: list[float],
+    seed: int,
+    first_stream: int,
+    form: int,
+    advantages: Tensor,
+    row_weights: Tensor | None,
+    old_log_prob: Tensor | None,
+    ints: list[int],
+    floats: list[float],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`flowdppo_fast.reference.policy_loss` in two launches."""
+    rows0, rows1, numel = new.shape
+    rows = rows0 * rows1
+    # advantages are in the accumulation dtype
+    loss, summary = advantages.new_empty(()), advantages.new_empty(_SUMMARIES)
+    row_results = advantages.new_empty((_ROW_FIELDS, rows))
+    if rows == 0:
+        # no rows: no loss, nothing to count, and no statistics to report
+        zeros = [SUMMARY.index(name) for name in ("loss", "policy_loss", "nonfinite_rows")]
+        summary.fill_(float("nan"))[zeros] = 0.0
+        return loss.zero_(), row_results, summary
+    step, values = step_arguments(step, step_values, rows, loss)
+    numbers, options = floats, None
+    if advantages.dtype == torch.float64:
+        # like step_arguments(): python floats reach kernels as float32
+        numbers, options = _NO_NUMBERS, advantages.new_tensor(floats)
+    rule, trust_region, sum_reduce, unnormalized, batch_bias, reference_without_dt = ints
+    second_moment, drift = old_log_prob is not None, reference is not None
+    splits = cut(rows, numel).splits
+    tiles, row_block, row_blocks, num_warps = epilogue_tiles(rows, splits)
+    with on_device(new):
+        partials = launch_partials(new, old, noise, reference, streams, seed, first_stream, form, second_moment, loss)
+        epilogue_kernel[(1,)](
+            partials, step, *values, advantages, row_weights, old_log_prob, loss, row_results, summary,
+            rows, splits, numel, options, *numbers,
+            RULE=rule, TRUST_REGION=trust_region, SUM_REDUCE=sum_reduce, UNNORMALIZED=unnormalized,
+            BATCH_BIAS=batch_bias, REFERENCE_WITHOUT_DT=reference_without_dt,
+            COLUMNS=0 if step is None else step.shape[1], MEAN_FORM=form == MEAN,
+            DRIFT=drift, FIELDS=2 + second_moment + drift, ROW_BLOCK=row_block, ROW_BLOCKS=row_blocks,
+            TILE_ROWS=tiles.row_block, TILE_ROW_BLOCKS=tiles.row_blocks,
+            SPLIT_BLOCK=tiles.split_block, SPLIT_BLOCKS=tiles.split_blocks,
+            # unfused, so that decisions see the reference's roundings
+            num_warps=num_warps, enable_fp_fusion=False,
+        )  # fmt: skip
+    return loss, row_results, summary
+
+
+def policy_loss_and_grad(
+    new: Tensor,
+    old: Tensor,
+    noise: Tensor | None,
+    reference: Tensor | None,
+    streams: Tensor | None,
+    step: Tensor | None,
+    step_values: list[float],
+    seed: int,
+    first_stream: int,
+    form: int,
+    advantages: Tensor,
+    row_weights: Tensor | None,
+    old_log_prob: Tensor | None,
+    ints: list[int],
+    floats: list[float],
+    factor: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`flowdppo_fast.reference.policy_loss_and_grad` in three launches."""
+    loss, rows, summary = policy_loss(
+        new, old, noise, reference, streams, step, step_values, seed, first_stream, form,
+        advantages, row_weights, old_log_prob, ints, floats,
+    )  # fmt: skip
+    grad = launch_gradient(
+        new, old, noise, reference, streams, step, step_values, seed, first_stream, form,
+        rows[RowField.GRAD_P :], None, factor,
+    )  # fmt: skip
+    return loss, rows, summary, grad

@@ -1,0 +1,196 @@
+"""One sampler step, ``mu = a*x + b*v`` and ``x' = mu + S*e``: one launch, two with the log-prob."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flowdppo_fast.kernels.elementary import divide, log
+from flowdppo_fast.kernels.launch import (
+    BLOCK,
+    NUM_WARPS,
+    cut,
+    on_device,
+    partial_tiles,
+    row_strides,
+    step_arguments,
+    vector_width,
+)
+from flowdppo_fast.kernels.philox import normals, row_stream
+from flowdppo_fast.kernels.rows import row_offset, row_sums
+from flowdppo_fast.objectives import LOG_SQRT_2PI
+from flowdppo_fast.reference import stats_dtype
+
+_LOG_SQRT_2PI = tl.constexpr(LOG_SQRT_2PI)
+
+
+@triton.jit(do_not_specialize=["splits", "seed", "first_stream"])
+def step_kernel(
+    sample,
+    velocity,
+    noise,  # e, or with GIVEN the next state
+    streams,
+    step,
+    sample_coef,
+    velocity_coef,
+    std,
+    next_sample,  # [rows, numel] or None
+    mean,  # [rows, numel] or None
+    partials,  # [rows*splits] or None
+    numel,
+    splits,
+    rows1,
+    sample_outer,
+    velocity_outer,
+    noise_outer,
+    sample_inner,
+    velocity_inner,
+    noise_inner,
+    seed: tl.int64,
+    first_stream: tl.int64,
+    GIVEN: tl.constexpr,
+    FLOAT64: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    dtype: tl.constexpr = tl.float64 if FLOAT64 else tl.float32
+    program = tl.program_id(0)
+    row = program // splits
+    start = (program % splits).to(tl.int64) * (BLOCKS * BLOCK)
+    remaining = tl.minimum(numel - start, BLOCKS * BLOCK).to(tl.int32)
+    if step is None:
+        a = tl.full((), sample_coef, dtype)
+        b = tl.full((), velocity_coef, dtype)
+        s = tl.full((), std, dtype)
+    else:
+        a = tl.load(step + row * 3)
+        b = tl.load(step + row * 3 + 1)
+        s = tl.load(step + row * 3 + 2)
+    sample += row_offset(row, rows1, sample_outer, sample_inner) + start
+    velocity += row_offset(row, rows1, velocity_outer, velocity_inner) + start
+    if noise is None:
+        stream = row_stream(streams, first_stream, row)
+    else:
+        noise += row_offset(row, rows1, noise_outer, noise_inner) + start
+    if next_sample is not None:
+        next_sample += row.to(tl.int64) * numel + start
+    if mean is not None:
+        mean += row.to(tl.int64) * numel + start
+
+    moment = tl.full((BLOCK,), 0.0, dtype)
+    for i in range(BLOCKS):
+        at = tl.max_contiguous(tl.arange(0, BLOCK) + i * BLOCK, VECTOR)
+        inside = at < remaining
+        # all loads before any arithmetic and noise first, as in statistics.partials_kernel
+        if noise is not None:
+            e = tl.load(noise + at, mask=inside, other=0.0)
+        x = tl.load(sample + at, mask=inside, other=0.0)
+        v = tl.load(velocity + at, mask=inside, other=0.0)
+        x = x.to(dtype)
+        mu = a * x + b * v.to(dtype)
+        if noise is None:
+            e = normals(seed.to(tl.int64), stream, start + i * BLOCK, BLOCK).to(dtype)
+            if partials is not None:
+                # x is 0 outside; naming it ties the normals to the layout of the loads
+                e = tl.where(inside, e, x)
+        else:
+            e = e.to(dtype)
+        if mean is not None:
+            tl.store(mean + at, mu, mask=inside)
+        if next_sample is not None:
+            # a step without noise keeps its mean even if the noise tensor holds nothing usable
+            drawn = tl.where(s == 0, mu, mu + s * e)
+            tl.store(next_sample + at, drawn.to(next_sample.dtype.element_ty), mask=inside)
+        if partials is not None:
+            if GIVEN:
+                # 1/S**2 is left to the row; outside, mu is 0 like the rest
+                e = e - mu
+            moment += e * e
+    if partials is not None:
+        tl.store(partials + program, tl.sum(moment, axis=0))
+
+
+@triton.jit(do_not_specialize=["rows", "splits", "numel"])
+def log_prob_kernel(
+    partials,
+    step,
+    std,
+    log_prob,  # [rows]
+    rows,
+    splits,
+    numel,
+    GIVEN: tl.constexpr,
+    UNNORMALIZED: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
+    SPLIT_BLOCK: tl.constexpr,
+    SPLIT_BLOCKS: tl.constexpr,
+):
+    dtype: tl.constexpr = partials.dtype.element_ty
+    row = tl.program_id(0) * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
+    if step is None:
+        s = tl.full((ROW_BLOCK,), std, dtype)
+    else:
+        s = tl.load(step + row * 3 + 2, mask=row < rows, other=1.0)
+    count = tl.full((ROW_BLOCK,), 1.0, dtype) * numel.to(dtype)
+    total, _, _, _ = row_sums(partials, row, rows, splits, 1, ROW_BLOCK, SPLIT_BLOCK, SPLIT_BLOCKS)
+    moment = divide(total, count)
+    if GIVEN:
+        moment = divide(divide(moment, s), s)
+    if UNNORMALIZED:
+        result = -(s * s) * moment
+    else:
+        result = -0.5 * moment - log(s) - _LOG_SQRT_2PI
+    tl.store(log_prob + row, result, mask=row < rows)
+
+
+def sde_step(
+    sample: Tensor,
+    velocity: Tensor,
+    noise: Tensor | None,
+    prev_sample: Tensor | None,
+    streams: Tensor | None,
+    step: Tensor | None,
+    step_values: list[float],
+    seed: int,
+    first_stream: int,
+    dtype: torch.dtype,
+    with_mean: bool,
+    with_log_prob: bool,
+    unnormalized: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`flowdppo_fast.reference.sde_step` in one launch, and a small second one for the log-prob."""
+    rows0, rows1, numel = sample.shape
+    rows, compute, given = rows0 * rows1, stats_dtype(sample), prev_sample is not None
+    next_sample = sample.new_empty(0 if given else sample.shape, dtype=dtype)
+    mean = sample.new_empty(sample.shape if with_mean else 0, dtype=compute)
+    log_prob = sample.new_empty(rows if with_log_prob else 0, dtype=compute)
+    if rows == 0 or (given and not with_mean and not with_log_prob):
+        return next_sample, mean, log_prob
+    step, values = step_arguments(step, step_values, rows, log_prob)
+    blocks, splits = cut(rows, numel)
+    partials = log_prob.new_empty(rows * splits) if with_log_prob else None
+    source = prev_sample if given else noise
+    drawn, wanted_mean = None if given else next_sample, mean if with_mean else None
+    stored = [x for x in (drawn, wanted_mean) if x is not None]
+    rows1, outer, inner = row_strides(sample, velocity, source)
+    with on_device(sample):
+        step_kernel[(rows * splits,)](
+            sample, velocity, source, streams, step, *values,
+            drawn, wanted_mean, partials,
+            numel, splits, rows1, *outer, *inner, seed, first_stream,
+            GIVEN=given, FLOAT64=compute == torch.float64, VECTOR=vector_width(*(stored or [sample])),
+            BLOCKS=blocks, BLOCK=BLOCK,
+            num_warps=NUM_WARPS, enable_fp_fusion=True,
+        )  # fmt: skip
+        if with_log_prob:
+            tiles = partial_tiles(rows, splits)
+            log_prob_kernel[(tiles.row_blocks,)](
+                partials, step, values[2], log_prob, rows, splits, numel,
+                GIVEN=given, UNNORMALIZED=unnormalized,
+                ROW_BLOCK=tiles.row_block, SPLIT_BLOCK=tiles.split_block, SPLIT_BLOCKS=tiles.split_blocks,
+                num_warps=1, enable_fp_fusion=False,
+            )  # fmt: skip
+    return next_sample, mean, log_prob

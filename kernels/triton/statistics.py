@@ -1,0 +1,212 @@
+"""Row statistics: one streaming pass over the latents into per-program partials, then a small kernel that adds up.
+
+With ``d = new - old``, ``w = new - reference`` and ``z`` the noise or, on means, ``x' - old``, a program sums its part
+of a row to ``d*z, d*d`` and, where asked, ``z*z, w*w``. The row's ``k`` is applied to the sums, so the streaming kernel
+reads no step table.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flowdppo_fast.kernels.launch import (
+    BLOCK,
+    MEAN,
+    NUM_WARPS,
+    cut,
+    on_device,
+    partial_tiles,
+    row_strides,
+    step_arguments,
+)
+from flowdppo_fast.kernels.philox import normals, row_stream
+from flowdppo_fast.kernels.rows import row_offset, row_statistics, row_sums, training_step
+from flowdppo_fast.reference import stats_dtype
+
+
+@triton.jit(do_not_specialize=["splits", "seed", "first_stream"])
+def partials_kernel(
+    new,
+    old,
+    noise,
+    reference,
+    streams,
+    partials,  # [fields, rows*splits]
+    numel,
+    splits,
+    rows1,
+    new_outer,
+    old_outer,
+    noise_outer,
+    reference_outer,
+    new_inner,
+    old_inner,
+    noise_inner,
+    reference_inner,
+    seed: tl.int64,
+    first_stream: tl.int64,
+    MEAN_FORM: tl.constexpr,
+    SECOND_MOMENT: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    dtype: tl.constexpr = partials.dtype.element_ty
+    program = tl.program_id(0)
+    row = program // splits
+    start = (program % splits).to(tl.int64) * (BLOCKS * BLOCK)
+    remaining = tl.minimum(numel - start, BLOCKS * BLOCK).to(tl.int32)
+    new += row_offset(row, rows1, new_outer, new_inner) + start
+    old += row_offset(row, rows1, old_outer, old_inner) + start
+    if noise is None:
+        stream = row_stream(streams, first_stream, row)
+    else:
+        noise += row_offset(row, rows1, noise_outer, noise_inner) + start
+    if reference is not None:
+        reference += row_offset(row, rows1, reference_outer, reference_inner) + start
+
+    cross = tl.full((BLOCK,), 0.0, dtype)
+    square = tl.full((BLOCK,), 0.0, dtype)
+    moment = tl.full((BLOCK,), 0.0, dtype)
+    drift = tl.full((BLOCK,), 0.0, dtype)
+    for i in range(BLOCKS):
+        at = tl.arange(0, BLOCK) + i * BLOCK
+        inside = at < remaining
+        # all loads before any arithmetic and noise first: in another order ptxas starts on new - old before it has sent
+        # for the noise
+        if noise is not None:
+            z = tl.load(noise + at, mask=inside, other=0.0)
+        x = tl.load(new + at, mask=inside, other=0.0)
+        y = tl.load(old + at, mask=inside, other=0.0)
+        if reference is not None:
+            w = tl.load(reference + at, mask=inside, other=0.0)
+        x = x.to(dtype)
+        y = y.to(dtype)
+        d = x - y
+        if noise is None:
+            z = normals(seed.to(tl.int64), stream, start + i * BLOCK, BLOCK).to(dtype)
+            if SECOND_MOMENT:
+                # x is 0 outside; naming it ties the normals to the layout of the loads
+                z = tl.where(inside, z, x)
+        else:
+            z = z.to(dtype)
+            if MEAN_FORM:
+                z = z - y
+        cross += d * z
+        square += d * d
+        if SECOND_MOMENT:
+            moment += z * z
+        if reference is not None:
+            w = x - w.to(dtype)
+            drift += w * w
+
+    out = partials + program
+    total = tl.num_programs(0).to(tl.int64)
+    tl.store(out, tl.sum(cross, axis=0))
+    tl.store(out + total, tl.sum(square, axis=0))
+    out += 2 * total
+    if SECOND_MOMENT:
+        tl.store(out, tl.sum(moment, axis=0))
+        out += total
+    if reference is not None:
+        tl.store(out, tl.sum(drift, axis=0))
+
+
+@triton.jit(do_not_specialize=["rows", "splits", "numel"])
+def statistics_kernel(
+    partials,
+    step,
+    std,
+    scale,
+    neg_dt,
+    stats,  # [4, rows]
+    rows,
+    splits,
+    numel,
+    COLUMNS: tl.constexpr,
+    MEAN_FORM: tl.constexpr,
+    SECOND_MOMENT: tl.constexpr,
+    DRIFT: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
+    SPLIT_BLOCK: tl.constexpr,
+    SPLIT_BLOCKS: tl.constexpr,
+):
+    dtype: tl.constexpr = partials.dtype.element_ty
+    row = tl.program_id(0) * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
+    _, k, _ = training_step(step, std, scale, neg_dt, row, rows, dtype, ROW_BLOCK, COLUMNS, MEAN_FORM)
+    fields: tl.constexpr = 2 + SECOND_MOMENT + DRIFT
+    cross, square, moment, drift = row_sums(partials, row, rows, splits, fields, ROW_BLOCK, SPLIT_BLOCK, SPLIT_BLOCKS)
+    if DRIFT and not SECOND_MOMENT:
+        moment, drift = drift, moment
+    p, q, e, r = row_statistics(cross, square, moment, drift, numel, k, MEAN_FORM)
+    inside = row < rows
+    line = rows.to(tl.int64)
+    tl.store(stats + row, p, mask=inside)
+    tl.store(stats + line + row, q, mask=inside)
+    tl.store(stats + 2 * line + row, e, mask=inside)
+    tl.store(stats + 3 * line + row, r, mask=inside)
+
+
+def launch_partials(
+    new: Tensor,
+    old: Tensor,
+    noise: Tensor | None,
+    reference: Tensor | None,
+    streams: Tensor | None,
+    seed: int,
+    first_stream: int,
+    form: int,
+    second_moment: bool,
+    like: Tensor,
+) -> Tensor:
+    """Sums of ``d*z, d*d``, then ``z*z`` and ``w*w`` where asked, per program; the device must be current.
+
+    Returns ``[fields, R, splits]`` in ``like``'s dtype as one long vector, with room for ``[fields, R]`` behind it.
+    """
+    rows0, rows1, numel = new.shape
+    rows = rows0 * rows1
+    blocks, splits = cut(rows, numel)
+    partials = like.new_empty((2 + second_moment + (reference is not None)) * rows * (splits + 1))
+    rows1, outer, inner = row_strides(new, old, noise, reference)
+    partials_kernel[(rows * splits,)](
+        new, old, noise, reference, streams, partials,
+        numel, splits, rows1, *outer, *inner, seed, first_stream,
+        MEAN_FORM=form == MEAN, SECOND_MOMENT=second_moment, BLOCKS=blocks, BLOCK=BLOCK,
+        num_warps=NUM_WARPS, enable_fp_fusion=True,
+    )  # fmt: skip
+    return partials
+
+
+def row_stats(
+    new: Tensor,
+    old: Tensor,
+    noise: Tensor | None,
+    reference: Tensor | None,
+    streams: Tensor | None,
+    step: Tensor | None,
+    step_values: list[float],
+    seed: int,
+    first_stream: int,
+    form: int,
+    second_moment: bool,
+) -> Tensor:
+    """:func:`flowdppo_fast.reference.row_stats` in two launches."""
+    rows, numel = new.shape[0] * new.shape[1], new.shape[2]
+    stats = torch.empty((4, rows), dtype=stats_dtype(new), device=new.device)
+    if rows == 0:
+        return stats
+    step, values = step_arguments(step, step_values, rows, stats)
+    with on_device(new):
+        partials = launch_partials(new, old, noise, reference, streams, seed, first_stream, form, second_moment, stats)
+        splits = cut(rows, numel).splits
+        tiles = partial_tiles(rows, splits)
+        statistics_kernel[(tiles.row_blocks,)](
+            partials, step, *values, stats, rows, splits, numel,
+            COLUMNS=0 if step is None else step.shape[1], MEAN_FORM=form == MEAN,
+            SECOND_MOMENT=second_moment, DRIFT=reference is not None,
+            ROW_BLOCK=tiles.row_block, SPLIT_BLOCK=tiles.split_block, SPLIT_BLOCKS=tiles.split_blocks,
+            num_warps=1, enable_fp_fusion=False,
+        )  # fmt: skip
+    return stats
