@@ -7,6 +7,7 @@
 
 from .backend import BACKENDS, build_info, resolve
 from .losses import (
+    LossOptions,
     fused_dppo_loss,
     fused_dppo_velocity_loss,
     fused_grpo_guard_loss,
@@ -30,6 +31,7 @@ __all__ = [
     "DPPO",
     "SAMPLERS",
     "GRPOGuard",
+    "LossOptions",
     "LossOutput",
     "Metrics",
     "PhiloxNoise",

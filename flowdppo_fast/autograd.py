@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -73,7 +74,7 @@ class PolicyLoss(torch.autograd.Function):
             loss = rows[RowField.LOSS].sum()
         ctx.save_for_backward(c.new, c.old, c.noise, c.reference, streams, step, rows)
         ctx.source, ctx.order, ctx.shape = source, c.order, new.shape
-        ctx.factor = 1.0 / rows.shape[1] if reduction == "mean" and rows.shape[1] > 0 else 1.0
+        ctx.averages = reduction == "mean" and rows.shape[1] > 0
         ctx.mark_non_differentiable(rows, summary)
         ctx.set_materialize_grads(False)
         return loss, rows, summary
@@ -85,11 +86,16 @@ class PolicyLoss(torch.autograd.Function):
         if grad_loss is None:
             return None, *nothing
         new, old, noise, reference, streams, step, rows = ctx.saved_tensors
-        source = ctx.source
+        source, upstream, factor = ctx.source, grad_loss.reshape(-1), 1.0
+        if ctx.averages and torch.compiler.is_compiling():
+            # an operator's float argument would make the number of rows a constant of the graph
+            upstream = upstream / rows.shape[1]
+        elif ctx.averages:
+            factor = 1.0 / rows.shape[1]
         grad = operator("row_grad", source.backend, new.device.type)(
             new, old, noise, reference, streams, step,
             source.step_values, source.seed, source.first_stream, source.form,
-            rows[RowField.GRAD_P :], grad_loss.reshape(-1), ctx.factor,
+            rows[RowField.GRAD_P :], upstream, factor,
         )  # fmt: skip
         return from_rows(grad, ctx.shape, source.row_dims, ctx.order), *nothing
 
@@ -127,8 +133,8 @@ class SamplerStep(torch.autograd.Function):
     """``(x', mu, log_prob)`` of a sampler step, ``mu`` and ``log_prob`` differentiable in ``velocity``.
 
     The next state is an action, a constant to the gradient whether it was given or just drawn: ``dmu/dv = b`` and
-    ``dlog_prob/dmu = e/(N*S)``, which is the row gradient of the MEAN form at ``new == old == mu`` with ``gP =
-    dlog_prob``.
+    ``dlog_prob/dmu = e/(N*S)``. That is the row gradient at ``new == old`` with ``gP = dlog_prob``: in the VELOCITY
+    form where ``e`` was drawn, in the MEAN form where it follows from a given state.
     """
 
     @staticmethod
@@ -136,47 +142,54 @@ class SamplerStep(torch.autograd.Function):
         with_mean, with_log_prob, unnormalized = flags
         dims = source.row_dims
         order = latent_order(sample, dims) if noise is not None or prev_sample is not None else None
+        drift = to_rows(velocity, dims, order)
+        drawn = None if noise is None else to_rows(noise, dims, order)
         given = None if prev_sample is None else to_rows(prev_sample, dims, order)
-        needs_grad = ctx.needs_input_grad[0]
+        scores_given = with_log_prob and given is not None and ctx.needs_input_grad[0]
         next_sample, mean, log_prob = operator("sde_step", source.backend, velocity.device.type)(
-            to_rows(sample, dims, order),
-            to_rows(velocity, dims, order),
-            None if noise is None else to_rows(noise, dims, order),
-            given, streams, step, source.step_values, source.seed, source.first_stream,
-            dtype, with_mean or needs_grad, with_log_prob, unnormalized,
+            to_rows(sample, dims, order), drift, drawn, given, streams, step,
+            source.step_values, source.seed, source.first_stream,
+            dtype, with_mean or scores_given, with_log_prob, unnormalized,
         )  # fmt: skip
-        ctx.save_for_backward(mean, next_sample if given is None else given, step)
+        ctx.save_for_backward(drift if given is None else mean, drawn if given is None else given, streams, step)
+        ctx.form = Form.VELOCITY if given is None else Form.MEAN
         ctx.source, ctx.order, ctx.shape, ctx.dtype = source, order, velocity.shape, velocity.dtype
         ctx.unnormalized = unnormalized
         ctx.set_materialize_grads(False)
         if given is None:
             next_sample = from_rows(next_sample, velocity.shape, dims, order)
         ctx.mark_non_differentiable(next_sample)
-        if mean.numel():
+        if with_mean or scores_given:
             mean = from_rows(mean, velocity.shape, dims, order)
         return next_sample, mean, log_prob
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_next, grad_mean, grad_log_prob):
-        mean, action, step = ctx.saved_tensors
+        centre, draw, streams, step = ctx.saved_tensors
         source = ctx.source
-        rows = mean.shape[0] * mean.shape[1]
+        like = grad_mean if grad_log_prob is None else grad_log_prob
+        if like is None:
+            return (None,) * 9
+        rows = math.prod(ctx.shape[: source.row_dims])
         if step is None:
-            _, b, std = (mean.new_full((rows,), value) for value in source.step_values)
+            _, b, std = (like.new_full((rows,), value) for value in source.step_values)
         else:
             _, b, std = step.unbind(1)
-        grad = None
+        grad: Tensor | None = None
         if grad_log_prob is not None:
-            grad_p = grad_log_prob * b * (2.0 * std**2 if ctx.unnormalized else 1.0)
+            grad_p = grad_log_prob * (2.0 * std**2 if ctx.unnormalized else 1.0)
+            if ctx.form == Form.MEAN:
+                grad_p = grad_p * b
             zeros = torch.zeros_like(grad_p)
-            grad = operator("row_grad", source.backend, mean.device.type)(
-                mean, mean, action, None, None, std[:, None].contiguous(),
-                [], 0, 0, Form.MEAN, torch.stack((grad_p, zeros, zeros)), grad_p.new_ones(1), 1.0,
+            grad = operator("row_grad", source.backend, like.device.type)(
+                centre, centre, draw, None, streams, torch.stack((std, b / std, zeros), dim=1),
+                [], source.seed, source.first_stream, ctx.form,
+                torch.stack((grad_p, zeros, zeros)), grad_p.new_ones(1), 1.0,
             )  # fmt: skip
         if grad_mean is not None:
-            through_mean = b.reshape(*mean.shape[:2], 1) * to_rows(grad_mean, source.row_dims, ctx.order)
+            latents = to_rows(grad_mean, source.row_dims, ctx.order)
+            through_mean = b.reshape(*latents.shape[:2], 1) * latents
             grad = through_mean if grad is None else grad + through_mean
-        if grad is not None:
-            grad = from_rows(grad.to(ctx.dtype), ctx.shape, source.row_dims, ctx.order)
-        return grad, *(None,) * 8
+        assert grad is not None
+        return from_rows(grad.to(ctx.dtype), ctx.shape, source.row_dims, ctx.order), *(None,) * 8

@@ -41,6 +41,11 @@ def _load_cpu_library() -> str | None:
     except OSError as error:
         built = build_info().get("torch", "an unknown version")
         return f"the C++ library built for torch {built} cannot be loaded under torch {torch.__version__}: {error}"
+    try:
+        torch.ops.flowdppo.cpu_isa()
+    except RuntimeError as error:
+        # FLOWDPPO_CPU_ISA asks for what is not there
+        return str(error).splitlines()[0]
     return None
 
 
@@ -56,9 +61,11 @@ def triton_interpreted() -> bool:
 
 
 _CPU_PROBLEM = _load_cpu_library()
+_TRITON_SPEC = importlib.util.find_spec("triton")
 _TRITON_PROBLEM = (
     None
-    if importlib.util.find_spec("triton") is not None
+    # a mere folder of that name on the path has no origin
+    if _TRITON_SPEC is not None and _TRITON_SPEC.origin is not None
     else "Triton is not installed; pip install 'triton>=3.6' (Linux x86-64) or take another backend"
 )
 

@@ -31,6 +31,7 @@ def doctor_report() -> dict[str, Any]:
         "versions": versions,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
+        "cpu_isa": torch.ops.flowdppo.cpu_isa() if backend.problem("cpu", "cpu") is None else None,
         "build": backend.build_info(),
         "backends": backends,
         "auto": {device: backend.resolve("auto", device) for device in devices},
@@ -49,6 +50,8 @@ def _print_doctor(report: dict[str, Any]) -> None:
     for name, version in report["versions"].items():
         print(f"  {name:<14} {version or 'not installed'}")
     print(f"  {'gpu':<14} {report['gpu'] or 'none visible to torch'}")
+    if report["cpu_isa"]:
+        print(f"  {'cpu kernels':<14} {report['cpu_isa']}")
     if report["build"]:
         print("C++ library built with:")
         for key, value in report["build"].items():

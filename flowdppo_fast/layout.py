@@ -35,8 +35,11 @@ def to_rows(x: Tensor, row_dims: int, order: tuple[int, ...] | None) -> Tensor:
         x = x.permute(*range(row_dims), *order)
     numel = math.prod(shape[row_dims:])
     if row_dims == 1:
-        return x.reshape(shape[0], 1, numel)
-    return x.reshape(math.prod(shape[: row_dims - 1]), shape[row_dims - 1], numel)
+        rows = x.reshape(shape[0], 1, numel)
+    else:
+        rows = x.reshape(math.prod(shape[: row_dims - 1]), shape[row_dims - 1], numel)
+    # evenly spaced latents (x[..., ::2]) collapse to a view, but the kernels read neighbours
+    return rows if numel == 1 or rows.stride(2) == 1 else rows.contiguous()
 
 
 def from_rows(rows: Tensor, shape: torch.Size, row_dims: int, order: tuple[int, ...] | None) -> Tensor:
@@ -50,7 +53,7 @@ def from_rows(rows: Tensor, shape: torch.Size, row_dims: int, order: tuple[int, 
     return permuted.permute(*range(row_dims), *inverse)
 
 
-def check_latents(named: Mapping[str, Tensor | None], first: str, rows: torch.Size | tuple[int, ...]) -> None:
+def check_latents(named: Mapping[str, Tensor], first: str, rows: torch.Size | tuple[int, ...]) -> None:
     """Same shape, device and a supported dtype for all latents; leading dims equal to the rows.
 
     Raises:
@@ -72,8 +75,6 @@ def check_latents(named: Mapping[str, Tensor | None], first: str, rows: torch.Si
     if 0 in shape[row_dims:]:
         raise ValueError(f"{first}: got shape {list(shape)}, expected latents with at least one element per row")
     for name, x in named.items():
-        if x is None:
-            continue
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name}: got {type(x).__name__}, expected a tensor")
         if x.dtype not in LATENT_DTYPES:
@@ -89,29 +90,38 @@ def check_latents(named: Mapping[str, Tensor | None], first: str, rows: torch.Si
             raise ValueError(f"{name}: got a tensor on {x.device}, expected {device} like {first}")
 
 
-def check_no_grad(named: Mapping[str, Tensor | None], first: str) -> None:
+def check_no_grad(named: Mapping[str, Tensor], first: str) -> None:
     """Only ``first`` gets a gradient.
 
     Raises:
         ValueError: another tensor requires one.
     """
-    if not torch.is_grad_enabled():
-        return
     for name, x in named.items():
-        if name != first and x is not None and x.requires_grad:
-            raise ValueError(
-                f"{name}: got a tensor that requires grad, expected a detached one; gradients flow into {first} only, "
-                f"so pass {name}.detach()"
-            )
+        if name != first:
+            _check_detached(x, name, f"gradients flow into {first} only")
+
+
+def _check_detached(x: Tensor, name: str, why: str) -> None:
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name}: got a tensor that requires grad, expected a detached one; {why}, so pass {name}.detach()"
+        )
 
 
 def row_vector(
-    value: Tensor, name: str, rows: torch.Size | tuple[int, ...], device: torch.device, dtype: torch.dtype
+    value: Tensor,
+    name: str,
+    rows: torch.Size | tuple[int, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    differentiable: bool = False,
 ) -> Tensor:
     """``value`` as a contiguous ``[R]`` vector in ``dtype``; trailing dims of size 1 allowed (``[B, 1, 1, 1]``).
 
     Raises:
-        TypeError: no floating-point tensor. ValueError: wrong device, or a shape that does not broadcast to the rows.
+        TypeError: no floating-point tensor. ValueError: wrong device, a shape that does not broadcast to the rows, or a
+            tensor that requires grad and is not ``differentiable``.
     """
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a tensor with one number per row")
@@ -119,6 +129,11 @@ def row_vector(
         raise TypeError(f"{name}: got dtype {value.dtype}, expected a floating-point dtype")
     if value.device != device:
         raise ValueError(f"{name}: got a tensor on {value.device}, expected {device} like the latents")
+    if not differentiable:
+        _check_detached(value, name, "it gets no gradient")
+    if len(rows) == 1 and value.dtype == dtype and value.shape == rows and value.is_contiguous():
+        # what trainers hold: nothing to do on the hot path
+        return value
     return expand_to_rows(value, name, rows).to(dtype).reshape(-1).contiguous()
 
 

@@ -7,49 +7,69 @@ exact for Gaussians of equal variance; Flow-DPPO, arXiv 2606.11025, Sec. 3.2 and
 
 from __future__ import annotations
 
+import math
+from typing import TypedDict
+
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from . import layout
 from .autograd import PolicyLoss, RowSource, RowStatistics, canonical
 from .backend import operator, resolve
 from .noise import PhiloxNoise
-from .objectives import DPPO, EpilogueOptions, GRPOGuard, Objective, RatioClip
+from .objectives import (
+    DPPO,
+    EpilogueOptions,
+    GRPOGuard,
+    Objective,
+    RatioClip,
+    Unclipped,
+    check_positive,
+    is_number,
+)
 from .reference import Form, stats_dtype
 from .results import LossOutput
 from .samplers import SDEStep
 
-_SHARED_OPTIONS = """
-        advantage_clip: clamp advantages to ``[-c, c]`` first (Flow-Factory, DanceGRPO: 5); None leaves them.
+
+class LossOptions(TypedDict, total=False):
+    """Keyword options that all losses share.
+
+    Attributes:
+        advantage_clip: clamp advantages to ``[-c, c]`` first (Flow-Factory, DanceGRPO: 5); None (default) leaves them.
         old_log_prob: ``[rows]`` rollout log-probs, mean-reduced, with normaliser: ``L = logp_new - old_log_prob``
             instead of ``P - Q/2``. For trainers that have nothing else; loses precision (two numbers of order 1 are
             subtracted).
         row_weights: ``[rows]`` weights on row losses (rollout correction).
-        reduction: over rows: ``"mean"`` (dropped rows stay in the denominator), ``"sum"`` or ``"none"``.
-        reduce: over latent elements: ``"mean"``, or ``"sum"`` to multiply log-ratio and KL by N.
-        log_prob: ``"gaussian"``, or ``"unnormalized"`` for trainers whose CPS log-prob drops ``1/(2*S**2)`` and
-            normaliser.
-        kl_weight: weight of the KL to the reference policy, >= 0; needs a reference.
-        reference_kl: ``"gaussian"``, or ``"without_dt"`` for flow_grpo's ``(mu-mu_ref)**2 / (2*std_dev_t**2)``.
-        single_pass: compute the gradient in the same call; ``out.grad`` feeds ``velocity.backward(out.grad)`` and
-            ``out.loss`` is detached.
-        backend: ``"auto"`` or a name from :data:`flowdppo_fast.BACKENDS`; a named one that cannot run is an error.
+        reduction: over rows: ``"mean"`` (default; dropped rows stay in the denominator), ``"sum"`` or ``"none"``.
+        reduce: over latent elements: ``"mean"`` (default), or ``"sum"`` to multiply log-ratio and KL by N.
+        log_prob: ``"gaussian"`` (default), or ``"unnormalized"`` for trainers whose CPS log-prob drops ``1/(2*S**2)``
+            and the normaliser.
+        kl_weight: weight of the KL to the reference policy, >= 0 (default 0); needs a reference.
+        reference_kl: ``"gaussian"`` (default), or ``"without_dt"`` for flow_grpo's
+            ``(mu-mu_ref)**2 / (2*std_dev_t**2)``.
+        single_pass: compute the gradient in the same call (default False); ``out.grad`` feeds
+            ``velocity.backward(out.grad)`` and ``out.loss`` is detached.
+        backend: ``"auto"`` (default) or a name from :data:`flowdppo_fast.BACKENDS`; a named one that cannot run is an
+            error.
+    """
 
-    Returns:
-        :class:`~flowdppo_fast.results.LossOutput`.
-
-    Raises:
-        ValueError, TypeError: an argument of wrong shape, dtype, device or value; the message names it.
-        RuntimeError: the named backend cannot run here.
-"""
-
-
-def _documented(function):
-    function.__doc__ = function.__doc__.rstrip() + _SHARED_OPTIONS
-    return function
+    advantage_clip: float | None
+    old_log_prob: Tensor | None
+    row_weights: Tensor | None
+    reduction: str
+    reduce: str
+    log_prob: str
+    kl_weight: float
+    reference_kl: str
+    single_pass: bool
+    backend: str
 
 
-@_documented
+_OPTION_NAMES = tuple(LossOptions.__annotations__)
+
+
 def fused_policy_loss(
     objective: Objective,
     prev_sample_mean: Tensor,
@@ -60,16 +80,7 @@ def fused_policy_loss(
     *,
     dt: float | Tensor | None = None,
     reference_prev_sample_mean: Tensor | None = None,
-    advantage_clip: float | None = None,
-    old_log_prob: Tensor | None = None,
-    row_weights: Tensor | None = None,
-    reduction: str = "mean",
-    reduce: str = "mean",
-    log_prob: str = "gaussian",
-    kl_weight: float = 0.0,
-    reference_kl: str = "gaussian",
-    single_pass: bool = False,
-    backend: str = "auto",
+    **options: Unpack[LossOptions],
 ) -> LossOutput:
     """Any objective on step means.
 
@@ -83,41 +94,38 @@ def fused_policy_loss(
         advantages: ``[B]`` or ``[B, S]``.
         dt: ``sigma_next - sigma`` (negative), needed by GRPO-Guard and ``reference_kl="without_dt"``.
         reference_prev_sample_mean: same shape, the reference policy's mean.
+        options: see :class:`LossOptions`.
+
+    Returns:
+        :class:`~flowdppo_fast.results.LossOutput`.
+
+    Raises:
+        ValueError, TypeError: an argument of wrong shape, dtype, device or value; the message names it.
+        RuntimeError: the named backend cannot run here.
     """
+    _check_option_names(options)
     if isinstance(objective, DPPO) and objective.trust_region == "velocity_drift":
         raise ValueError(
             "objective: trust_region='velocity_drift' needs velocities; use the velocity form, or 'mean_drift' here"
         )
-    rows, dtype = _check_call(
-        {
-            "prev_sample_mean": prev_sample_mean,
-            "old_prev_sample_mean": old_prev_sample_mean,
-            "prev_sample": prev_sample,
-            "reference_prev_sample_mean": reference_prev_sample_mean,
-        },
-        advantages,
-    )
-    if dt is None and (isinstance(objective, GRPOGuard) or (reference_kl == "without_dt" and kl_weight > 0.0)):
+    named = {
+        "prev_sample_mean": prev_sample_mean,
+        "old_prev_sample_mean": old_prev_sample_mean,
+        "prev_sample": prev_sample,
+    }
+    if reference_prev_sample_mean is not None:
+        named["reference_prev_sample_mean"] = reference_prev_sample_mean
+    rows, dtype = _check_call(objective, named, advantages)
+    without_dt = options.get("reference_kl") == "without_dt" and reference_prev_sample_mean is not None
+    if dt is None and (isinstance(objective, GRPOGuard) or without_dt):
         raise ValueError("dt: got None, expected sigma_next - sigma; GRPO-Guard and reference_kl='without_dt' need it")
     device = prev_sample_mean.device
     step, values = _mean_step(std, dt, rows, device, dtype)
-    name = resolve(backend, device.type)
-    source = RowSource(name, int(Form.MEAN), len(rows), values, 0, 0)
-    options = EpilogueOptions.make(
-        objective,
-        reduce=reduce,
-        log_prob=log_prob,
-        advantage_clip=advantage_clip,
-        kl_weight=kl_weight,
-        reference_kl=reference_kl,
-    )
+    numbers = (int(Form.MEAN), len(rows), values, 0, 0)
     tensors = (prev_sample_mean, old_prev_sample_mean, prev_sample, reference_prev_sample_mean, None, step)
-    return _run(
-        objective, tensors, source, options, advantages, row_weights, old_log_prob, reduction, single_pass, dtype
-    )
+    return _run(objective, tensors, numbers, advantages, dtype, **options)
 
 
-@_documented
 def fused_velocity_policy_loss(
     objective: Objective,
     velocity: Tensor,
@@ -127,16 +135,7 @@ def fused_velocity_policy_loss(
     advantages: Tensor,
     *,
     reference_velocity: Tensor | None = None,
-    advantage_clip: float | None = None,
-    old_log_prob: Tensor | None = None,
-    row_weights: Tensor | None = None,
-    reduction: str = "mean",
-    reduce: str = "mean",
-    log_prob: str = "gaussian",
-    kl_weight: float = 0.0,
-    reference_kl: str = "gaussian",
-    single_pass: bool = False,
-    backend: str = "auto",
+    **options: Unpack[LossOptions],
 ) -> LossOutput:
     """Any objective on velocities: half the bytes of float32 means, lossless in the model's own dtype.
 
@@ -148,36 +147,27 @@ def fused_velocity_policy_loss(
         step: the :class:`SDEStep` of the rows (one for all, or stacked to broadcast against the rows).
         advantages: ``[B]`` or ``[B, S]``.
         reference_velocity: same shape, the reference policy's output.
+        options: see :class:`LossOptions`.
+
+    Returns:
+        :class:`~flowdppo_fast.results.LossOutput`.
+
+    Raises:
+        ValueError, TypeError: an argument of wrong shape, dtype, device or value; the message names it.
+        RuntimeError: the named backend cannot run here.
     """
-    stored = None if isinstance(noise, PhiloxNoise) else noise
-    rows, dtype = _check_call(
-        {
-            "velocity": velocity,
-            "old_velocity": old_velocity,
-            "noise": stored,
-            "reference_velocity": reference_velocity,
-        },
-        advantages,
-    )
+    _check_option_names(options)
+    named = {"velocity": velocity, "old_velocity": old_velocity}
+    stored = _stored_noise(noise, named)
+    if reference_velocity is not None:
+        named["reference_velocity"] = reference_velocity
+    rows, dtype = _check_call(objective, named, advantages)
     device = velocity.device
-    if noise is None:
-        raise TypeError("noise: got None, expected the drawn noise as a tensor, or PhiloxNoise(seed, stream)")
     table, values = _velocity_step(step, rows, device, dtype)
     streams, seed, first_stream = noise.kernel_source(rows, device) if isinstance(noise, PhiloxNoise) else (None, 0, 0)
-    name = resolve(backend, device.type)
-    source = RowSource(name, int(Form.VELOCITY), len(rows), values, seed, first_stream)
-    options = EpilogueOptions.make(
-        objective,
-        reduce=reduce,
-        log_prob=log_prob,
-        advantage_clip=advantage_clip,
-        kl_weight=kl_weight,
-        reference_kl=reference_kl,
-    )
+    numbers = (int(Form.VELOCITY), len(rows), values, seed, first_stream)
     tensors = (velocity, old_velocity, stored, reference_velocity, streams, table)
-    return _run(
-        objective, tensors, source, options, advantages, row_weights, old_log_prob, reduction, single_pass, dtype
-    )
+    return _run(objective, tensors, numbers, advantages, dtype, **options)
 
 
 def fused_dppo_loss(
@@ -190,7 +180,7 @@ def fused_dppo_loss(
     threshold: float = 1e-5,
     symmetric: bool = False,
     trust_region: str = "kl",
-    **options,
+    **options: Unpack[LossOptions],
 ) -> LossOutput:
     """Flow-DPPO on step means: :func:`fused_policy_loss` with :class:`DPPO`.
 
@@ -210,7 +200,7 @@ def fused_dppo_velocity_loss(
     threshold: float = 1e-5,
     symmetric: bool = False,
     trust_region: str = "kl",
-    **options,
+    **options: Unpack[LossOptions],
 ) -> LossOutput:
     """Flow-DPPO on velocities: :func:`fused_velocity_policy_loss` with :class:`DPPO`."""
     objective = DPPO(threshold, symmetric, trust_region)
@@ -225,13 +215,13 @@ def fused_ratio_clip_loss(
     advantages: Tensor,
     *,
     clip_range: float | tuple[float, float] = 1e-4,
-    **options,
+    **options: Unpack[LossOptions],
 ) -> LossOutput:
     """Flow-GRPO's ratio clipping on step means: :func:`fused_policy_loss` with :class:`RatioClip`.
 
     ``clip_range`` is ``c`` or ``(low, high)``: ratios are kept in ``[1-low, 1+high]``.
     """
-    objective = RatioClip(*_clip_pair(clip_range))
+    objective = RatioClip(*clip_pair(clip_range))
     return fused_policy_loss(objective, prev_sample_mean, old_prev_sample_mean, prev_sample, std, advantages, **options)
 
 
@@ -243,10 +233,10 @@ def fused_ratio_clip_velocity_loss(
     advantages: Tensor,
     *,
     clip_range: float | tuple[float, float] = 1e-4,
-    **options,
+    **options: Unpack[LossOptions],
 ) -> LossOutput:
     """Flow-GRPO's ratio clipping on velocities: :func:`fused_velocity_policy_loss` with :class:`RatioClip`."""
-    objective = RatioClip(*_clip_pair(clip_range))
+    objective = RatioClip(*clip_pair(clip_range))
     return fused_velocity_policy_loss(objective, velocity, old_velocity, noise, step, advantages, **options)
 
 
@@ -260,10 +250,10 @@ def fused_grpo_guard_loss(
     dt: float | Tensor,
     clip_range: float | tuple[float, float] = 2e-6,
     bias: str = "row",
-    **options,
+    **options: Unpack[LossOptions],
 ) -> LossOutput:
     """GRPO-Guard on step means: :func:`fused_policy_loss` with :class:`GRPOGuard`; ``dt`` is ``sigma_next - sigma``."""
-    objective = GRPOGuard(*_clip_pair(clip_range), bias)
+    objective = GRPOGuard(*clip_pair(clip_range), bias)
     return fused_policy_loss(
         objective, prev_sample_mean, old_prev_sample_mean, prev_sample, std, advantages, dt=dt, **options
     )
@@ -278,10 +268,10 @@ def fused_grpo_guard_velocity_loss(
     *,
     clip_range: float | tuple[float, float] = 2e-6,
     bias: str = "row",
-    **options,
+    **options: Unpack[LossOptions],
 ) -> LossOutput:
     """GRPO-Guard on velocities: :func:`fused_velocity_policy_loss` with :class:`GRPOGuard`."""
-    objective = GRPOGuard(*_clip_pair(clip_range), bias)
+    objective = GRPOGuard(*clip_pair(clip_range), bias)
     return fused_velocity_policy_loss(objective, velocity, old_velocity, noise, step, advantages, **options)
 
 
@@ -308,14 +298,14 @@ def row_statistics(
     Raises:
         ValueError, TypeError, RuntimeError: as in :func:`fused_velocity_policy_loss`.
     """
-    stored = None if isinstance(noise, PhiloxNoise) else noise
     if not isinstance(velocity, torch.Tensor):
         raise TypeError(f"velocity: got {type(velocity).__name__}, expected a tensor")
     row_dims = 1 if rows is None else rows
     if row_dims not in (1, 2):
         raise ValueError(f"rows: got {rows!r}, expected 1 or 2 leading row dims")
     shape = tuple(velocity.shape[:row_dims])
-    named = {"velocity": velocity, "old_velocity": old_velocity, "noise": stored}
+    named = {"velocity": velocity, "old_velocity": old_velocity}
+    stored = _stored_noise(noise, named)
     layout.check_latents(named, "velocity", shape)
     layout.check_no_grad(named, "velocity")
     dtype, device = stats_dtype(velocity), velocity.device
@@ -327,30 +317,71 @@ def row_statistics(
     return stats[0].reshape(shape), stats[1].reshape(shape)
 
 
-def _clip_pair(clip_range: float | tuple[float, float]) -> tuple[float, float]:
-    return clip_range if isinstance(clip_range, tuple) else (clip_range, clip_range)
+def _check_option_names(options: LossOptions) -> None:
+    for name in options:
+        if name not in _OPTION_NAMES:
+            raise TypeError(f"{name}: no such option, expected one of {', '.join(_OPTION_NAMES)}")
 
 
-def _check_call(named: dict[str, Tensor | None], advantages: Tensor) -> tuple[tuple[int, ...], torch.dtype]:
-    """Shapes, dtypes and gradients of all latents; returns the row shape and the accumulation dtype."""
+def clip_pair(clip_range: float | tuple[float, float]) -> tuple[float, float]:
+    """``(low, high)`` of a clip range.
+
+    Raises:
+        ValueError: not a number in (0, 1), and no pair of numbers with ``low`` in (0, 1) and ``high > 0``.
+    """
+    pair = clip_range if isinstance(clip_range, (tuple, list)) else (clip_range, clip_range)
+    if len(pair) != 2 or not all(is_number(c) for c in pair) or not (0.0 < pair[0] < 1.0 and pair[1] > 0.0):
+        raise ValueError(
+            f"clip_range: got {clip_range!r}, expected a number in (0, 1) or a pair (low, high) with low in (0, 1) and "
+            "high > 0"
+        )
+    return pair[0], pair[1]
+
+
+def _stored_noise(noise: Tensor | PhiloxNoise, named: dict[str, Tensor]) -> Tensor | None:
+    """The noise tensor, entered into ``named`` to be checked with the other latents; None for seeded noise."""
+    if isinstance(noise, PhiloxNoise):
+        return None
+    if not isinstance(noise, torch.Tensor):
+        raise TypeError(
+            f"noise: got {type(noise).__name__}, expected the drawn noise as a tensor, or PhiloxNoise(seed, stream)"
+        )
+    named["noise"] = noise
+    return noise
+
+
+def _check_call(
+    objective: Objective, named: dict[str, Tensor], advantages: Tensor
+) -> tuple[tuple[int, ...], torch.dtype]:
+    """Objective, and shapes, dtypes and gradients of all latents; returns the row shape and the accumulation dtype."""
+    if not isinstance(objective, (DPPO, RatioClip, GRPOGuard, Unclipped)):
+        got = objective.__name__ if isinstance(objective, type) else type(objective).__name__
+        raise TypeError(
+            f"objective: got {'the type ' if isinstance(objective, type) else ''}{got}, expected an instance of DPPO, "
+            "RatioClip, GRPOGuard or Unclipped, for example DPPO(threshold=1e-5)"
+        )
     if not isinstance(advantages, torch.Tensor):
         raise TypeError(f"advantages: got {type(advantages).__name__}, expected a tensor shaped [B] or [B, S]")
     first = next(iter(named))
     rows = tuple(advantages.shape)
     layout.check_latents(named, first, rows)
     layout.check_no_grad(named, first)
-    return rows, stats_dtype(named[first])  # type: ignore[arg-type]
+    return rows, stats_dtype(named[first])
 
 
 def _mean_step(
     std: float | Tensor, dt: float | Tensor | None, rows: tuple[int, ...], device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor | None, list[float]]:
     """Step table or values of the means form; ``S`` alone is enough where ``dt`` is not needed."""
+    if not isinstance(std, (torch.Tensor, int, float)):
+        raise TypeError(
+            f"std: got {type(std).__name__} {std!r}, expected a number > 0 or a tensor that broadcasts to the rows"
+        )
+    if not isinstance(std, torch.Tensor):
+        check_positive("std", std, " (a step without noise has no density)")
+    if dt is not None and not isinstance(dt, torch.Tensor) and not (is_number(dt) and -math.inf < dt < 0.0):
+        raise ValueError(f"dt: got {dt!r}, expected sigma_next - sigma < 0")
     if not isinstance(std, torch.Tensor) and not isinstance(dt, torch.Tensor):
-        if not std > 0.0:
-            raise ValueError(f"std: got {std!r}, expected a number > 0 (a step without noise has no density)")
-        if dt is not None and not dt < 0.0:
-            raise ValueError(f"dt: got {dt!r}, expected sigma_next - sigma < 0")
         return None, [float(std), 1.0 / std, float("nan") if dt is None else -dt]
     if not isinstance(std, torch.Tensor):
         std = torch.full((), std, device=device, dtype=dtype)
@@ -377,16 +408,30 @@ def _velocity_step(
 def _run(
     objective: Objective,
     tensors: tuple,
-    source: RowSource,
-    options: EpilogueOptions,
+    numbers: tuple[int, int, list[float], int, int],
     advantages: Tensor,
-    row_weights: Tensor | None,
-    old_log_prob: Tensor | None,
-    reduction: str,
-    single_pass: bool,
     dtype: torch.dtype,
+    *,
+    advantage_clip: float | None = None,
+    old_log_prob: Tensor | None = None,
+    row_weights: Tensor | None = None,
+    reduction: str = "mean",
+    reduce: str = "mean",
+    log_prob: str = "gaussian",
+    kl_weight: float = 0.0,
+    reference_kl: str = "gaussian",
+    single_pass: bool = False,
+    backend: str = "auto",
 ) -> LossOutput:
-    """Checks what all forms share, then calls the operator."""
+    """Checks what both forms share, then calls the operator; defaults of :class:`LossOptions` live here."""
+    options = EpilogueOptions.make(
+        objective,
+        reduce=reduce,
+        log_prob=log_prob,
+        advantage_clip=advantage_clip,
+        kl_weight=kl_weight,
+        reference_kl=reference_kl,
+    )
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: got {reduction!r}, expected 'mean', 'sum' or 'none'")
     if options.batch_bias and reduction == "none":
@@ -395,12 +440,11 @@ def _run(
     if options.kl_weight > 0.0 and reference is None:
         raise ValueError("kl_weight: got a positive weight without a reference, expected the reference policy's output")
     row_shape, device = tuple(advantages.shape), new.device
+    source = RowSource(resolve(backend, device.type), *numbers)
 
     def vector(value: Tensor | None, name: str) -> Tensor | None:
         if value is None:
             return None
-        if value.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{name}: got a tensor that requires grad, expected a detached one; pass {name}.detach()")
         return layout.row_vector(value, name, row_shape, device, dtype)
 
     row_tensors = (

@@ -81,7 +81,9 @@ class PhiloxNoise:
 
 
 def _signed_seed(seed: int) -> int:
-    # operator schemas carry signed 64-bit integers
+    # operator schemas carry signed 64-bit integers; most seeds are, and symbolic ones cannot be masked
+    if -(1 << 63) <= seed < 1 << 63:
+        return seed
     seed &= 0xFFFFFFFFFFFFFFFF
     return seed - (1 << 64) if seed >> 63 else seed
 
@@ -116,4 +118,4 @@ def philox_normal(seed: int, streams: Tensor, numel: int) -> Tensor:
         radius = torch.sqrt(-2.0 * torch.log(uniform))
         angle = (angle_word >> 8).double() * (2.0**-24 * 2.0 * math.pi)
         normals += [radius * torch.cos(angle), radius * torch.sin(angle)]
-    return torch.stack(normals, dim=-1).reshape(streams.numel(), -1)[:, :numel]
+    return torch.stack(normals, dim=-1).flatten(1)[:, :numel]

@@ -108,7 +108,7 @@ class DPPO:
     trust_region: str = "kl"
 
     def __post_init__(self) -> None:
-        _check_positive("threshold", self.threshold)
+        check_positive("threshold", self.threshold)
         _check_choice("trust_region", self.trust_region, ("kl", "mean_drift", "velocity_drift"))
 
     @property
@@ -203,8 +203,8 @@ class EpilogueOptions(NamedTuple):
         _check_choice("log_prob", log_prob, ("gaussian", "unnormalized"))
         _check_choice("reference_kl", reference_kl, ("gaussian", "without_dt"))
         if advantage_clip is not None:
-            _check_positive("advantage_clip", advantage_clip)
-        if not kl_weight >= 0.0:
+            check_positive("advantage_clip", advantage_clip)
+        if not is_number(kl_weight) or not 0.0 <= kl_weight < math.inf:
             raise ValueError(f"kl_weight: got {kl_weight!r}, expected a number >= 0")
         region = getattr(objective, "trust_region", "kl")
         return cls(
@@ -314,7 +314,7 @@ def epilogue(
     grad_q = torch.where(dropped, torch.zeros_like(p), grad_q)
     if o.rule == Rule.GRPO_GUARD and o.batch_bias:
         # the shared bias moves with every row's Q
-        grad_q = grad_q + half_kl / p.numel() * (slope_x * std).sum()
+        grad_q = grad_q + half_kl * (slope_x * std).sum() / max(p.numel(), 1)
 
     reference = count * 0.5 * r * (neg_dt if o.reference_without_dt else 1.0)
     loss, grad_r = policy, torch.zeros_like(p)
@@ -359,14 +359,20 @@ def epilogue(
     return rows, torch.stack(values)
 
 
-def _check_positive(name: str, value: float) -> None:
-    if isinstance(value, torch.Tensor) or not value > 0.0:
-        raise ValueError(f"{name}: got {value!r}, expected a number > 0")
+def is_number(value: object) -> bool:
+    """A python number: tensors would have to be read back from their device to be checked or passed on."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def check_positive(name: str, value: float, why: str = "") -> None:
+    """Raises ValueError unless ``value`` is a finite python number > 0."""
+    if not is_number(value) or not 0.0 < value < math.inf:
+        raise ValueError(f"{name}: got {value!r}, expected a number > 0{why}")
 
 
 def _check_clip(low: float, high: float) -> None:
-    _check_positive("high", high)
-    if isinstance(low, torch.Tensor) or not 0.0 < low < 1.0:
+    check_positive("high", high)
+    if not is_number(low) or not 0.0 < low < 1.0:
         raise ValueError(f"low: got {low!r}, expected a number in (0, 1)")
 
 

@@ -57,7 +57,7 @@ class LossOutput(NamedTuple):
     @property
     def rows(self) -> Rows:
         """Per-row results; see :class:`Rows`."""
-        lines = self.row_results[: RowField.GRAD_P].reshape(-1, *self.row_shape)
+        lines = self.row_results[: RowField.GRAD_P].reshape(int(RowField.GRAD_P), *self.row_shape)
         return Rows(
             lines[RowField.LOG_RATIO],
             lines[RowField.RATIO],

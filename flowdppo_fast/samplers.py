@@ -1,7 +1,8 @@
 """Samplers: every stochastic flow sampler as ``mu = a*x + b*v``, ``x' = mu + S*e`` (one affine family).
 
-The four numbers of a step are computed once on the host in float64 (:class:`SDEStep`) and travel to the kernels as a
-small per-row table. Adding a sampler means adding one function to :data:`SAMPLERS`.
+The four numbers of a step are computed once in float64 (:class:`SDEStep`) and travel to the kernels as a small per-row
+table. A sampler is its diffusion and what that makes of a step; adding one means adding an entry to :data:`SAMPLERS`.
+The formulas serve python floats and tensors of levels alike.
 """
 
 from __future__ import annotations
@@ -10,77 +11,125 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from .layout import expand_to_rows
 
-if TYPE_CHECKING:
-    from torch import Tensor
+Level = float | Tensor
 
 
 @dataclass(frozen=True)
 class Schedule:
     """The noise levels a sampler may look at besides its own two: the whole descending schedule, 1 -> 0."""
 
-    sigma_max: float
-    first: float
-    last: float
+    sigma_max: Level
+    first: Level
+    last: Level
 
     @classmethod
-    def from_sigmas(cls, sigmas: Sequence[float]) -> Schedule:
-        """``sigma_max`` is ``sigmas[1]``, the level that stands in for 1 where ``1 - sigma`` would be 0."""
+    def from_sigmas(cls, sigmas: Sequence[float] | Tensor) -> Schedule:
+        """``sigma_max`` is ``sigmas[1]``, the level that stands in for 1 where ``1 - sigma`` would be 0.
+
+        Raises:
+            ValueError: fewer than two levels.
+        """
+        if len(sigmas) < 2:
+            raise ValueError(
+                f"sigmas: got {len(sigmas)} levels, expected at least 2 (a schedule of T steps has T+1 levels)"
+            )
         return cls(sigma_max=sigmas[1], first=sigmas[1], last=sigmas[-1])
 
 
-def _reverse_sde(std_dev: float, sigma: float, sigma_next: float) -> tuple[float, float, float]:
-    """Coefficients ``(a, b, S)`` of the reverse-time SDE with diffusion ``std_dev`` at ``sigma``."""
+def _sqrt(x: Level) -> Level:
+    return torch.sqrt(x) if isinstance(x, Tensor) else math.sqrt(x)
+
+
+def _flow_sde_diffusion(sigma: Level, sigma_next: Level, eta: float, schedule: Schedule) -> Level:
+    if isinstance(sigma, Tensor):
+        guarded: Level = torch.where(sigma == 1.0, schedule.sigma_max, sigma)
+    else:
+        guarded = schedule.sigma_max if sigma == 1.0 else sigma
+    return eta * _sqrt(sigma / (1.0 - guarded))
+
+
+def _constant_diffusion(sigma: Level, sigma_next: Level, eta: float, schedule: Schedule) -> Level:
+    return torch.full_like(sigma, eta) if isinstance(sigma, Tensor) else eta
+
+
+def _linear_diffusion(sigma: Level, sigma_next: Level, eta: float, schedule: Schedule) -> Level:
+    # flow_grpo's video sampler has no noise level: eta only switches it off at 0
+    on = 1.0 if eta > 0.0 else 0.0
+    return on * (schedule.last + (schedule.first - schedule.last) * sigma)
+
+
+def _preserving_diffusion(sigma: Level, sigma_next: Level, eta: float, schedule: Schedule) -> Level:
+    return sigma_next * math.sin(eta * math.pi / 2.0)
+
+
+def _no_diffusion(sigma: Level, sigma_next: Level, eta: float, schedule: Schedule) -> Level:
+    return 0.0 * sigma
+
+
+def _reverse_sde(std_dev: Level, sigma: Level, sigma_next: Level) -> tuple[Level, Level, Level]:
+    """``a, b, S`` of the reverse-time SDE with diffusion ``std_dev`` at ``sigma``."""
     dt = sigma_next - sigma
     a = 1.0 + std_dev**2 * dt / (2.0 * sigma)
     b = (1.0 + std_dev**2 * (1.0 - sigma) / (2.0 * sigma)) * dt
-    return a, b, std_dev * math.sqrt(-dt)
+    return a, b, std_dev * _sqrt(-dt)
 
 
-def flow_sde(sigma: float, sigma_next: float, eta: float, schedule: Schedule) -> tuple[float, float, float]:
-    """Flow-GRPO's sampler: ``s = eta * sqrt(sigma / (1 - sigma))``, ``sigma_max`` in place of ``sigma == 1``."""
-    guarded = schedule.sigma_max if sigma == 1.0 else sigma
-    return _reverse_sde(eta * math.sqrt(sigma / (1.0 - guarded)), sigma, sigma_next)
-
-
-def dance(sigma: float, sigma_next: float, eta: float, schedule: Schedule) -> tuple[float, float, float]:
-    """DanceGRPO's sampler: constant diffusion ``s = eta``."""
-    return _reverse_sde(eta, sigma, sigma_next)
-
-
-def wan(sigma: float, sigma_next: float, eta: float, schedule: Schedule) -> tuple[float, float, float]:
-    """flow_grpo's video sampler: diffusion linear in sigma; no noise level, ``eta`` only switches it off at 0."""
-    std_dev = schedule.last + (schedule.first - schedule.last) * sigma
-    return _reverse_sde(std_dev if eta > 0.0 else 0.0, sigma, sigma_next)
-
-
-def cps(sigma: float, sigma_next: float, eta: float, schedule: Schedule) -> tuple[float, float, float]:
-    """Flow-CPS: coefficients-preserving sampler, ``S = sigma' * sin(eta*pi/2)``; no noise at ``sigma' = 0``."""
-    std = sigma_next * math.sin(eta * math.pi / 2.0)
-    # the direction that is kept; max() because eta = 1 leaves a rounding error below zero
-    kept = math.sqrt(max(sigma_next**2 - std**2, 0.0))
+def _preserving_step(std_dev: Level, sigma: Level, sigma_next: Level) -> tuple[Level, Level, Level]:
+    """``a, b, S`` of Flow-CPS: what is not redrawn keeps its direction."""
+    # at eta = 1 rounding can leave less than zero
+    left = sigma_next**2 - std_dev**2
+    kept = _sqrt(left.clamp_min(0.0) if isinstance(left, Tensor) else max(left, 0.0))
     a = (1.0 - sigma_next) + kept
     b = -sigma * (1.0 - sigma_next) + (1.0 - sigma) * kept
-    return a, b, std
+    return a, b, std_dev
 
 
-def ode(sigma: float, sigma_next: float, eta: float, schedule: Schedule) -> tuple[float, float, float]:
-    """The probability-flow Euler step: no noise, so no density and no training row."""
-    return 1.0, sigma_next - sigma, 0.0
+class Sampler(NamedTuple):
+    """``diffusion(sigma, sigma_next, eta, schedule)`` is trainers' ``std_dev_t``; ``step`` makes ``a, b, S`` of it."""
+
+    diffusion: Callable[[Level, Level, float, Schedule], Level]
+    step: Callable[[Level, Level, Level], tuple[Level, Level, Level]]
 
 
-SAMPLERS: dict[str, Callable[[float, float, float, Schedule], tuple[float, float, float]]] = {
-    "flow_sde": flow_sde,
-    "dance": dance,
-    "wan": wan,
-    "cps": cps,
-    "ode": ode,
+SAMPLERS: dict[str, Sampler] = {
+    # Flow-GRPO: s = eta * sqrt(sigma / (1 - sigma)), sigma_max in place of sigma == 1
+    "flow_sde": Sampler(_flow_sde_diffusion, _reverse_sde),
+    # DanceGRPO: s = eta
+    "dance": Sampler(_constant_diffusion, _reverse_sde),
+    # flow_grpo for video: s linear in sigma
+    "wan": Sampler(_linear_diffusion, _reverse_sde),
+    # Flow-CPS: S = sigma' * sin(eta*pi/2), none at sigma' = 0
+    "cps": Sampler(_preserving_diffusion, _preserving_step),
+    # the probability-flow Euler step: no noise, so no density and no training row
+    "ode": Sampler(_no_diffusion, _reverse_sde),
 }
+
+
+def _sampler(name: str) -> Sampler:
+    if name not in SAMPLERS:
+        raise ValueError(f"sampler: got {name!r}, expected one of {', '.join(map(repr, SAMPLERS))}")
+    return SAMPLERS[name]
+
+
+def diffusion(sampler: str, sigma: Tensor, sigma_next: Tensor, *, eta: float, schedule: Schedule) -> Tensor:
+    """What trainers call ``std_dev_t``, float64, shaped like ``sigma``: ``s`` of the SDE samplers, ``S`` of CPS.
+
+    Raises:
+        ValueError: unknown sampler.
+    """
+    return torch.as_tensor(_sampler(sampler).diffusion(sigma.double(), sigma_next.double(), eta, _double(schedule)))
+
+
+def _double(schedule: Schedule) -> Schedule:
+    levels = (schedule.sigma_max, schedule.first, schedule.last)
+    return Schedule(*(level.double() if isinstance(level, Tensor) else level for level in levels))
 
 
 @dataclass(frozen=True)
@@ -95,18 +144,18 @@ class SDEStep:
         sampler: name of the sampler, for messages.
         sigma, sigma_next: noise levels, for messages.
 
-    Numbers are python floats (one step for all rows) or float64 CPU tensors whose shape broadcasts against the rows
-    (``[S]`` for stacked steps, ``[B]`` for a step per row); see :meth:`stack`. Source: spec table of samplers
-    (Flow-GRPO 2505.05470, DanceGRPO, Flow-CPS 2509.05952).
+    Numbers are python floats (one step for all rows) or float64 tensors whose shape broadcasts against the rows
+    (``[S]`` for stacked steps, ``[B]`` for a step per row); see :meth:`stack` and :meth:`from_levels`. Sources:
+    Flow-GRPO 2505.05470, DanceGRPO, Flow-CPS 2509.05952.
     """
 
-    sample_coef: float | Tensor
-    velocity_coef: float | Tensor
-    std: float | Tensor
-    dt: float | Tensor
+    sample_coef: Level
+    velocity_coef: Level
+    std: Level
+    dt: Level
     sampler: str = "custom"
-    sigma: float | Tensor = math.nan
-    sigma_next: float | Tensor = math.nan
+    sigma: Level = math.nan
+    sigma_next: Level = math.nan
     _tables: dict = field(default_factory=dict, init=False, repr=False, compare=False)
     _silent: int | None = field(default=None, init=False, repr=False, compare=False)
 
@@ -124,13 +173,14 @@ class SDEStep:
             ValueError: unknown sampler, levels out of order or range, negative ``eta``, or a schedule that is needed
                 and missing.
         """
-        if sampler not in SAMPLERS:
-            raise ValueError(f"sampler: got {sampler!r}, expected one of {', '.join(map(repr, SAMPLERS))}")
+        formulas = _sampler(sampler)
+        # schedulers hold float32 tensors; everything is computed in float64 from their values
+        sigma, sigma_next = float(sigma), float(sigma_next)
         if not 0.0 <= sigma_next < sigma <= 1.0:
             raise ValueError(
                 f"sigma, sigma_next: got {sigma:g} -> {sigma_next:g}, expected 0 <= sigma_next < sigma <= 1"
             )
-        if eta < 0.0 or (sampler == "cps" and eta > 1.0):
+        if not eta >= 0.0 or (sampler == "cps" and eta > 1.0):
             raise ValueError(f"eta: got {eta:g}, expected a noise level >= 0 (and <= 1 for 'cps')")
         if schedule is None:
             if sampler == "wan" or (sampler == "flow_sde" and sigma == 1.0):
@@ -139,18 +189,40 @@ class SDEStep:
                     "pass schedule=Schedule.from_sigmas(sigmas)"
                 )
             schedule = Schedule(math.nan, math.nan, math.nan)
-        a, b, std = SAMPLERS[sampler](sigma, sigma_next, eta, schedule)
-        return cls(a, b, std, sigma_next - sigma, sampler, sigma, sigma_next)
+        levels = (schedule.sigma_max, schedule.first, schedule.last)
+        std_dev = formulas.diffusion(sigma, sigma_next, eta, Schedule(*map(float, levels)))
+        return cls(*formulas.step(std_dev, sigma, sigma_next), sigma_next - sigma, sampler, sigma, sigma_next)
+
+    @classmethod
+    def from_levels(cls, sampler: str, std_dev: Tensor, sigma: Tensor, sigma_next: Tensor) -> SDEStep:
+        """Steps from levels that live on the device, evaluated there in float64 without a sync.
+
+        Args:
+            std_dev: :func:`diffusion` of the steps, or the trainer's own ``std_dev_t``.
+            sigma, sigma_next: noise levels; all three of one shape, ``[rows]``.
+
+        Nothing on a GPU is looked at, so levels out of range and steps without noise show as non-finite rows, not as
+        errors.
+
+        Raises:
+            ValueError: unknown sampler.
+        """
+        std_dev, sigma, sigma_next = std_dev.double(), sigma.double(), sigma_next.double()
+        numbers = _sampler(sampler).step(std_dev, sigma, sigma_next)
+        return cls(*numbers, sigma_next - sigma, sampler, sigma, sigma_next)
 
     @classmethod
     def stack(cls, steps: Sequence[SDEStep]) -> SDEStep:
         """One :class:`SDEStep` holding ``[S]`` tensors, for rows ``[B, S]`` (or ``[B]``, one step per row).
 
         Raises:
-            ValueError: no steps.
+            ValueError: no steps. TypeError: something else than scalar steps.
         """
         if not steps:
             raise ValueError("steps: got none, expected at least one SDEStep")
+        for step in steps:
+            if not isinstance(step, SDEStep) or not step.is_scalar:
+                raise TypeError(f"steps: got a {type(step).__name__}, expected SDESteps of python floats")
         names = {step.sampler for step in steps}
 
         def column(name: str) -> Tensor:
@@ -191,11 +263,8 @@ class SDEStep:
         Raises:
             ValueError: a step has no density (``S == 0``), or its shape does not broadcast to ``rows``.
         """
-        key = ("row", rows, device, dtype)
-        if key not in self._tables:
-            self._check_density()
-            self._tables[key] = _table((self.std, self.kl_scale, -self.dt), rows, device, dtype)
-        return self._tables[key]
+        self._check_density()
+        return self._table("row", rows, device, dtype)
 
     def step_values(self) -> list[float]:
         """``[a, b, S]`` of a scalar step, for the sampler."""
@@ -203,15 +272,35 @@ class SDEStep:
 
     def step_table(self, rows: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
         """``[R, 3]`` table of ``a, b, S`` per row on ``device``, kept like :meth:`row_table`."""
-        key = ("step", rows, device, dtype)
+        return self._table("step", rows, device, dtype)
+
+    def _table(self, kind: str, rows: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+        def build() -> Tensor:
+            if kind == "row":
+                columns = (self.std, self.kl_scale, -self.dt)
+            else:
+                columns = (self.sample_coef, self.velocity_coef, self.std)
+            expanded = [expand_to_rows(torch.as_tensor(x, dtype=torch.float64), "step", rows) for x in columns]
+            return torch.stack(expanded, dim=-1).reshape(-1, 3).to(device=device, dtype=dtype)
+
+        if torch.compiler.is_compiling():
+            # as a key of a dict the number of rows would become a constant of the graph
+            return build()
+        key = (kind, rows, device, dtype)
         if key not in self._tables:
-            columns = (self.sample_coef, self.velocity_coef, self.std)
-            self._tables[key] = _table(columns, rows, device, dtype)
+            self._tables[key] = build()
         return self._tables[key]
 
     def __post_init__(self) -> None:
+        std = torch.as_tensor(self.std)
+        if std.device.type != "cpu":
+            return
         # looked up on the host once: no training call has to read a tensor for it
-        zero = (torch.as_tensor(self.std) == 0.0).flatten().tolist()
+        if not bool((std >= 0.0).all()):
+            raise ValueError(f"std: got {self.std}, expected standard deviations >= 0")
+        if bool((torch.as_tensor(self.dt) >= 0.0).any()):
+            raise ValueError(f"dt: got {self.dt}, expected sigma_next - sigma < 0")
+        zero = (std == 0.0).flatten().tolist()
         object.__setattr__(self, "_silent", zero.index(True) if True in zero else None)
 
     def _check_density(self) -> None:
@@ -226,11 +315,6 @@ class SDEStep:
         )
 
 
-def _table(columns: tuple, rows: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    expanded = [expand_to_rows(torch.as_tensor(column, dtype=torch.float64), "step", rows) for column in columns]
-    return torch.stack(expanded, dim=-1).reshape(-1, 3).to(device=device, dtype=dtype)
-
-
 def sde_schedule(sampler: str, sigmas: Sequence[float], *, eta: float = 0.7) -> list[SDEStep]:
     """All steps of a descending schedule ``sigmas`` (``[T+1]`` levels, 1 -> 0) under one sampler.
 
@@ -238,8 +322,6 @@ def sde_schedule(sampler: str, sigmas: Sequence[float], *, eta: float = 0.7) -> 
         ValueError: fewer than two levels, or anything :meth:`SDEStep.from_sigmas` refuses.
     """
     levels = [float(level) for level in sigmas]
-    if len(levels) < 2:
-        raise ValueError(f"sigmas: got {len(levels)} levels, expected at least 2 (a schedule of T steps has T+1)")
     schedule = Schedule.from_sigmas(levels)
     return [
         SDEStep.from_sigmas(sampler, sigma, sigma_next, eta=eta, schedule=schedule)

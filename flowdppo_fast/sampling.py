@@ -13,7 +13,8 @@ from .autograd import RowSource, SamplerStep
 from .backend import resolve
 from .noise import PhiloxNoise
 from .reference import Form, stats_dtype
-from .samplers import Schedule, SDEStep
+from .samplers import SDEStep
+from .schedule import HostSchedule, per_row
 
 
 class SampledStep(NamedTuple):
@@ -76,14 +77,23 @@ def sde_step(
         raise ValueError(
             "prev_sample: got it together with noise or a generator, expected one source of the next state"
         )
+    if noise is not None and generator is not None:
+        raise ValueError("noise: got it together with a generator, expected one source of the noise")
     if not isinstance(sample, torch.Tensor):
         raise TypeError(f"sample: got {type(sample).__name__}, expected a tensor")
     shape = tuple(sample.shape[:rows])
     stored = None if isinstance(noise, PhiloxNoise) else noise
-    named = {"sample": sample, "velocity": velocity, "noise": stored, "prev_sample": prev_sample}
+    named = {"sample": sample, "velocity": velocity}
+    named |= {name: x for name, x in (("noise", stored), ("prev_sample", prev_sample)) if x is not None}
     layout.check_latents(named, "sample", shape)
     layout.check_no_grad(named, "velocity")
     device, compute = sample.device, stats_dtype(sample)
+    dtype = sample.dtype if dtype is None else dtype
+    if dtype not in layout.LATENT_DTYPES or (dtype == torch.float64) != (sample.dtype == torch.float64):
+        raise TypeError(
+            f"dtype: got {dtype} for a {sample.dtype} sample, expected float32, bfloat16 or float16, and float64 for "
+            "float64 alone"
+        )
     if step.is_scalar:
         table, values = None, step.step_values()
     else:
@@ -94,7 +104,7 @@ def sde_step(
     source = RowSource(resolve(backend, device.type), int(Form.VELOCITY), rows, values, seed, first_stream)
     flags = (return_mean, log_prob is not None, log_prob == "unnormalized")
     next_sample, mean, density = SamplerStep.apply(
-        velocity, sample, stored, prev_sample, streams, table, source, dtype or sample.dtype, flags
+        velocity, sample, stored, prev_sample, streams, table, source, dtype, flags
     )
     return SampledStep(
         next_sample if prev_sample is None else prev_sample,
@@ -118,7 +128,7 @@ def sde_step_with_logprob(
     """flow_grpo's step under its signature, fused and differentiable in ``model_output``.
 
     Args:
-        scheduler: a diffusers flow scheduler with ``sigmas`` and ``index_for_timestep``.
+        scheduler: a diffusers flow scheduler with ``sigmas`` and ``timesteps``; read to the host once per schedule.
         model_output, sample: ``[B, *latent]`` of any rank.
         timestep: ``[B]`` timesteps of the schedule.
         noise_level: eta.
@@ -134,14 +144,8 @@ def sde_step_with_logprob(
     samplers = {"sde": "flow_sde", "cps": "cps"}
     if sde_type not in samplers:
         raise ValueError(f"sde_type: got {sde_type!r}, expected 'sde' or 'cps'")
-    indices = [scheduler.index_for_timestep(t) for t in timestep.reshape(-1)]
-    sigmas = [float(level) for level in scheduler.sigmas]
-    schedule = Schedule.from_sigmas(sigmas)
-    steps = [
-        SDEStep.from_sigmas(samplers[sde_type], sigmas[i], sigmas[i + 1], eta=noise_level, schedule=schedule)
-        for i in indices
-    ]
-    step = SDEStep.stack(steps)
+    host = HostSchedule.of(scheduler)
+    step = host.step(samplers[sde_type], host.indices(timestep), noise_level)
     result = sde_step(
         sample.float(),
         model_output.float(),
@@ -151,15 +155,12 @@ def sde_step_with_logprob(
         return_mean=True,
         log_prob="gaussian" if sde_type == "sde" else "unnormalized",
     )
-    shape = (-1,) + (1,) * (sample.ndim - 1)
-
-    def per_row(values: float | Tensor) -> Tensor:
-        return torch.as_tensor(values).to(device=sample.device, dtype=torch.float32).reshape(shape)
-
     sqrt_dt = torch.sqrt(-torch.as_tensor(step.dt))
-    std_dev_t = per_row(step.std / sqrt_dt if sde_type == "sde" else step.std)
+    # one number per row even where all rows share a step, as flow_grpo returns it
+    shape = (timestep.numel(),) + (1,) * (sample.ndim - 1)
+    std_dev_t = per_row(step.std / sqrt_dt if sde_type == "sde" else step.std, sample).expand(shape)
     results = (result.prev_sample, result.log_prob, result.mean, std_dev_t)
-    return (*results, per_row(sqrt_dt)) if return_sqrt_dt else results  # type: ignore[return-value]
+    return (*results, per_row(sqrt_dt, sample).expand(shape)) if return_sqrt_dt else results  # type: ignore[return-value]
 
 
 def _draw(
@@ -172,6 +173,11 @@ def _draw(
     if generator is None or isinstance(generator, torch.Generator):
         source = device if generator is None else generator.device
         return torch.randn(shape, generator=generator, device=source, dtype=dtype).to(device)
+    if not isinstance(generator, (list, tuple)) or not all(isinstance(one, torch.Generator) for one in generator):
+        raise TypeError(
+            f"generator: got {type(generator).__name__}, expected a torch.Generator, or a list of them, one per row of "
+            "the first dim"
+        )
     if len(generator) != shape[0]:
         raise ValueError(
             f"generator: got {len(generator)} generators, expected one per row of the first dim ({shape[0]})"

@@ -1,0 +1,193 @@
+"""Who computes: what ``auto`` takes, what a name means, what is said when something is missing, what import costs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from support.backends import BACKENDS, CPU, require
+from support.problems import make_problem
+
+import flowdppo_fast as fast
+from flowdppo_fast import backend as backends
+from flowdppo_fast import ops, reference
+
+
+@pytest.fixture
+def built():
+    return require(CPU)
+
+
+@pytest.fixture
+def not_built(monkeypatch):
+    """A pure-Python install, and no warning given yet."""
+    monkeypatch.setattr(backends, "_CPU_PROBLEM", "the C++ library is not built")
+    monkeypatch.setattr(backends, "_warned", set())
+
+
+def call_everything(name, dtype=torch.float32):
+    """Every public way to an operator; returns the results of all."""
+    problem = make_problem((2, 2), (3, 5))
+    tensors = (problem.velocity, problem.old_velocity, problem.noise, problem.state)
+    velocity, old, noise, state = (x.to(dtype) for x in tensors)
+    velocity.requires_grad_()
+    advantages = problem.advantages.to(dtype)
+    out = fast.fused_dppo_velocity_loss(velocity, old, noise, problem.step, advantages, backend=name)
+    out.loss.backward()
+    means = fast.fused_dppo_loss(velocity.detach(), old, noise, 0.3, advantages, backend=name)
+    single = fast.fused_dppo_velocity_loss(
+        velocity.detach(), old, noise, problem.step, advantages, single_pass=True, backend=name
+    )
+    p, q = fast.row_statistics(velocity, old, noise, problem.step, rows=2, backend=name)
+    (p.sum() + q.sum()).backward()
+    stepped = fast.sde_step(state, velocity, problem.step, noise=noise, log_prob="gaussian", rows=2, backend=name)
+    stepped.log_prob.sum().backward()
+    return [out.loss, velocity.grad, means.loss, single.loss, single.grad, p, q, stepped.prev_sample, stepped.log_prob]
+
+
+@pytest.fixture
+def broken_reference(monkeypatch):
+    """Every operator of the reference raises, the registered ones too: all of them look this up when they run."""
+
+    def refuse(*args):
+        raise AssertionError("the reference ran")
+
+    monkeypatch.setattr(reference, "stats_dtype", refuse)
+
+
+def test_breaking_the_reference_breaks_all_of_it(broken_reference):
+    x = torch.zeros(1, 1, 4)
+    source = (x, x, x, None, None, None, [1.0, 1.0, 1.0], 0, 0, 0)
+    epilogue = (torch.zeros(1), None, None, [0] * 6, [1.0] * 5)
+    arguments = {
+        "row_stats": (*source, False),
+        "row_grad": (*source, torch.ones(3, 1), torch.ones(1), 1.0),
+        "policy_loss": (*source, *epilogue),
+        "policy_loss_and_grad": (*source, *epilogue, 1.0),
+        "sde_step": (x, x, x, None, None, None, [1.0, 1.0, 1.0], 0, 0, torch.float32, True, True, False),
+    }
+    assert arguments.keys() == ops.SCHEMAS.keys()
+    for op, values in arguments.items():
+        with pytest.raises(AssertionError, match="the reference ran"):
+            getattr(reference, op)(*values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_cpu_runs_without_the_reference(built, broken_reference, dtype):
+    assert all(torch.isfinite(x).all() for x in call_everything("cpu", dtype))
+
+
+@pytest.mark.parametrize("op", ops.SCHEMAS)
+def test_cpu_kernels_are_registered(built, op):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"flowdppo::{op}", "CPU")
+
+
+@pytest.mark.parametrize("op", ops.SCHEMAS)
+def test_reference_by_name_is_plain_torch(op):
+    assert backends.operator(op, "reference", "cpu") is getattr(reference, op)
+
+
+def test_reference_by_name_runs_no_kernel_of_others(monkeypatch):
+    """Every registered operator raises; only the functions of ``reference.py`` are left."""
+
+    def refuse(*args):
+        raise AssertionError("a registered operator ran")
+
+    monkeypatch.setattr(backends, "_OPERATORS", dict.fromkeys(ops.SCHEMAS, refuse))
+    call_everything("reference")
+
+
+def test_cpu_and_reference_agree(built):
+    for fused, plain in zip(call_everything("cpu"), call_everything("reference")):
+        torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("param", BACKENDS)
+def test_the_output_says_which_backend_ran(param):
+    backend = require(param)
+    problem = make_problem((2,), (3, 5))
+    tensors = [x.float().to(backend.device) for x in (problem.velocity, problem.old_velocity, problem.noise)]
+    advantages = problem.advantages.float().to(backend.device)
+    out = fast.fused_dppo_velocity_loss(*tensors, problem.step, advantages, backend=backend.name)
+    assert out.backend == backend.name == fast.resolve(backend.name, backend.device)
+
+
+def test_auto_takes_cpu_when_built(built):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert fast.resolve("auto", "cpu") == "cpu"
+    problem = make_problem((2,), (3, 5))
+    tensors = [x.float() for x in (problem.velocity, problem.old_velocity, problem.noise)]
+    assert fast.fused_dppo_velocity_loss(*tensors, problem.step, problem.advantages).backend == "cpu"
+
+
+def test_auto_says_once_that_it_takes_the_reference(not_built):
+    problem = make_problem((2,), (3, 5))
+    tensors = [x.float() for x in (problem.velocity, problem.old_velocity, problem.noise)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        outs = [fast.fused_dppo_velocity_loss(*tensors, problem.step, problem.advantages) for _ in range(3)]
+    assert [out.backend for out in outs] == ["reference"] * 3
+    (warning,) = caught
+    message = str(warning.message)
+    for word in ("'auto'", "reference", "'cpu'", "the C++ library is not built", "backend='reference' silences"):
+        assert word in message
+
+
+def test_the_reference_by_name_is_silent(not_built):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert fast.resolve("reference", "cpu") == "reference"
+
+
+def test_cpu_by_name_never_falls_back(not_built):
+    with pytest.raises(RuntimeError, match="backend='cpu' cannot run: the C"):
+        fast.resolve("cpu", "cpu")
+
+
+def test_reasons(not_built):
+    assert backends.problem("reference", "cuda") is None
+    assert "is not built" in backends.problem("cpu", "cpu")
+    assert "serves CPU tensors" in backends.problem("cpu", "cuda")
+    with pytest.raises(ValueError, match="backend: got 'cudnn', expected 'auto' or one of"):
+        backends.problem("cudnn", "cpu")
+
+
+def test_build_info(built):
+    info = fast.build_info()
+    assert info, "a built library says what it was built with"
+    assert "torch" in info
+
+
+def test_unfit_library_says_so(monkeypatch, tmp_path):
+    """A file that cannot be loaded is a reason in words, not a crash at import."""
+    broken = tmp_path / "_C_cpu.so"
+    broken.write_bytes(b"not a library")
+    monkeypatch.setattr(backends, "_LIBRARY", broken)
+    assert "cannot be loaded under torch" in backends._load_cpu_library()
+    monkeypatch.setattr(backends, "_LIBRARY", tmp_path / "missing.so")
+    assert "not built" in backends._load_cpu_library()
+
+
+def test_import_is_light():
+    """On top of torch: no trainer stack, no Triton, and no module outside the package and the standard library."""
+    code = (
+        "import sys, json, torch; before = set(sys.modules); import flowdppo_fast; "
+        "print(json.dumps(sorted({name.partition('.')[0] for name in set(sys.modules) - before})))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    new = set(json.loads(run.stdout.splitlines()[-1]))
+    assert "flowdppo_fast" in new
+    heavy = {"diffusers", "transformers", "triton", "accelerate", "peft", "numpy", "matplotlib", "safetensors", "yaml"}
+    assert new & heavy == set()
+    assert new - {"flowdppo_fast"} <= set(sys.stdlib_module_names)
+    assert "flowdppo_fast: " not in run.stderr
+
+
+def test_import_does_not_warn():
+    run = subprocess.run([sys.executable, "-W", "error", "-c", "import flowdppo_fast"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

@@ -1,0 +1,110 @@
+"""Every objective and every option of the losses, with bounds that drop some rows and keep some."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import flowdppo_fast as fast
+
+from . import oracle
+from .problems import Call, Problem, make_call, textbook
+
+
+@dataclass(frozen=True)
+class Case:
+    """An objective as the library and as the textbook call it, its bound still open."""
+
+    rule: str
+    region: str = "kl"
+    skew: float = 1.0
+    bias: str = "row"
+
+    @property
+    def velocity_only(self) -> bool:
+        return self.region == "velocity_drift"
+
+    def bounded(self, bound: float) -> tuple[Any, oracle.Rule]:
+        """The library's objective and the textbook's rule for a threshold or clip range of ``bound``."""
+        if self.rule in ("dppo", "dppo_symmetric"):
+            objective = fast.DPPO(bound, self.rule == "dppo_symmetric", self.region)
+            return objective, oracle.Rule(self.rule, threshold=bound, region=self.region)
+        if self.rule == "unclipped":
+            return fast.Unclipped(), oracle.Rule("unclipped")
+        low, high = bound, self.skew * bound
+        if self.rule == "ratio_clip":
+            return fast.RatioClip(low, high), oracle.Rule("ratio_clip", low=low, high=high)
+        return fast.GRPOGuard(low, high, self.bias), oracle.Rule("grpo_guard", low=low, high=high, bias=self.bias)
+
+
+OBJECTIVES = {
+    "dppo": Case("dppo"),
+    "dppo_symmetric": Case("dppo_symmetric"),
+    "dppo_mean_drift": Case("dppo", region="mean_drift"),
+    "dppo_velocity_drift": Case("dppo", region="velocity_drift"),
+    "ratio_clip": Case("ratio_clip"),
+    "ratio_clip_asymmetric": Case("ratio_clip", skew=1.25),
+    "grpo_guard": Case("grpo_guard"),
+    "grpo_guard_batch": Case("grpo_guard", bias="batch"),
+    "unclipped": Case("unclipped"),
+}
+
+# drift makes the policies close enough for sums over latents to stay in range
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "reference_kl": {"with_reference": True, "kl_weight": 0.3},
+    "reference_kl_without_dt": {"with_reference": True, "kl_weight": 0.3, "reference_kl": "without_dt"},
+    "reference_metric_only": {"with_reference": True},
+    "sum_over_latents": {"reduce": "sum", "drift": 0.1},
+    "unnormalized": {"log_prob": "unnormalized"},
+    "old_log_prob": {"with_old_log_prob": True},
+    "old_log_prob_unnormalized": {"with_old_log_prob": True, "log_prob": "unnormalized"},
+    "old_log_prob_sum": {"with_old_log_prob": True, "reduce": "sum", "drift": 0.1},
+    "advantage_clip": {"advantage_clip": 0.8},
+    "row_weights": {"with_weights": True},
+    "everything": {
+        "with_reference": True, "kl_weight": 0.2, "with_weights": True, "with_old_log_prob": True,
+        "advantage_clip": 1.0, "reduce": "sum", "drift": 0.1,
+    },
+}  # fmt: skip
+
+
+def applicable(objective: str, form: str) -> bool:
+    """Whether the objective exists in the form: a drift of velocities needs velocities."""
+    return form == "velocity" or not OBJECTIVES[objective].velocity_only
+
+
+def middle_gap(values: Tensor) -> float:
+    """A number well away from all ``values``: the geometric middle of their widest gap."""
+    ordered = values.abs().flatten().sort().values
+    if ordered.numel() < 2:
+        return 2.0 * float(ordered[0]) if ordered.numel() else 1.0
+    gaps = ordered[1:] / ordered[:-1]
+    at = int(gaps.argmax())
+    return math.sqrt(float(ordered[at]) * float(ordered[at + 1]))
+
+
+def bounded_call(problem: Problem, form: str, objective: str, **options: Any) -> Call:
+    """The call with a bound in the middle of what its rows reach, so that no rounding can move a row across."""
+    case = OBJECTIVES[objective]
+    call = make_call(problem, form, *case.bounded(0.5), **options)
+    # what the rows reach does not depend on the bound
+    reached = textbook(call)
+    if case.rule in ("ratio_clip", "grpo_guard"):
+        bound = min(middle_gap(reached.rows["ratio"] - 1.0), 0.9)
+    else:
+        bound = middle_gap(reached.rows["kl"])
+    call.objective, call.rule = case.bounded(bound)
+    return call
+
+
+FORMS = ("velocity", "means")
+FORM_OBJECTIVES = [(form, objective) for form in FORMS for objective in OBJECTIVES if applicable(objective, form)]
+FORM_OBJECTIVE_OPTIONS = [(*pair, option) for pair in FORM_OBJECTIVES for option in OPTIONS]
+
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

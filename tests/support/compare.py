@@ -1,0 +1,67 @@
+"""One call, three answers: the backend's, the reference's in float64, and eager's for the size of honest errors."""
+
+from __future__ import annotations
+
+import torch
+
+from .problems import Call, Outcome, library, textbook
+from .tolerance import check_within, eager_bound
+
+# rows a metric summarises; the rest are fractions of rows and counts, which have to be the same
+SUMMARISED = {
+    "policy_loss": "loss",
+    "ratio_mean": "ratio",
+    "ratio_std": "ratio",
+    "ratio_min": "ratio",
+    "ratio_max": "ratio",
+    "approx_kl": "log_ratio",
+    "kl_new_old_mean": "kl",
+    "kl_new_old_max": "kl",
+}
+QUADRATIC = ("drift_mean", "kl_ref_mean")
+
+
+def check_backend(call: Call, backend: str) -> Outcome:
+    """Asserts that ``backend`` answers ``call`` as the float64 reference does; returns the backend's outcome."""
+    actual = library(call, backend)
+    assert actual.backend == backend
+    exact = library(call.upcast(), "reference")
+    compute = torch.float64 if call.first.dtype == torch.float64 else torch.float32
+    eager = textbook(call, compute)
+    condition = max(1.0, float(eager.size.max()))
+
+    slack = {}
+    assert torch.equal(actual.rows["kept"], exact.rows["kept"])
+    for name in ("log_ratio", "ratio", "kl", "loss"):
+        of_ratio = 1.0 if name == "kl" else condition
+        slack[name] = eager_bound(exact.rows[name], eager.rows[name], compute, of_ratio)
+        if name == "log_ratio":
+            # a log-ratio may be close to 0; its terms are not
+            slack[name] += eager_bound(eager.size, eager.size, compute)
+        check_within(f"rows.{name}", actual.rows[name], exact.rows[name], slack[name], compute)
+        assert actual.rows[name].dtype == compute
+
+    count = exact.rows["loss"].numel() if call.options.get("reduction") == "sum" else 1
+    check_within("loss", actual.loss, exact.loss, count * slack["loss"], compute)
+    assert actual.loss.dtype == compute
+
+    assert actual.metrics.keys() == exact.metrics.keys()
+    for name, value in actual.metrics.items():
+        expected = exact.metrics[name]
+        if name in SUMMARISED:
+            allowed = slack[SUMMARISED[name]]
+            if name == "approx_kl":
+                allowed *= float(exact.rows["log_ratio"].abs().max()) + allowed
+            elif name == "ratio_mean":
+                # 1 + mean(r - 1): exact near 1, where it matters, and never better than an ulp of 1
+                allowed += torch.finfo(compute).eps
+        elif name in QUADRATIC:
+            allowed = eager_bound(expected, eager.metrics[name], compute)
+        else:
+            allowed = torch.finfo(compute).eps
+        check_within(name, value, expected, allowed, compute)
+        assert value.dtype == compute
+
+    assert actual.grad.dtype == call.first.dtype
+    check_within("gradient", actual.grad, exact.grad, eager_bound(exact.grad, eager.grad, compute, condition), compute)
+    return actual
