@@ -26,12 +26,15 @@ class Judge(nn.Module):
         image_size: height and width of the images, a multiple of 4.
         width: channels of the first convolution; the others have twice as many.
         num_classes: number of classes.
+
+    Raises:
+        ValueError: ``image_size`` is not a positive multiple of 4.
     """
 
     def __init__(self, image_size: int = 16, width: int = 16, num_classes: int = 10):
         super().__init__()
         if image_size < 4 or image_size % 4:
-            raise ValueError(f"image_size must be a positive multiple of 4, got {image_size}")
+            raise ValueError(f"image_size: got {image_size}, expected a positive multiple of 4")
         self.config = {"image_size": image_size, "width": width, "num_classes": num_classes}
         self.features = nn.Sequential(
             nn.Conv2d(1, width, 3, padding=1),
@@ -55,13 +58,11 @@ class Judge(nn.Module):
             ``[B, num_classes]`` in the parameters' dtype, natural logarithm.
 
         Raises:
-            ValueError: if the shape is not ``[B, 1, image_size, image_size]``.
+            ValueError: another shape.
         """
         size = self.config["image_size"]
         if images.ndim != 4 or tuple(images.shape[1:]) != (1, size, size):
-            raise ValueError(
-                f"images must have shape [B, 1, {size}, {size}], got {list(images.shape)}"
-            )
+            raise ValueError(f"images: got shape {list(images.shape)}, expected [B, 1, {size}, {size}]")
         weight = self.head.weight
         hidden = self.features(images.to(device=weight.device, dtype=weight.dtype) * 2 - 1)
         return F.log_softmax(self.head(hidden.flatten(1)), dim=-1)
@@ -79,14 +80,14 @@ class Judge(nn.Module):
         """Load a judge, in evaluation mode and without gradients on its parameters.
 
         Raises:
-            ValueError: if ``folder`` holds no judge.
+            ValueError: ``folder`` holds no judge.
         """
         folder = Path(folder)
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             if not (folder / name).is_file():
                 raise ValueError(
-                    f"folder must hold a judge, but {folder / name} is missing; "
-                    "write one with examples/digits/pretrain.py"
+                    f"folder: got {folder} without {name}, expected a folder written by Judge.save_pretrained "
+                    "(examples/digits/pretrain.py makes one)"
                 )
         judge = cls(**json.loads((folder / CONFIG_NAME).read_text()))
         judge.load_state_dict(load_file(folder / WEIGHTS_NAME))

@@ -4,51 +4,70 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
-from diffusers import DiffusionPipeline, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler, ImagePipelineOutput
-from diffusers.image_processor import VaeImageProcessor
+import torch.nn.functional as F
+from diffusers import (
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    ImagePipelineOutput,
+    SD3Transformer2DModel,
+)
 from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 class DigitsPipeline(DiffusionPipeline):
-    """Draws digits. Pixels are the latents: there is no VAE and no text encoder.
+    """Draws digits. Pixels are the latents and one-hot vectors the prompt embeddings: no VAE, no text encoder.
 
     Args:
         transformer: predicts the velocity ``noise - data`` of ``[B, 1, H, W]`` latents in about [-1, 1] (-1 = paper,
-            1 = ink) at the timestep ``1000 * sigma``. Class ``num_embeds_ada_norm`` is the class of no digit.
+            1 = ink) at the timestep ``1000 * sigma``. The last of its ``pooled_projection_dim`` classes is "no digit".
         scheduler: flow-matching scheduler; ``set_timesteps``, ``timesteps`` and ``step`` are all that is used of it.
     """
 
     model_cpu_offload_seq = "transformer"
 
-    def __init__(self, transformer: DiTTransformer2DModel, scheduler: FlowMatchEulerDiscreteScheduler):
+    def __init__(self, transformer: SD3Transformer2DModel, scheduler: FlowMatchEulerDiscreteScheduler):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler)
-        # in training mode DiT drops class labels at random, in each block on its own: a model that is fine-tuned on
-        # recorded steps would then see other labels than those the steps were sampled with
-        for block in self.transformer.transformer_blocks:
-            block.norm1.emb.class_embedder.dropout_prob = 0.0
 
     @property
-    def num_classes(self) -> int:
-        return self.transformer.config.num_embeds_ada_norm
+    def num_digits(self) -> int:
+        """Number of digits, which is also the class of "no digit"."""
+        return self.transformer.config.pooled_projection_dim - 1
 
-    def encode_prompt(self, prompt: int | str | list[int | str], num_images_per_prompt: int = 1) -> torch.Tensor:
-        """Class labels of prompts, int64 ``[len(prompt) * num_images_per_prompt]``, images of a prompt adjacent.
+    def encode_prompt(
+        self, prompt: int | str | list[int | str], num_images_per_prompt: int = 1, guidance: bool = False
+    ) -> torch.Tensor:
+        """One-hot classes of digits.
+
+        Args:
+            prompt: a digit, as ``7`` or ``"7"``, or a list of them.
+            num_images_per_prompt: how often each is repeated; copies of one are adjacent.
+            guidance: put as many rows of "no digit" in front.
+
+        Returns:
+            ``[B, num_digits + 1]``, or ``[2 * B, num_digits + 1]`` with guidance, in the transformer's dtype.
 
         Raises:
-            ValueError: if a prompt is not a digit.
+            ValueError: a prompt is not a digit, or there is none.
         """
-        prompts = prompt if isinstance(prompt, list | tuple) else [prompt]
-        names = [str(value).strip() for value in prompts]
-        known = {str(label): label for label in range(self.num_classes)}
-        for name in names:
-            if name not in known:
-                raise ValueError(f"prompt must be digits from 0 to {self.num_classes - 1}, got {name!r}")
-        labels = torch.tensor([known[name] for name in names], dtype=torch.long, device=self._execution_device)
-        return labels.repeat_interleave(num_images_per_prompt)
+        prompts = prompt if isinstance(prompt, (list, tuple)) else [prompt]
+        if not prompts:
+            raise ValueError("prompt: got an empty list, expected at least one digit")
+        known = {str(label): label for label in range(self.num_digits)}
+        for name in prompts:
+            if str(name).strip() not in known:
+                raise ValueError(f"prompt: got {name!r}, expected a digit from 0 to {self.num_digits - 1}")
+        labels = torch.tensor([known[str(name).strip()] for name in prompts])
+        labels = labels.repeat_interleave(num_images_per_prompt)
+        if guidance:
+            labels = torch.cat([torch.full_like(labels, self.num_digits), labels])
+        one_hot = F.one_hot(labels, self.num_digits + 1)
+        return one_hot.to(device=self._execution_device, dtype=self.transformer.dtype)
 
     def prepare_latents(
         self,
@@ -59,15 +78,17 @@ class DigitsPipeline(DiffusionPipeline):
         """Standard normal latents ``[batch_size, 1, H, W]`` in the transformer's dtype, or ``latents`` moved there.
 
         Raises:
-            ValueError: if ``latents`` has another shape.
+            ValueError: ``latents`` of another shape, or another number of generators than one or ``batch_size``.
         """
         config = self.transformer.config
         shape = (batch_size, config.in_channels, config.sample_size, config.sample_size)
         device, dtype = self._execution_device, self.transformer.dtype
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(f"generator: got a list of {len(generator)}, expected one or {batch_size}, one per image")
         if latents is None:
             return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         if tuple(latents.shape) != shape:
-            raise ValueError(f"latents must have shape {list(shape)}, got {list(latents.shape)}")
+            raise ValueError(f"latents: got shape {list(latents.shape)}, expected {list(shape)}")
         return latents.to(device=device, dtype=dtype)
 
     @torch.no_grad()
@@ -87,37 +108,38 @@ class DigitsPipeline(DiffusionPipeline):
 
         Args:
             prompt: a digit, as ``7`` or ``"7"``, or a list of them.
-            num_inference_steps: number of transformer calls; levels are ``1, 1 - 1/n, ..., 1/n, 0`` before the
+            num_inference_steps: number n of transformer calls; the levels are ``1, 1 - 1/n, ..., 1/n, 0`` before the
                 scheduler's shift.
             guidance_scale: above 1, classifier-free guidance from one batch ``[no digit, asked digit]`` of ``2 * B``.
             num_images_per_prompt: images for each entry of ``prompt``.
-            generator: for the first latents and for a scheduler that draws noise.
+            generator: for the first latents (one, or one per image) and for a scheduler that draws noise.
             latents: first latents, ``[B, 1, H, W]``; drawn if absent.
-            output_type: ``"pil"``, ``"np"`` (``[B, H, W, 1]``), ``"pt"`` (``[B, 1, H, W]``), both float32 in
-                [0, 1], or ``"latent"`` (``[B, 1, H, W]``, about [-1, 1]).
+            output_type: ``"pil"`` (mode L), ``"np"`` (``[B, H, W, 1]``) or ``"pt"`` (``[B, 1, H, W]``), both float32
+                in [0, 1] with 1 = ink, or ``"latent"`` (``[B, 1, H, W]``, about [-1, 1]).
             return_dict: return :class:`ImagePipelineOutput` instead of a tuple.
-            callback_on_step_end: called after each step as ``callback(pipeline, i, t, {"latents": latents})``; may
-                return a dict with other ``"latents"``.
+            callback_on_step_end: called after each step as ``callback(pipeline, i, t, {"latents": latents})``; the
+                dict that it returns may hold other ``"latents"``.
 
         Raises:
-            ValueError: if a prompt is no digit, a number is out of range or ``output_type`` is unknown.
+            ValueError: a prompt that is no digit, a number below 1, latents or generators that do not fit the batch,
+                or an unknown ``output_type``.
         """
         if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
+            raise ValueError(f"output_type: got {output_type!r}, expected one of {', '.join(OUTPUT_TYPES)}")
         for name, value in (
             ("num_inference_steps", num_inference_steps),
             ("num_images_per_prompt", num_images_per_prompt),
         ):
             if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+                raise ValueError(f"{name}: got {value}, expected at least 1")
 
-        labels = self.encode_prompt(prompt, num_images_per_prompt)
-        latents = self.prepare_latents(len(labels), generator, latents)
         do_guidance = guidance_scale > 1
-        if do_guidance:
-            labels = torch.cat([torch.full_like(labels, self.num_classes), labels])
+        prompt_embeds = self.encode_prompt(prompt, num_images_per_prompt, guidance=do_guidance)
+        batch_size = len(prompt_embeds) // (2 if do_guidance else 1)
+        latents = self.prepare_latents(batch_size, generator, latents)
+        token_embeds = prompt_embeds[:, None]
 
-        sigmas = [1 - i / num_inference_steps for i in range(num_inference_steps)]
+        sigmas = np.linspace(1.0, 1.0 / num_inference_steps, num_inference_steps)
         self.scheduler.set_timesteps(sigmas=sigmas, device=latents.device)
         timesteps = self.scheduler.timesteps
 
@@ -127,7 +149,8 @@ class DigitsPipeline(DiffusionPipeline):
                 velocity = self.transformer(
                     hidden_states=latent_input,
                     timestep=t.expand(len(latent_input)),
-                    class_labels=labels,
+                    encoder_hidden_states=token_embeds,
+                    pooled_projections=prompt_embeds,
                     return_dict=False,
                 )[0]
                 if do_guidance:
@@ -141,14 +164,15 @@ class DigitsPipeline(DiffusionPipeline):
                     latents = changed.get("latents", latents)
                 progress_bar.update()
 
-        images = latents if output_type == "latent" else self._to_images(latents, output_type)
+        images = latents if output_type == "latent" else _to_images(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    @staticmethod
-    def _to_images(latents: torch.Tensor, output_type: str):
-        images = (latents.float() / 2 + 0.5).clamp(0, 1)
-        if output_type == "pt":
-            return images
-        array = VaeImageProcessor.pt_to_numpy(images)
-        return array if output_type == "np" else VaeImageProcessor.numpy_to_pil(array)
+
+def _to_images(latents: torch.Tensor, output_type: str) -> torch.Tensor | np.ndarray | list[Image.Image]:
+    images = (latents.float() / 2 + 0.5).clamp(0, 1)
+    if output_type == "pt":
+        return images
+    if output_type == "np":
+        return images.permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(page) for page in (images[:, 0] * 255).round().byte().cpu().numpy()]

@@ -1,0 +1,21 @@
+"""A thin Flow-DPPO trainer for any diffusers flow pipeline; needs the ``trainer`` extra (diffusers, accelerate, peft).
+
+>>> from flowdppo_fast.trainer import FlowDPPOConfig, FlowDPPOTrainer
+>>> FlowDPPOTrainer(pipeline, reward, prompts, FlowDPPOConfig.from_yaml("config.yaml")).train()
+"""
+
+from .advantages import group_advantages
+from .config import FlowDPPOConfig
+from .recorder import TrajectoryRecorder
+from .rewards import Reward
+from .scheduler import FlowMatchSDEScheduler
+from .trainer import FlowDPPOTrainer
+
+__all__ = [
+    "FlowDPPOConfig",
+    "FlowDPPOTrainer",
+    "FlowMatchSDEScheduler",
+    "Reward",
+    "TrajectoryRecorder",
+    "group_advantages",
+]

@@ -1,0 +1,333 @@
+"""Training runs of seconds: learning, exact resume, checkpoints, metrics, skipped updates, and no host syncs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel
+from digits_example import PROMPTS, ink
+from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from flowdppo_fast.trainer import FlowDPPOTrainer, checkpoint
+from flowdppo_fast.trainer.advantages import group_advantages
+
+
+def weights_of(trainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.pipeline.transformer.named_parameters()}
+
+
+def without_times(history: list[dict]) -> list[dict]:
+    return [{k: v for k, v in metrics.items() if not k.startswith("seconds")} for metrics in history]
+
+
+@pytest.mark.parametrize("objective", ["dppo", "dppo_symmetric", "ratio_clip", "grpo_guard", "unclipped"])
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_every_objective_raises_the_reward(pipes, small_config, objective, train):
+    # bounds wide enough that a few iterations on 64 pixels can move
+    bounds = {
+        "ratio_clip": {"clip_low": 0.2, "clip_high": 0.2},
+        "grpo_guard": {"clip_low": 0.2, "clip_high": 0.2},
+        "unclipped": {},
+    }
+    config = small_config(
+        model={"train": train},
+        objective={"name": objective, **bounds.get(objective, {"threshold": 1e-2})},
+        optimizer={"learning_rate": 0.02 if train == "lora" else 0.005, "micro_batch_size": 16},
+        sampling={"prompts_per_rollout": 4, "group_size": 8},
+        run={"iterations": 12},
+    )
+    trainer = FlowDPPOTrainer(pipes.digits(), ink, PROMPTS, config)
+    before = weights_of(trainer)
+    history = trainer.train()
+    first, last = (sum(m["reward"] for m in part) / 3 for part in (history[:3], history[-3:]))
+    spread = history[0]["reward_std"]
+    assert last > first + spread, (first, last, spread)
+    changed = {name for name, value in weights_of(trainer).items() if not torch.equal(value, before[name])}
+    assert changed == {name for name in before if ("lora" in name) == (train == "lora") and name in changed}
+    assert len(changed) >= 8
+    # of the four updates per rollout, all but the first see moved ratios
+    assert history[-1]["ratio_moved_fraction"] == pytest.approx(0.75, abs=0.05)
+    assert all(m["replay_log_ratio_max"] < 1e-5 for m in history)
+
+
+def test_the_mask_fires_and_its_metrics_agree(pipes, small_config):
+    config = small_config(objective={"threshold": 1e-5}, optimizer={"learning_rate": 0.01}, run={"iterations": 4})
+    history = FlowDPPOTrainer(pipes.digits(), ink, PROMPTS, config).train()
+    assert any(m["masked_fraction"] > 0 for m in history)
+    for m in history:
+        assert m["masked_fraction"] == pytest.approx(m["pos_rm_fraction"] + m["neg_rm_fraction"], abs=1e-6)
+        assert m["masked_fraction"] <= m["kl_mask_fraction"]
+        assert m["kl_new_old_nats"] == pytest.approx(m["kl_new_old_mean"] * 64)
+        assert m["rows"] == 4 * 4 * 3 * 2
+
+
+def test_settings_of_sd3_with_embeddings_guidance_a_reference_and_several_rewards(pipes, small_config):
+    def two(images, prompts, metadata):
+        assert images.shape == (4, 3, 8, 8)
+        assert prompts == ["one"] * 2 + ["two"] * 2 or set(prompts) <= {"one", "two"}
+        assert {entry["weight"] for entry in metadata} <= {1, 2}
+        return {"ink": images.mean((1, 2, 3)), "red": images[:, 0].mean((1, 2))}
+
+    prompts = [
+        {
+            **{name: value[0] for name, value in pipes.text_inputs(1).items()},
+            "text": text,
+            "metadata": {"weight": weight},
+        }
+        for text, weight in (("one", 1), ("two", 2))
+    ]
+    config = small_config(
+        model={"train": "lora", "lora_rank": 4, "gradient_checkpointing": True, "ema_decay": 0.9},
+        sampling={
+            "pipeline_kwargs": {"guidance_scale": 3.5, "height": 8, "width": 8},
+            "batch_size": 4, "sde_steps_per_rollout": 2, "noise": "stored", "sampler": "cps",
+        },
+        advantage={"reward_weights": {"red": 0.5}, "per_reward": True, "std": "global"},
+        objective={"kl_weight": 0.1, "threshold": 1e-4},
+    )  # fmt: skip
+    trainer = FlowDPPOTrainer(pipes.sd3(), two, prompts, config)
+    history = trainer.train()
+    assert trainer.replay_check.rule.scale == 3.5
+    # the adapter starts as the identity, then moves away from the reference
+    assert 0 <= history[0]["kl_ref_mean"] < history[-1]["kl_ref_mean"]
+    assert history[0]["reward"] == pytest.approx(history[0]["reward/ink"] + 0.5 * history[0]["reward/red"], rel=1e-5)
+    trainer.save_pretrained(trainer.output / "final")
+    fresh = pipes.sd3().transformer
+    fresh.load_lora_adapter(str(trainer.output / "final" / "transformer"), prefix=None, use_safetensors=True)
+    own = dict(zip(trainer.names, trainer.ema.averages))
+    for name, parameter in fresh.named_parameters():
+        if "lora" in name:
+            assert torch.equal(parameter, own["transformer." + name.replace("default_0", "default")])
+
+
+def test_full_weights_are_saved_as_diffusers_loads_them(pipes, small_config):
+    trainer = FlowDPPOTrainer(pipes.digits(), ink, PROMPTS, small_config())
+    trainer.train()
+    trainer.save_pretrained(trainer.output / "final")
+    loaded = SD3Transformer2DModel.from_pretrained(trainer.output / "final" / "transformer")
+    assert all(torch.equal(p, weights_of(trainer)[name]) for name, p in loaded.named_parameters())
+
+
+def test_bfloat16_autocast_trains_float32_weights(pipes, small_config):
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    try:
+        config = small_config(model={"mixed_precision": "bf16"}, optimizer={"learning_rate": 1e-4})
+        trainer = FlowDPPOTrainer(pipes.digits(), ink, PROMPTS, config)
+        rollout = trainer.sample(0)
+        assert rollout.trajectories[0].velocity.dtype == torch.bfloat16
+        history = trainer.train()
+    finally:
+        AcceleratorState._reset_state(True)
+    assert {p.dtype for p in trainer.parameters} == {torch.float32}
+    assert all(m["grad_norm"] > 0 and m["skipped_updates"] == 0 for m in history)
+
+
+@pytest.mark.parametrize("killed_in", ["reward", "checkpoint"])
+def test_a_killed_run_ends_where_an_uninterrupted_one_ends(pipes, small_config, monkeypatch, killed_in, tmp_path):
+    settings = {"model": {"train": "lora", "ema_decay": 0.8}, "sampling": {"sde_steps_per_rollout": 2}}
+
+    def noisy(images, prompts, metadata):
+        # a reward that draws: the global generator belongs to what a resume restores
+        return ink(images, prompts, metadata) + 0.01 * torch.rand(len(prompts))
+
+    def make(folder, reward, iterations=5):
+        config = small_config(
+            **settings, run={"iterations": iterations, "output_dir": str(tmp_path / folder), "checkpoint_every": 2}
+        )
+        return FlowDPPOTrainer(pipes.digits(), reward, PROMPTS, config)
+
+    whole = make("whole", noisy)
+    torch.manual_seed(0)
+    expected = whole.train()
+
+    calls, renames = [], []
+
+    def dies_in_its_fourth_call(images, prompts, metadata):
+        calls.append(1)
+        if killed_in == "reward" and len(calls) == 4:
+            raise KeyboardInterrupt
+        return noisy(images, prompts, metadata)
+
+    def dies_in_its_second_rename(source, target, replace=checkpoint.os.replace):
+        renames.append(1)
+        if killed_in == "checkpoint" and len(renames) == 2:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    broken = make("broken", dies_in_its_fourth_call)
+    torch.manual_seed(0)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.os, "replace", dies_in_its_second_rename)
+        with pytest.raises(KeyboardInterrupt):
+            broken.train()
+    folder = tmp_path / "broken" / "checkpoints"
+    assert [path.name for path in checkpoint.checkpoints(folder)] == ["iteration-000002"]
+    logged = len((tmp_path / "broken" / "metrics.jsonl").read_text().splitlines())
+    assert logged == (3 if killed_in == "reward" else 4), "more was logged than the checkpoint has"
+
+    resumed = make("broken", noisy)
+    torch.manual_seed(99)
+    history = resumed.train(resume=True)
+    assert without_times(history) == without_times(expected)
+    assert [m["iteration"] for m in history] == [1, 2, 3, 4, 5]
+    assert all(torch.equal(a, b) for a, b in zip(weights_of(resumed).values(), weights_of(whole).values()))
+    assert all(torch.equal(a, b) for a, b in zip(resumed.ema.averages, whole.ema.averages))
+    last = [
+        load_file(tmp_path / name / "checkpoints/iteration-000005/optimizer.safetensors")
+        for name in ("whole", "broken")
+    ]
+    assert last[0].keys() == last[1].keys()
+    assert all(torch.equal(last[0][key], last[1][key]) for key in last[0])
+
+
+def test_half_written_checkpoints_are_ignored_and_old_ones_removed(pipes, small_config):
+    trainer = FlowDPPOTrainer(pipes.digits(), ink, PROMPTS, small_config(run={"keep_checkpoints": 2}))
+    trainer.train()
+    folder = trainer.output / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["iteration-000002", "iteration-000003"]
+    # no state file; a file that its state names is missing; an unfinished temporary folder
+    (folder / "iteration-000007").mkdir()
+    (folder / "iteration-000003" / "weights.safetensors").unlink()
+    (folder / ".writing-iteration-000009").mkdir()
+    assert [path.name for path in checkpoint.checkpoints(folder)] == ["iteration-000002"]
+    assert (
+        not list(trainer.output.rglob("*.pkl"))
+        + list(trainer.output.rglob("*.bin"))
+        + list(trainer.output.rglob("*.pt"))
+    )
+
+
+def test_folders_of_other_runs_are_refused(pipes, small_config):
+    FlowDPPOTrainer(pipes.digits(), ink, PROMPTS, small_config()).train()
+    with pytest.raises(ValueError, match="holds a run already"):
+        FlowDPPOTrainer(pipes.digits(), ink, PROMPTS, small_config()).train()
+    other = small_config(sampling={"eta": 0.3}, run={"iterations": 9})
+    with pytest.raises(ValueError, match=r"other settings of sampling\.eta, expected the same"):
+        FlowDPPOTrainer(pipes.digits(), ink, PROMPTS, other).train(resume=True)
+
+
+def test_metrics_file_and_config_copy(pipes, small_config):
+    config = small_config()
+    seen = []
+
+    def read_back(metrics):
+        # flushed before anybody is told
+        seen.append(json.loads((trainer.output / "metrics.jsonl").read_text().splitlines()[-1]))
+        assert seen[-1] == metrics
+
+    trainer = FlowDPPOTrainer(pipes.digits(), ink, PROMPTS, config)
+    assert trainer.train(on_iteration=read_back) == seen
+    assert type(config).from_yaml(trainer.output / "config.yaml") == config
+    expected = {"reward", "kl_new_old_mean", "masked_fraction", "ratio_moved_fraction", "grad_norm", "nonfinite_rows"}
+    assert expected <= seen[0].keys()
+
+
+def test_updates_that_are_not_finite_are_skipped_counted_and_stop_the_run(pipes, small_config):
+    calls = []
+
+    def sometimes_nan(images, prompts, metadata):
+        calls.append(1)
+        return ink(images, prompts, metadata) * (float("nan") if len(calls) == 2 else 1.0)
+
+    config = small_config(optimizer={"max_skipped_updates": 3})
+    trainer = FlowDPPOTrainer(pipes.digits(), sometimes_nan, PROMPTS, config)
+    at = []
+
+    def keep(metrics):
+        at.append((weights_of(trainer), [s["step"].item() for s in trainer.optimizer.state.values()], metrics))
+
+    # two epochs of two updates are skipped in the second iteration, one more than allowed
+    with pytest.raises(RuntimeError, match="4 updates were skipped"):
+        trainer.train(on_iteration=keep)
+    (before, steps, _), (after, steps_after, metrics) = at
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert set(steps) == set(steps_after) == {4.0}
+    assert metrics["skipped_updates"] == 4
+    assert metrics["nonfinite_rows"] > 0
+
+
+class CountSyncs(TorchDispatchMode):
+    """Counts what would wait for a GPU: a number read on the host, or a shape that depends on values."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal"):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["digits", "sd3"])
+def test_updates_do_not_wait_for_the_device(pipes, small_config, name):
+    pipeline = getattr(pipes, name)()
+    arguments = {} if name == "digits" else {"height": 8, "width": 8, "guidance_scale": 2.0}
+    prompts = PROMPTS if name == "digits" else [{k: v[0] for k, v in pipes.text_inputs(1).items()}]
+    config = small_config(model={"train": "lora", "ema_decay": 0.9}, sampling={"pipeline_kwargs": arguments})
+    trainer = FlowDPPOTrainer(pipeline, ink, prompts, config)
+    trainer.train()
+    rollout = trainer.sample(3)
+    # as on a GPU, where looking for gradients that are zero would be a sync
+    trainer._free_reads = False
+    with CountSyncs() as counter:
+        trainer.update(rollout, range(16), on_policy=True)
+    assert counter.found == []
+    trainer._free_reads = True
+    with CountSyncs() as counter:
+        trainer.update(rollout, range(16), on_policy=False)
+    assert counter.found == ["_local_scalar_dense"] * 2
+
+
+def test_a_backward_without_gradient_is_skipped_and_changes_nothing(pipes, small_config, monkeypatch):
+    results = []
+    for free in (True, False):
+        trainer = FlowDPPOTrainer(
+            pipes.digits(),
+            lambda images, *_: ink(images, *_).round(),
+            PROMPTS,
+            small_config(run={"output_dir": "unused"}),
+        )
+        trainer._free_reads = free
+        rollout = trainer.sample(0)
+        # half of the micro-batches has no advantage
+        rollout.advantages = torch.tensor([1.0, -1.0] * 4 + [0.0] * 8)
+        trainer.update(rollout, range(16), on_policy=True)
+        results.append(weights_of(trainer))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_one_large_call_and_several_small_ones_sample_the_same(pipes, small_config):
+    rollouts = [
+        FlowDPPOTrainer(pipes.digits(), ink, PROMPTS, small_config(sampling={"batch_size": size})).sample(1)
+        for size in (None, 8, 2)
+    ]
+    assert [len(r.trajectories) for r in rollouts] == [1, 2, 8]
+    for other in rollouts[1:]:
+        # the same draws; matrix products of other sizes round otherwise
+        torch.testing.assert_close(other.rewards["reward"], rollouts[0].rewards["reward"], rtol=1e-4, atol=1e-5)
+    assert torch.equal(rollouts[0].advantages, group_advantages(rollouts[0].rewards["reward"], 4))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([], {}, "prompts: got"),
+        ("seven", {}, "prompts: got 'seven'"),
+        ([{"prompt": "1"}, {"text": "2"}], {}, "entry 1 has the keys"),
+        ([{"caption": "1"}], {}, "DigitsPipeline takes no argument 'caption'"),
+        (PROMPTS, {"pipeline_kwargs": {"true_cfg_scale": 2}}, "takes no argument 'true_cfg_scale'"),
+    ],
+)
+def test_prompts_and_arguments_are_checked_before_weights_are_touched(pipes, small_config, prompts, options, message):
+    pipeline = pipes.digits()
+    state = {name: p.requires_grad for name, p in pipeline.transformer.named_parameters()}
+    with pytest.raises(ValueError, match=message):
+        FlowDPPOTrainer(pipeline, ink, prompts, small_config(model={"train": "lora"}, sampling=options))
+    assert {name: p.requires_grad for name, p in pipeline.transformer.named_parameters()} == state
