@@ -1,0 +1,167 @@
+"""DanceGRPO (XueZeyue/DanceGRPO): its ``flux_step`` with the mean returned, and the losses of its ``train_one_step``.
+
+Nothing of DanceGRPO is imported. Its step function returns no mean, and its loops store none, so Flow-DPPO needs two
+lines more in the sampling loop; ``docs/integrations/dance_grpo.md`` shows them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..losses import clip_pair, fused_policy_loss
+from ..objectives import DPPO, Objective, RatioClip
+from ..reference import stats_dtype
+from ..results import LossOutput
+from ..samplers import SDEStep
+from ..sampling import sde_step
+from ._rows import log_prob_policy_loss
+
+__all__ = ["dppo_loss_from_sample", "flux_step", "policy_loss_from_sample", "ratio_clip_loss", "transition_std"]
+
+
+def transition_std(eta: float, sigmas: Tensor, index: int) -> float:
+    """Standard deviation ``eta * sqrt(sigma - sigma_next)`` of the step at ``index``, for the losses."""
+    return float(eta) * math.sqrt(float(sigmas[index]) - float(sigmas[index + 1]))
+
+
+def dance_step(eta: float, sigmas: Tensor, index: int, sde_solver: bool) -> SDEStep:
+    """The affine step at ``index``; without ``sde_solver`` the mean is the ODE's, the noise the same."""
+    sigma, sigma_next = float(sigmas[index]), float(sigmas[index + 1])
+    if sde_solver:
+        return SDEStep.from_sigmas("dance", sigma, sigma_next, eta=float(eta))
+    dt = sigma_next - sigma
+    return SDEStep(1.0, dt, float(eta) * math.sqrt(-dt), dt, "dance", sigma, sigma_next)
+
+
+def flux_step(
+    model_output: Tensor,
+    latents: Tensor,
+    eta: float,
+    sigmas: Tensor,
+    index: int,
+    prev_sample: Tensor | None,
+    grpo: bool,
+    sde_solver: bool,
+    *,
+    return_mean: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor | None, ...]:
+    """DanceGRPO's step under its signature (all its ``train_grpo_*.py`` have the same one), fused and differentiable.
+
+    Args:
+        model_output, latents: ``[B, *latent]`` of any rank; the result is float32 (float64 for float64 latents).
+        eta: diffusion coefficient.
+        sigmas: ``[T+1]`` levels, best kept on the CPU (they are read as python numbers).
+        index: step index.
+        prev_sample: the next state of a recorded step, or None to draw it from torch's global generator.
+        grpo: False returns the mean instead of a draw.
+        sde_solver: add the score correction to the mean.
+        return_mean: append the mean.
+
+    Returns:
+        ``(prev_sample, pred_original, log_prob [B])`` and the mean if asked; with ``grpo=False``
+        ``(mean, pred_original)``. ``pred_original = latents - sigma * model_output`` is what the last step decodes; it
+        is detached, and None when ``prev_sample`` was given, where no script reads it.
+    """
+    step = dance_step(eta, sigmas, index, sde_solver)
+    original = None
+    if prev_sample is None:
+        with torch.no_grad():
+            original = latents - float(sigmas[index]) * model_output
+    if not grpo:
+        # the state itself as the next one: nothing is drawn for a mean
+        mean = sde_step(
+            latents, model_output, step, prev_sample=latents.detach(), return_mean=True, backend=backend
+        ).mean
+        return mean, original
+    result = sde_step(
+        latents,
+        model_output,
+        step,
+        prev_sample=None if prev_sample is None else prev_sample.detach(),
+        dtype=stats_dtype(latents),
+        return_mean=return_mean,
+        log_prob="gaussian",
+        backend=backend,
+    )
+    first = (result.prev_sample, original, result.log_prob)
+    return (*first, result.mean) if return_mean else first
+
+
+def policy_loss_from_sample(
+    objective: Objective,
+    sample: Mapping[str, Tensor],
+    j: int,
+    prev_sample_mean: Tensor,
+    std: float | Tensor,
+    *,
+    adv_clip_max: float | None = 5.0,
+    backend: str = "auto",
+) -> LossOutput:
+    """The loss of one (sample, timestep) from the means; divide it as the script does, by accumulation and timesteps.
+
+    Args:
+        objective: :class:`~flowdppo_fast.DPPO`, ``RatioClip``, ``GRPOGuard`` or ``Unclipped``.
+        sample: the script's dict after its permutation. Read: ``advantages [B]``, ``next_latents [B, T, *latent]`` and
+            ``prev_sample_mean [B, T, *latent]``, which has to be permuted with the other keys.
+        j: column after the permutation.
+        prev_sample_mean: ``[B, *latent]`` from ``flux_step(..., return_mean=True)``, with gradient.
+        std: :func:`transition_std` at the *permuted* index (``perms[i][j]``), or what the step function returned.
+        adv_clip_max: clamp on advantages (``args.adv_clip_max``).
+
+    Raises:
+        ValueError: a key that ``sample`` lacks.
+    """
+    for key in ("advantages", "next_latents", "prev_sample_mean"):
+        if key not in sample:
+            raise ValueError(
+                f"sample: got keys {sorted(sample)}, expected {key!r} among them; store it in the sampling loop "
+                "(docs/integrations/dance_grpo.md shows where)"
+            )
+    return fused_policy_loss(
+        objective,
+        prev_sample_mean,
+        sample["prev_sample_mean"][:, j].detach(),
+        sample["next_latents"][:, j].detach(),
+        std,
+        sample["advantages"].detach().reshape(-1),
+        advantage_clip=adv_clip_max,
+        backend=backend,
+    )
+
+
+def dppo_loss_from_sample(
+    sample: Mapping[str, Tensor],
+    j: int,
+    prev_sample_mean: Tensor,
+    std: float | Tensor,
+    *,
+    threshold: float = 1e-5,
+    **options: Any,
+) -> LossOutput:
+    """Flow-DPPO: :func:`policy_loss_from_sample` with ``DPPO(threshold)``."""
+    return policy_loss_from_sample(DPPO(threshold), sample, j, prev_sample_mean, std, **options)
+
+
+def ratio_clip_loss(
+    new_log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    *,
+    clip_range: float | tuple[float, float] = 1e-4,
+    adv_clip_max: float | None = 5.0,
+) -> LossOutput:
+    """The inline clip loss from the script's own log-probs, all ``[B]``; nothing has to be stored for it."""
+    return log_prob_policy_loss(
+        RatioClip(*clip_pair(clip_range)),
+        new_log_probs,
+        old_log_probs,
+        advantages.reshape(-1),
+        1.0,
+        advantage_clip=adv_clip_max,
+    )
