@@ -1,0 +1,1 @@
+"""Benchmarks: what is measured, and how, is in docs/performance.md."""

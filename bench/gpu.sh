@@ -1,0 +1,216 @@
+#!/usr/bin/env bash
+# everything a GPU is needed for, in one result folder: bench/results/<gpu>/<date>-<git sha>/
+set -u
+
+usage() {
+    cat <<'TEXT'
+usage: bench/gpu.sh [--quick] [--dry-run] [--seconds N] [--output DIR] [--archive FILE.tar.gz]
+
+  --quick     ends in 3 minutes (otherwise 9)
+  --dry-run   everything that needs no device, in under half a minute; results go to runs/gpu-dry-run
+  --seconds   another time for everything; steps are stopped so that it holds
+  --output    another folder for the results
+  --archive   also pack the folder into one file
+
+Needs torch >= 2.10 and Triton >= 3.6, no network and no installation. PYTHON names the interpreter (default:
+.venv/bin/python, else python3); FLOWDPPO_GIT_SHA names the commit where the tree travels without its history.
+TEXT
+}
+
+quick=0 dry=0 total="" out="" archive=""
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --quick) quick=1 ;;
+        --dry-run) dry=1 ;;
+        --output | --archive | --seconds)
+            if [ $# -lt 2 ]; then echo "gpu.sh: $1: expected a value after it" >&2; exit 2; fi
+            case "$1" in --output) out=$2 ;; --archive) archive=$2 ;; *) total=$2 ;; esac
+            shift ;;
+        -h | --help) usage; exit 0 ;;
+        *) echo "gpu.sh: got $1, expected one of the options below" >&2; usage >&2; exit 2 ;;
+    esac
+    shift
+done
+
+SECONDS=0
+caller=$PWD
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=${PYTHON:-$([ -x "$root/.venv/bin/python" ] && echo "$root/.venv/bin/python" || echo python3)}
+absolute() { case "$1" in /*) echo "$1" ;; *) echo "$caller/$1" ;; esac; }
+[ -n "$out" ] && out=$(absolute "$out")
+[ -n "$archive" ] && archive=$(absolute "$archive")
+
+# the package as it will be installed, by links: kernels/triton is flowdppo_fast.kernels
+site=$root/build/gpu-site
+rm -rf "$site"
+mkdir -p "$site/flowdppo_fast"
+for entry in "$root"/flowdppo_fast/*; do
+    [ "$(basename "$entry")" = __pycache__ ] || ln -s "$entry" "$site/flowdppo_fast/"
+done
+ln -s "$root/kernels/triton" "$site/flowdppo_fast/kernels"
+# python puts the working directory first, so it has to be the one with the whole package
+cd "$site" || exit 2
+export PYTHONPATH="$site:$root${PYTHONPATH:+:$PYTHONPATH}"
+export OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0 PYTHONUNBUFFERED=1
+unset TRITON_INTERPRET
+
+device=cuda
+if [ $dry = 1 ]; then
+    device=rehearsal total=${total:-300} out=${out:-$root/runs/gpu-dry-run}
+elif [ $quick = 1 ]; then
+    total=${total:-170}
+else
+    total=${total:-530}
+fi
+if [ -z "$out" ]; then
+    folder=$("$python" -m bench.ops folder --device $device) || exit 2
+    out=$root/$folder
+fi
+mkdir -p "$out/logs" "$site/status"
+rm -f "$out"/logs/*.log "$out"/{results.json,table.md,codegen.md,environment.json}
+rows=() failed=0
+declare -A pids
+
+# begin NAME LIMIT COMMAND...: runs in the background, output into a log, never past LIMIT or what is left in all
+begin() {
+    local name=$1 limit=$2 left=$((total - SECONDS))
+    shift 2
+    [ "$limit" -gt "$left" ] && limit=$left
+    [ "$limit" -lt 1 ] && limit=1
+    (
+        start=$SECONDS rc=0
+        timeout -k 5 "$limit" "$@" >"$out/logs/$name.log" 2>&1 || rc=$?
+        echo "$rc $((SECONDS - start)) $limit" >"$site/status/$name"
+    ) &
+    pids[$name]=$!
+}
+
+record() {
+    rows+=("| $1 | $2 | $3 | $4 |")
+    printf '%-12s %-9s %4s s  %s\n' "$1" "$2" "$3" "$4"
+}
+
+# finish NAME NOTE [PATTERN]: waits and records; a failure whose log matches PATTERN means that it cannot run here
+finish() {
+    local name=$1 note=$2 pattern=${3:-} rc=99 seconds=0 limit=0
+    wait "${pids[$name]}"
+    [ -f "$site/status/$name" ] && read -r rc seconds limit <"$site/status/$name"
+    if [ "$rc" = 0 ]; then
+        record "$name" ok "$seconds" "$note"
+    elif [ -n "$pattern" ] && grep -qE "$pattern" "$out/logs/$name.log"; then
+        record "$name" skipped "$seconds" "$(grep -m1 -oE "$pattern" "$out/logs/$name.log")"
+    elif [ "$rc" = 124 ] || [ "$rc" = 137 ]; then
+        failed=1
+        record "$name" "TIMED OUT" "$seconds" "$note; stopped after $limit s"
+    else
+        failed=1
+        record "$name" FAILED "$seconds" "$note; exit status $rc"
+        tail -n 15 "$out/logs/$name.log"
+    fi
+}
+
+skip() { record "$1" skipped 0 "$2"; }
+
+step() {
+    local name=$1 note=$2
+    shift 2
+    begin "$name" "$@"
+    finish "$name" "$note"
+}
+
+installed() { "$python" -c "import importlib.util as u, sys; sys.exit(u.find_spec('$1') is None)"; }
+
+step environment "driver, torch, Triton, clocks" 30 "$python" -m bench.ops environment "$out" --device $device
+
+# compiles for the GPU by name and needs none, so it may run beside the tests
+codegen=$root/tests/codegen/aot.py
+if [ $dry = 0 ] && [ -f "$codegen" ]; then
+    arch=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
+    begin codegen 150 "$python" "$codegen" --arch "$arch"
+fi
+
+ignored=()
+if [ $dry = 1 ] || ! installed diffusers; then
+    for needs in trainer integrations examples learning; do
+        [ -d "$root/tests/$needs" ] && ignored+=("--ignore=$root/tests/$needs")
+    done
+fi
+marks="gpu"
+[ $quick = 1 ] && marks="gpu and not slow"
+pytest=("$python" -m pytest "$root/tests" -m "$marks" -q -p no:cacheprovider --color=no "${ignored[@]}")
+# most of a GPU test's time is the compilation of its kernels, on the host
+[ $dry = 0 ] && installed xdist && pytest+=(-n 4)
+if [ $dry = 1 ]; then
+    step gpu-tests "collected, not run" 150 "${pytest[@]}" --collect-only
+else
+    step gpu-tests "pytest -m '$marks'" $([ $quick = 1 ] && echo 50 || echo 150) "${pytest[@]}"
+fi
+if [ ${#ignored[@]} -gt 0 ]; then
+    skip trainer-tests "$([ $dry = 1 ] && echo "not part of a dry run" || echo "diffusers is not installed here")"
+fi
+
+smoke=("$python" -m bench.ops smoke --device $device --dtypes bfloat16 --contenders)
+cannot="Device not supported|LibraryNotLoaded|Unable to find injection library|No attachable process found"
+if [ $dry = 1 ]; then
+    step smoke "the calls a memory checker watches, on a CPU" 150 "${smoke[@]}" reference cpu
+    skip memcheck "needs a GPU"
+    skip racecheck "needs a GPU"
+elif [ $quick = 1 ]; then
+    skip memcheck "not part of --quick"
+    skip racecheck "not part of --quick"
+elif ! command -v compute-sanitizer >/dev/null; then
+    skip memcheck "compute-sanitizer is not installed here"
+    skip racecheck "compute-sanitizer is not installed here"
+else
+    for tool in memcheck racecheck; do
+        # without torch's caching allocator every tensor has bounds of its own
+        begin $tool 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+            compute-sanitizer --tool $tool --error-exitcode 9 "${smoke[@]}" triton cuda
+        finish $tool "every form of this library on small ragged sizes" "$cannot"
+    done
+fi
+
+if [ $dry = 1 ]; then
+    skip codegen "the test suite does this without a GPU (tests/codegen)"
+elif [ -f "$codegen" ]; then
+    finish codegen "registers, loads, spills for sm_$arch"
+    cp "$out/logs/codegen.log" "$out/codegen.md"
+else
+    skip codegen "tests/codegen/aot.py is not there"
+fi
+
+bench=("$python" -m bench.ops run --device $device --output "$out")
+if [ $dry = 1 ]; then
+    step bench "the GPU path on CPU tensors; no figure means anything" 150 \
+        "${bench[@]}" --quick --workloads overhead --dtypes bfloat16 --contenders "peer-eager" "peer-eager, no syncs" reference cpu
+elif [ $quick = 1 ]; then
+    step bench "core workloads, 10 samples" 85 "${bench[@]}" --quick --dtypes bfloat16 --budget 55
+else
+    left=$((total - SECONDS - 25))
+    step bench "all workloads that fit the time" $left "${bench[@]}" --budget $((left > 50 ? left - 40 : 10))
+fi
+if installed matplotlib; then
+    step plots "time, bandwidth, memory, error" 25 "$python" -m bench.ops plot "$out"
+else
+    skip plots "matplotlib is not installed here"
+fi
+skip end-to-end "there is no end-to-end benchmark yet"
+
+# logs are kept in the repository: no paths and no names of this machine
+prefix=$("$python" -c 'import sys; print(sys.prefix)')
+for log in "$out"/logs/*.log "$out"/codegen.md; do
+    [ -f "$log" ] && sed -i -e "s#$site#.#g" -e "s#$root#.#g" -e "s#$prefix#<python>#g" \
+        -e "s#/tmp/[^ '\":,)]*#<tmp>#g" -e "s#${HOME:-/nonexistent}/#~/#g" -e "s#$(uname -n)#<host>#g" "$log"
+done
+{
+    echo "# $([ $dry = 1 ] && echo "Dry run without a GPU" || echo "GPU run")$([ $quick = 1 ] && echo ", quick")"
+    echo
+    echo "\`bench/gpu.sh\`, commit $(git -C "$root" rev-parse --short=10 --verify --quiet HEAD || echo "${FLOWDPPO_GIT_SHA:-nogit}"), $SECONDS s"
+    echo
+    echo "| step | verdict | seconds | note |"
+    echo "|---|---|---|---|"
+    printf '%s\n' "${rows[@]}"
+} >"$out/summary.md"
+[ -n "$archive" ] && tar -czf "$archive" -C "$(dirname "$out")" "$(basename "$out")"
+echo "$([ $failed = 0 ] && echo "all checks that ran are green" || echo "A CHECK FAILED"); $SECONDS s; results in $out"
+exit $failed
