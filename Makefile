@@ -6,7 +6,7 @@ PIP := $(PY) -m pip --disable-pip-version-check -q
 export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 0
 
-.PHONY: help demo test lint bench bench-quick gpu build clean
+.PHONY: help demo test lint check-tables bench bench-quick gpu build clean
 .DEFAULT_GOAL := help
 
 help:
@@ -39,9 +39,14 @@ lint: build
 	.venv/bin/mypy
 
 # one thread per worker; the thread-count tests set their own
-test: lint
+test: lint check-tables
 	FLOWDPPO_REQUIRE_CPU=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
-	bench/gpu.sh --dry-run
+
+# the generated tables in README.md and docs/ against the newest committed result folder
+CPU_RESULTS = $(lastword $(sort $(wildcard bench/results/cpu/*)))
+check-tables: build
+	$(PY) -m bench.ops readme --check $(CPU_RESULTS)
+	$(PY) -m bench.ops goals --check $(CPU_RESULTS)
 
 bench: build
 	$(PY) -m bench.ops run
