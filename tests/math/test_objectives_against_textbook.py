@@ -45,8 +45,15 @@ def test_every_objective_with_every_option(form, objective, option, reduction):
 @pytest.mark.parametrize(("form", "objective"), FORM_OBJECTIVES)
 @pytest.mark.parametrize(
     ("rows", "index"),
-    [((8,), [1, 2, 3, 4, 5, 6, 7, 8]), ((4, 2), [3, 5]), ((4, 2), [[1], [2], [4], [6]]), ((2, 4), [[2, 3, 4, 5]] * 2)],
-    ids=["step per row", "stacked steps", "step per sample", "full table"],
+    [
+        ((8,), [1, 2, 3, 4, 5, 6, 7, 8]),
+        ((4, 2), [3, 5]),
+        # as many samples as steps: one number per step, as in torch's broadcasting
+        ((2, 2), [3, 5]),
+        ((4, 2), [[1], [2], [4], [6]]),
+        ((2, 4), [[2, 3, 4, 5]] * 2),
+    ],
+    ids=["step per row", "stacked steps", "square", "step per sample", "full table"],
 )
 def test_steps_that_differ_between_rows(form, objective, rows, index):
     call = bounded_call(make_problem(rows, (2, 3, 5), index=index), form, objective)
