@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .backend import operator
-from .layout import from_rows, latent_order, to_rows
+from .layout import from_rows, latent_order, to_rows, with_order
 from .objectives import RowField
 from .reference import Form
 
@@ -27,13 +27,26 @@ class RowSource(NamedTuple):
 
 
 class _Canonical(NamedTuple):
-    """Latents as ``[R0, R1, N]`` and the memory order that leads back."""
+    """Latents as ``[R0, R1, N]``, the memory order they are in, and that of the original ``new``."""
 
     new: Tensor
     old: Tensor
     noise: Tensor | None
     reference: Tensor | None
     order: tuple[int, ...] | None
+    layout: tuple[int, ...] | None
+
+
+def gradient_like(
+    rows: Tensor,
+    shape: torch.Size,
+    row_dims: int,
+    order: tuple[int, ...] | None,
+    layout: tuple[int, ...] | None,
+) -> Tensor:
+    """A ``[R0, R1, N]`` gradient in the shape and memory layout of the tensor it belongs to."""
+    grad = from_rows(rows, shape, row_dims, order)
+    return grad if order == layout else with_order(grad, row_dims, layout)
 
 
 def canonical(
@@ -41,13 +54,15 @@ def canonical(
 ) -> _Canonical:
     """All latents in the memory order of ``new``; seeded noise is defined on logical order, so there it is kept."""
     dims = source.row_dims
-    order = None if noise is None else latent_order(new, dims)
+    layout = latent_order(new, dims)
+    order = None if noise is None else layout
     return _Canonical(
         to_rows(new, dims, order),
         to_rows(old, dims, order),
         None if noise is None else to_rows(noise, dims, order),
         None if reference is None else to_rows(reference, dims, order),
         order,
+        layout,
     )
 
 
@@ -73,7 +88,7 @@ class PolicyLoss(torch.autograd.Function):
         elif reduction == "sum":
             loss = rows[RowField.LOSS].sum()
         ctx.save_for_backward(c.new, c.old, c.noise, c.reference, streams, step, rows)
-        ctx.source, ctx.order, ctx.shape = source, c.order, new.shape
+        ctx.source, ctx.shape, ctx.orders = source, new.shape, (c.order, c.layout)
         ctx.averages = reduction == "mean" and rows.shape[1] > 0
         ctx.mark_non_differentiable(rows, summary)
         ctx.set_materialize_grads(False)
@@ -97,7 +112,7 @@ class PolicyLoss(torch.autograd.Function):
             source.step_values, source.seed, source.first_stream, source.form,
             rows[RowField.GRAD_P :], upstream, factor,
         )  # fmt: skip
-        return from_rows(grad, ctx.shape, source.row_dims, ctx.order), *nothing
+        return gradient_like(grad, ctx.shape, source.row_dims, *ctx.orders), *nothing
 
 
 class RowStatistics(torch.autograd.Function):
@@ -111,7 +126,7 @@ class RowStatistics(torch.autograd.Function):
             source.step_values, source.seed, source.first_stream, source.form, second_moment,
         )  # fmt: skip
         ctx.save_for_backward(c.new, c.old, c.noise, c.reference, streams, step)
-        ctx.source, ctx.order, ctx.shape = source, c.order, new.shape
+        ctx.source, ctx.shape, ctx.orders = source, new.shape, (c.order, c.layout)
         return stats
 
     @staticmethod
@@ -126,7 +141,7 @@ class RowStatistics(torch.autograd.Function):
             source.step_values, source.seed, source.first_stream, source.form,
             coefficients, grad_stats.new_ones(1), 1.0,
         )  # fmt: skip
-        return from_rows(grad, ctx.shape, source.row_dims, ctx.order), *(None,) * 7
+        return gradient_like(grad, ctx.shape, source.row_dims, *ctx.orders), *(None,) * 7
 
 
 class SamplerStep(torch.autograd.Function):

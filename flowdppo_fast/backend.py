@@ -1,9 +1,12 @@
-"""Which backend serves which device: loading, choosing, saying why not. Nothing here falls back in silence.
+"""Which backend serves which device: loading, choosing, saying why not.
+
+A backend asked for by name runs or is an error; ``auto`` warns once where the device's own backend cannot run and plain
+torch takes its place.
 
 ==========  =========================================  ===============================================
 name        code                                       ``auto`` takes it for
 ==========  =========================================  ===============================================
-reference   ``reference.py``, plain torch              devices that nothing else serves (warns once)
+reference   ``reference.py``, plain torch              devices that nothing else serves
 cpu         ``csrc/cpu``, loaded as ``_C_cpu.so``      CPU tensors, when built
 triton      ``kernels/triton``                         CUDA and ROCm tensors, when Triton is installed
 ==========  =========================================  ===============================================

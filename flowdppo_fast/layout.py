@@ -53,6 +53,11 @@ def from_rows(rows: Tensor, shape: torch.Size, row_dims: int, order: tuple[int, 
     return permuted.permute(*range(row_dims), *inverse)
 
 
+def with_order(x: Tensor, row_dims: int, order: tuple[int, ...] | None) -> Tensor:
+    """``x`` with its latents in memory order ``order``: a copy where that is not its order yet."""
+    return x if order is None else from_rows(to_rows(x, row_dims, order), x.shape, row_dims, order)
+
+
 def check_latents(named: Mapping[str, Tensor], first: str, rows: torch.Size | tuple[int, ...]) -> None:
     """Same shape, device and a supported dtype for all latents; leading dims equal to the rows.
 

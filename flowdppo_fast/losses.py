@@ -3,6 +3,10 @@
 ``advantages.shape`` says which leading dims are rows (``[B]`` or ``[B, S]``); everything after is latent. Formulas:
 with ``u = k*(new-old)``, ``P = mean(e*u)`` and ``Q = mean(u*u)`` the log-ratio is ``P - Q/2`` and the KL ``Q/2`` (both
 exact for Gaussians of equal variance; Flow-DPPO, arXiv 2606.11025, Sec. 3.2 and Eq. 14).
+
+Gradients are first-order: differentiating them again is not supported. Under ``torch.compile`` python numbers (a scalar
+:class:`SDEStep`, ``threshold``, an int stream) are constants of the graph; stacked steps and stream tensors may change
+without recompiling.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from . import layout
-from .autograd import PolicyLoss, RowSource, RowStatistics, canonical
+from .autograd import PolicyLoss, RowSource, RowStatistics, canonical, gradient_like
 from .backend import operator, resolve
 from .noise import PhiloxNoise
 from .objectives import (
@@ -48,7 +52,7 @@ class LossOptions(TypedDict, total=False):
             and the normaliser.
         kl_weight: weight of the KL to the reference policy, >= 0 (default 0); needs a reference.
         reference_kl: ``"gaussian"`` (default), or ``"without_dt"`` for flow_grpo's
-            ``(mu-mu_ref)**2 / (2*std_dev_t**2)``.
+            ``(mu-mu_ref)**2 / (2*std_dev_t**2)`` of the SDE samplers, where ``S = std_dev_t * sqrt(-dt)``.
         single_pass: compute the gradient in the same call (default False); ``out.grad`` feeds
             ``velocity.backward(out.grad)`` and ``out.loss`` is detached.
         backend: ``"auto"`` (default) or a name from :data:`flowdppo_fast.BACKENDS`; a named one that cannot run is an
@@ -473,5 +477,5 @@ def _run(
         )  # fmt: skip
         if reduction == "sum":
             loss = loss * count
-        grad = layout.from_rows(grad, new.shape, source.row_dims, c.order)
+        grad = gradient_like(grad, new.shape, source.row_dims, c.order, c.layout)
     return LossOutput(loss, rows, summary, row_shape, names, source.backend, grad)

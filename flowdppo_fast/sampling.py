@@ -59,7 +59,8 @@ def sde_step(
         dtype: of the next state; default: the sample's.
         return_mean: also return ``mu``.
         log_prob: None, ``"gaussian"`` (``-mean(e**2)/2 - log S - log(2*pi)/2``) or ``"unnormalized"``
-            (``-mean((x'-mu)**2)``, the convention of Flow-CPS trainers).
+            (``-mean((x'-mu)**2)``, the convention of Flow-CPS trainers). A step without noise has no density: its
+            log-prob is not finite.
         rows: how many leading dims are rows, 1 or 2.
         backend: as for the losses.
 

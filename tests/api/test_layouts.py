@@ -175,3 +175,22 @@ def test_dims_of_size_one(backend, shape):
         layout=channels_last,
     )  # fmt: skip
     check_backend(call, backend.name)
+
+
+def test_seeded_noise_keeps_the_layout_of_the_gradient(backend):
+    """Draws belong to logical positions, so channels-last velocities are read through a copy; the gradient is not."""
+    device = backend.device
+    velocity = torch.randn(4, 3, 4, 6, device=device).to(memory_format=torch.channels_last).requires_grad_()
+    old, noise = velocity.detach() + 0.01, fast.PhiloxNoise(5, 2)
+    step, advantages = fast.SDEStep.from_sigmas("dance", 0.7, 0.6), torch.ones(4, device=device)
+    out = fast.fused_dppo_velocity_loss(velocity, old, noise, step, advantages, backend=backend.name)
+    (grad,) = torch.autograd.grad(out.loss, velocity)
+    single = fast.fused_dppo_velocity_loss(
+        velocity, old, noise, step, advantages, single_pass=True, backend=backend.name
+    )
+    dense = velocity.detach().contiguous().requires_grad_()
+    out = fast.fused_dppo_velocity_loss(dense, old.contiguous(), noise, step, advantages, backend=backend.name)
+    (expected,) = torch.autograd.grad(out.loss, dense)
+    for got in (grad, single.grad):
+        assert got.stride() == velocity.stride()
+        assert torch.equal(got, expected)
