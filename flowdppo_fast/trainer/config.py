@@ -174,6 +174,7 @@ class RunConfig:
         keep_checkpoints: older checkpoints are removed.
         device: ``"auto"`` or ``"cpu"``.
         progress: show a progress bar.
+        row_log: write log-ratio, KL and mask of every row of every update to ``rows.jsonl`` in the output folder.
     """
 
     iterations: int = 100
@@ -183,6 +184,7 @@ class RunConfig:
     keep_checkpoints: int = 2
     device: Literal["auto", "cpu"] = "auto"
     progress: bool = True
+    row_log: bool = True
 
 
 @dataclass

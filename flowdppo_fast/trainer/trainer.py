@@ -27,11 +27,12 @@ from .metrics import micro_vector, reduce_micro
 from .recorder import ReplayCheck, Trajectory, TrajectoryRecorder, row_index
 from .rewards import Reward, score
 from .rollout import PromptSource, Rollout, derive_seed
+from .row_log import drop_later_lines, row_lines, row_part
 
 logger = get_logger(__name__)
 
 # settings that may differ between a run and its continuation
-_FREE_SETTINGS = ("iterations", "output_dir", "checkpoint_every", "keep_checkpoints", "progress", "device")
+_FREE_SETTINGS = ("iterations", "output_dir", "checkpoint_every", "keep_checkpoints", "progress", "device", "row_log")
 
 
 class FlowDPPOTrainer:
@@ -159,24 +160,26 @@ class FlowDPPOTrainer:
         )
         return Rollout(trajectories, named, advantages)
 
-    def update(self, rollout: Rollout, rows: Sequence[int], *, on_policy: bool) -> dict[str, list]:
+    def update(self, rollout: Rollout, rows: Sequence[int], *, number: int) -> dict[str, list]:
         """One optimizer step on ``rows`` of a rollout, without a host sync on a GPU.
 
         Args:
-            on_policy: no update was made since the rollout; ratios that differ from 1 are then rounding.
+            number: updates made since the rollout; before the first, ratios that differ from 1 are rounding.
 
         Returns:
-            ``vectors`` and ``shares`` of the micro-batches, ``norms`` and ``skips`` of the update, on the device.
+            ``vectors``, ``shares`` and ``parts`` of the micro-batches, ``norms`` and ``skips`` of the update, on the
+            device.
         """
         o = self.config.optimizer
-        vectors, shares, loss = [], [], torch.zeros((), device=self.device)
+        vectors, shares, parts, loss = [], [], [], torch.zeros((), device=self.device)
         for trajectory, local, places in rollout.locate(rows):
             for start in range(0, len(local), o.micro_batch_size):
                 part = slice(start, start + o.micro_batch_size)
                 advantages = rollout.advantages[row_index(places[part], self.device)]
                 shares.append(len(advantages) / len(rows))
                 out = self._micro_batch(trajectory, local[part], advantages, shares[-1])
-                vectors.append(micro_vector(out, on_policy=on_policy))
+                vectors.append(micro_vector(out, on_policy=number == 0))
+                parts.append(row_part(out, number, [step.index for step in trajectory.steps], places[part]))
                 loss = loss + shares[-1] * out.loss
                 self._metric_names = out.metric_names
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, o.max_grad_norm or float("inf"), foreach=True)
@@ -187,7 +190,7 @@ class FlowDPPOTrainer:
         self.optimizer.zero_grad(set_to_none=False)
         if self.ema is not None:
             self.ema.update()
-        return {"vectors": vectors, "shares": shares, "norms": [norm], "skips": [skip]}
+        return {"vectors": vectors, "shares": shares, "parts": parts, "norms": [norm], "skips": [skip]}
 
     def save_checkpoint(self) -> Path:
         """Writes weights, optimizer, moving average, random states and iteration; returns the folder."""
@@ -246,7 +249,7 @@ class FlowDPPOTrainer:
         sampled = time.perf_counter()
         if self.replay_check is None:
             self._verify(rollout.trajectories[0])
-        results: dict[str, list] = {"vectors": [], "shares": [], "norms": [], "skips": []}
+        results: dict[str, list] = {"vectors": [], "shares": [], "parts": [], "norms": [], "skips": []}
         per_update = s.prompts_per_rollout // o.updates_per_rollout
         for epoch in range(o.inner_epochs):
             order = list(range(s.prompts_per_rollout))
@@ -254,7 +257,7 @@ class FlowDPPOTrainer:
             for first in range(0, len(order), per_update):
                 groups = order[first : first + per_update]
                 rows = [group * s.group_size + member for group in groups for member in range(s.group_size)]
-                for key, values in self.update(rollout, rows, on_policy=epoch == 0 and first == 0).items():
+                for key, values in self.update(rollout, rows, number=len(results["norms"])).items():
                     results[key] += values
         self.iteration += 1
         metrics = self._read(rollout, results)
@@ -312,15 +315,23 @@ class FlowDPPOTrainer:
         }
         if len(rollout.rewards) > 1:
             values |= {f"reward/{name}": value.mean() for name, value in rollout.rewards.items()}
-        floats = dict(zip(values, torch.stack([value.float() for value in values.values()]).tolist()))
+        parts = results["parts"] if self.config.run.row_log else []
+        scalars = torch.stack([value.float() for value in values.values()])
+        read = torch.cat([scalars, rollout.advantages, *(part.numbers.flatten() for part in parts)]).tolist()
+        floats = dict(zip(values, read))
+        advantages, numbers = read[len(values) :][: len(total)], read[len(values) + len(total) :]
         self.skipped_updates += int(floats["skipped_updates"])
         first = rollout.trajectories[0]
+        elements = first.velocity.shape[2:].numel()
+        if parts:
+            with open(self.output / "rows.jsonl", "a") as log:
+                log.writelines(line + "\n" for line in row_lines(self.iteration, elements, parts, numbers, advantages))
         return {
             "iteration": self.iteration,
             **floats,
             "skipped_updates": self.skipped_updates,
             # the paper's KL is a sum over the latent: nats per denoising step
-            "kl_new_old_nats": floats["kl_new_old_mean"] * first.velocity.shape[2:].numel(),
+            "kl_new_old_nats": floats["kl_new_old_mean"] * elements,
             "rows": len(total) * len(first.steps) * self.config.optimizer.inner_epochs,
         }
 
@@ -340,6 +351,7 @@ class FlowDPPOTrainer:
         # what was logged after the checkpoint will be done, and logged, again; so will a line that was cut off
         lines = path.read_text().splitlines()[: self.iteration] if path.exists() else []
         path.write_text("".join(line + "\n" for line in lines))
+        drop_later_lines(self.output / "rows.jsonl", self.iteration)
         return [json.loads(line) for line in lines]
 
     def _restore(self, path: Path) -> None:
