@@ -61,9 +61,11 @@ def _sweep(options: argparse.Namespace) -> int:
     cells = plan.tuning(settings) if options.command == "tune" else plan.sweep(settings)
     if options.task:
         cells = [cell for cell in cells if cell.task == options.task]
-    shard, shards = (int(part) for part in options.shard.split("/"))
+    number, shards = (int(part) for part in options.shard.split("/"))
+    if not 1 <= number <= shards:
+        raise SystemExit(f"--shard: got {options.shard!r}, expected I/N with 1 <= I <= N")
     until = None if options.minutes is None else time.time() + 60 * options.minutes
-    sweep.run_all(cells, settings, options.results, shard=shard, shards=shards, until=until)
+    sweep.run_all(cells, settings, options.results, shard=number - 1, shards=shards, until=until)
     return 0
 
 

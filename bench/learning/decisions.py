@@ -67,10 +67,10 @@ def noise_table(rows: dict[str, np.ndarray]) -> list[dict[str, float]]:
 def decision_table(rows: dict[str, np.ndarray], clips: Sequence[float]) -> list[dict[str, float]]:
     """For each clip range (nats): what it drops, against the mask that drops the same share of the same rows.
 
-    Both rules only drop rows that move away (advantage and log-ratio of one sign); the clip where the log-ratio is large,
-    the mask where the KL is. ``threshold`` is the KL that makes the mask drop as many rows as the clip. ``spurious`` is
-    the share of dropped rows on which the clip alone acts: near the old policy by the exact KL, but with a large noise.
-    With equal numbers dropped as many far rows are missed.
+    Both rules only drop rows that move away (advantage and log-ratio of one sign); the clip where the log-ratio is
+    large, the mask where the KL is. ``threshold`` is the KL that makes the mask drop as many rows as the clip.
+    ``spurious`` is the share of dropped rows on which the clip alone acts: near the old policy by the exact KL, but
+    with a large noise. With equal numbers dropped as many far rows are missed.
     """
     table = []
     away = rows["advantage"] * rows["L"] > 0

@@ -92,5 +92,3 @@ def _resize(judge: Judge, ink: Tensor) -> Tensor:
 
 def _hidden(judge: Judge, ink: Tensor) -> Tensor:
     return judge.features(_resize(judge, ink) * 2 - 1).flatten(1)
-
-

@@ -1,9 +1,12 @@
-"""The sweep: which cells, in which order. Earlier entries tell more, so an unfinished sweep is a smaller one, not a
-lopsided one: every round adds seeds to all studies."""
+"""The sweep: which cells, in which order.
+
+Earlier stages tell more, and within a stage all cells get one seed before any gets the next, so that an unfinished
+sweep has fewer seeds and not fewer methods.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,10 +16,23 @@ from .results import Run
 
 EPOCHS = (1, 2, 4, 8)
 RATES = (1.0, 0.5, 0.25, 0.125)
-# methods whose reuse, balance and so on are compared at their tuned bound
-MAIN = ("flow_grpo", "flow_dppo", "grpo_guard", "flow_cps", "flow_dppo_cps", "unclipped", "symmetric")
-# seeds of a round: the first of each task, then the rest
-ROUNDS = {"digits": (range(0, 3), range(3, 6), range(6, 8)), "shapes": (range(0, 2), range(2, 4), range(4, 8))}
+# the order of the sweep: task, studies, seeds
+STAGES = (
+    ("digits", ("tuned",), range(0, 4)),
+    ("shapes", ("tuned",), range(0, 2)),
+    ("digits", ("reuse_pair", "balance"), range(0, 3)),
+    ("digits", ("frontier",), range(0, 3)),
+    ("digits", ("tuned", "reuse_pair", "balance"), range(3, 6)),
+    ("shapes", ("tuned",), range(2, 4)),
+    ("digits", ("threshold", "kl_weight", "guidance"), range(0, 3)),
+    ("digits", ("frontier",), range(3, 6)),
+    ("digits", ("reuse",), range(0, 3)),
+    ("digits", ("tuned", "reuse_pair", "balance", "frontier"), range(6, 8)),
+    ("shapes", ("tuned",), range(4, 8)),
+    ("shapes", ("frontier", "reuse", "balance"), range(0, 3)),
+    ("digits", ("threshold", "kl_weight", "guidance", "reuse"), range(3, 8)),
+    ("shapes", ("frontier", "reuse", "balance"), range(3, 8)),
+)
 
 
 def values(method: str, settings: Mapping[str, Any]) -> list[dict[str, float | None]]:
@@ -40,13 +56,15 @@ def tuned(task: str, method: str, settings: Mapping[str, Any]) -> Cell:
 
 def studies(task: str, settings: Mapping[str, Any]) -> dict[str, list[Cell]]:
     """Cells by study, without seeds; a cell may serve several studies and is run once."""
-    best = {method: tuned(task, method, settings) for method in MAIN}
+    best = {method: tuned(task, method, settings) for method in METHODS}
+    several = [method for method in METHODS if method != "symmetric"]
     pair = ("flow_grpo", "flow_dppo")
     found = {
+        "tuned": list(best.values()),
         "frontier": frontier(task, settings),
-        "balance": [replace(best[method], rewards=count) for count in (2, 3) for method in MAIN],
-        "reuse": [replace(best[method], inner_epochs=count) for count in EPOCHS for method in MAIN],
-        "guidance": [replace(best[method], guidance=settings["guidance"]) for method in MAIN[:5]],
+        "balance": [replace(best[method], rewards=count) for count in (2, 3) for method in several],
+        "reuse_pair": [replace(best[method], inner_epochs=count) for count in EPOCHS for method in pair],
+        "reuse": [replace(best[method], inner_epochs=count) for count in EPOCHS for method in several],
     }
     if task == "digits":
         thresholds = [*settings["more_thresholds"], *settings["bounds"]["flow_dppo"]]
@@ -54,36 +72,37 @@ def studies(task: str, settings: Mapping[str, Any]) -> dict[str, list[Cell]]:
         found["kl_weight"] = [
             replace(best[method], kl_weight=weight) for weight in settings["kl_weights"] for method in pair
         ]
+        guided = ("flow_grpo", "flow_dppo", "flow_cps", "flow_dppo_cps", "unclipped")
+        found["guidance"] = [replace(best[method], guidance=settings["guidance"]) for method in guided]
     else:
-        # the larger task costs more: reuse at its ends, several rewards at their most
-        found["reuse"] = [cell for cell in found["reuse"] if cell.inner_epochs in (1, 4)]
+        # the larger task costs more: reuse by less, several rewards at their most
+        found["reuse"] = [cell for cell in found["reuse"] if cell.inner_epochs < 8]
         found["balance"] = [cell for cell in found["balance"] if cell.rewards == 3]
-        found["guidance"] = []
     return found
 
 
 def by_study(settings: Mapping[str, Any]) -> dict[str, list[Cell]]:
     """All runs by task and study, with seeds."""
-    return {
-        f"{task} {study}": [replace(cell, seed=seed) for cell in cells for seeds in rounds for seed in seeds]
-        for task, rounds in ROUNDS.items()
-        for study, cells in studies(task, settings).items()
-    }
+    found: dict[str, dict[str, Cell]] = {}
+    for task, names, seeds in STAGES:
+        cells = studies(task, settings)
+        for name in names:
+            runs = found.setdefault(f"{task} {name}", {})
+            runs |= {run.name: run for seed in seeds for run in (replace(cell, seed=seed) for cell in cells[name])}
+    return {study: list(runs.values()) for study, runs in found.items()}
 
 
 def sweep(settings: Mapping[str, Any]) -> list[Cell]:
-    """All runs in order."""
-    done: dict[str, None] = {}
-    order: list[Cell] = []
-    for place in range(max(len(rounds) for rounds in ROUNDS.values())):
-        for task, rounds in ROUNDS.items():
-            for cell in _interleaved(studies(task, settings)):
-                for seed in rounds[place]:
+    """All runs in order, each once: stage by stage, seed by seed."""
+    order: dict[str, Cell] = {}
+    for task, names, seeds in STAGES:
+        cells = studies(task, settings)
+        for seed in seeds:
+            for name in names:
+                for cell in cells[name]:
                     run = replace(cell, seed=seed)
-                    if run.name not in done:
-                        done[run.name] = None
-                        order.append(run)
-    return order
+                    order.setdefault(run.name, run)
+    return list(order.values())
 
 
 def tuning(settings: Mapping[str, Any]) -> list[Cell]:
@@ -108,10 +127,3 @@ def choose(runs: Iterable[Run]) -> dict[str, dict[str, float | None]]:
 def quick(settings: Mapping[str, Any]) -> list[Cell]:
     """One short run of every method."""
     return [tuned("digits", method, settings) for method in METHODS]
-
-
-def _interleaved(named: Mapping[str, list[Cell]]) -> Iterator[Cell]:
-    """Cells of all studies, each study at the same fraction of its length."""
-    placed = [(place / len(cells), number, cell) for number, cells in enumerate(named.values()) for place, cell in enumerate(cells)]
-    for _, _, cell in sorted(placed, key=lambda entry: entry[:2]):
-        yield cell

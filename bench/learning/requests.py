@@ -126,4 +126,3 @@ def request(cell: Cell, settings: Mapping[str, Any]) -> dict[str, Any]:
             "clips": settings["clips"],
         },
     }
-

@@ -99,7 +99,7 @@ def run(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Where two results of one request differ, apart from when and where they were made; empty: bit for bit the same."""
+    """Where two results of one request differ, but for when and where they were made; empty: bit for bit the same."""
     found: list[str] = []
 
     def compare(where: str, left: Any, right: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -43,7 +44,7 @@ def paired(one: dict[int, float], other: dict[int, float]) -> Estimate | None:
 
 def verdict(difference: Estimate | None) -> str:
     """``"shown"`` where the interval is above 0, ``"opposite"`` below 0, else ``"not shown"``."""
-    if difference is None or not difference.low == difference.low:
+    if difference is None or math.isnan(difference.low):
         return "not measured"
     if difference.low > 0:
         return "shown"

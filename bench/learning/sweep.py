@@ -29,13 +29,14 @@ def run_all(
     """Runs the cells of a shard that have no file yet; returns how many were run.
 
     Args:
-        shard, shards: this process takes what no other shard has claimed; with ``shards`` > 1 a claim is a lock file, so
-            that a slow shard does not keep a quick one waiting.
+        shard, shards: take every ``shards``-th cell from number ``shard`` (0-based), for machines that share no disk.
+            Processes that do share ``folder`` claim runs by lock files and need no shards.
         until: no run is started after this time (seconds since the epoch).
     """
     folder.mkdir(parents=True, exist_ok=True)
     count = 0
-    for cell in cells:
+    mine = cells[shard::shards]
+    for cell in mine:
         path = path_of(cell, folder)
         lock = path.with_suffix(".lock")
         if path.exists() or (until is not None and time.time() >= until) or not _claim(lock):
@@ -45,8 +46,8 @@ def run_all(
                 result = run(request(cell, settings))
                 write(result, path)
                 count += 1
-                left = sum(not path_of(other, folder).exists() for other in cells)
-                print(f"shard {shard + 1}/{shards}: {cell.name}  {result['seconds']['wall']:.0f} s, {left} left", flush=True)
+                left = sum(not path_of(other, folder).exists() for other in mine)
+                print(f"{cell.name}  {result['seconds']['wall']:.0f} s, {left} left", flush=True)
         finally:
             lock.unlink()
     return count
