@@ -146,9 +146,9 @@ def test_held_out_prompts_are_evaluated_with_the_same_seeds_and_the_average(run)
 
 
 def test_evaluation_needs_prompts_and_prompts_need_evaluation(run):
-    with pytest.raises(ValueError, match="eval_prompts: got none with evaluation.every=2"):
+    with pytest.raises(ValueError, match=r"eval_prompts: got none with evaluation\.every=2"):
         run(evaluation={"every": 2})
-    with pytest.raises(ValueError, match="eval_prompts: got some with evaluation.every=None"):
+    with pytest.raises(ValueError, match=r"eval_prompts: got some with evaluation\.every=None"):
         run(eval_prompts=["1"])
 
 
