@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,13 +24,17 @@ class RowPart:
         update: number of the optimizer step in its iteration.
         steps: indices in the schedule, S of them.
         rows: numbers in the rollout, b of them.
-        numbers: ``[3, b, S]`` log-ratio, mean-reduced KL, and 1 where the row was kept; on the device.
+        numbers: ``[3, b, S]`` log-ratio, mean-reduced KL, and 1 where the row was kept; on the device. None where they
+            travel apart.
     """
 
     update: int
     steps: tuple[int, ...]
     rows: tuple[int, ...]
-    numbers: Tensor
+    numbers: Tensor | None
+
+    def without_numbers(self) -> RowPart:
+        return dataclasses.replace(self, numbers=None)
 
 
 def row_part(out: LossOutput, update: int, steps: Sequence[int], rows: Sequence[int]) -> RowPart:
