@@ -84,8 +84,8 @@ def drift_nats(
         )
     with torch.no_grad(), pretrained.restored():
         reference = recorder.replay(trajectory)
-    velocity, noise = trajectory.select(range(rows))
-    _, squared = row_statistics(velocity, reference, noise, trajectory.step, rows=2)
+    velocity, noise, step = trajectory.select(range(rows))
+    _, squared = row_statistics(velocity, reference, noise, step, rows=2)
     return float(squared.double().sum(1).mean()) / 2 * velocity.shape[2:].numel()
 
 

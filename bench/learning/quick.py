@@ -89,13 +89,13 @@ def kernel_difference(name: str) -> float:
         for parameter in pipeline.transformer.parameters():
             parameter.add_(1e-3 * torch.randn(parameter.shape, generator=generator))
         velocity = recorder.replay(trajectory)
-    old, noise = trajectory.select(range(4))
+    old, noise, step = trajectory.select(range(4))
     objective = FlowDPPOConfig().objective.build()
     found = []
     for backend, dtype in (("auto", torch.float32), ("reference", torch.float64)):
         source = noise.materialize(tuple(velocity.shape), row_dims=2, device=velocity.device).to(dtype)
         out = fused_velocity_policy_loss(
-            objective, velocity.to(dtype), old.to(dtype), source if backend == "reference" else noise, trajectory.step,
+            objective, velocity.to(dtype), old.to(dtype), source if backend == "reference" else noise, step,
             torch.ones(velocity.shape[:2]), backend=backend,
         )  # fmt: skip
         found.append((out.rows.kl.double(), out.rows.log_ratio.double(), out.backend))

@@ -107,7 +107,7 @@ def request(cell: Cell, settings: Mapping[str, Any]) -> dict[str, Any]:
     iterations = trainer["run"]["iterations"]
     trainer["run"] = {
         **trainer["run"], "seed": cell.seed, "device": "cpu", "progress": False,
-        "checkpoint_every": iterations, "keep_checkpoints": 1,
+        "checkpoint_every": iterations, "keep_checkpoints": 1, "plot_every": None,
     }  # fmt: skip
     complete = FlowDPPOConfig.from_dict(trainer).to_dict()
     # where a run writes is no part of what it is
