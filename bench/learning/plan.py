@@ -19,19 +19,20 @@ RATES = (1.0, 0.5, 0.25, 0.125)
 # the order of the sweep: task, studies, seeds
 STAGES = (
     ("digits", ("tuned",), range(0, 4)),
-    ("shapes", ("tuned",), range(0, 2)),
-    ("digits", ("reuse_pair", "balance"), range(0, 3)),
-    ("digits", ("frontier",), range(0, 3)),
-    ("digits", ("tuned", "reuse_pair", "balance"), range(3, 6)),
-    ("shapes", ("tuned",), range(2, 4)),
-    ("digits", ("threshold", "kl_weight", "guidance"), range(0, 3)),
-    ("digits", ("frontier",), range(3, 6)),
-    ("digits", ("reuse",), range(0, 3)),
-    ("digits", ("tuned", "reuse_pair", "balance", "frontier"), range(6, 8)),
-    ("shapes", ("tuned",), range(4, 8)),
-    ("shapes", ("frontier", "reuse", "balance"), range(0, 3)),
-    ("digits", ("threshold", "kl_weight", "guidance", "reuse"), range(3, 8)),
-    ("shapes", ("frontier", "reuse", "balance"), range(3, 8)),
+    ("shapes", ("tuned",), range(0, 3)),
+    ("digits", ("reuse_pair", "three_rewards"), range(0, 3)),
+    ("digits", ("masks",), range(0, 3)),
+    ("digits", ("tuned",), range(4, 8)),
+    ("digits", ("kl_weight", "guidance"), range(0, 3)),
+    ("shapes", ("tuned",), range(3, 5)),
+    ("digits", ("frontier", "threshold", "two_rewards"), range(0, 3)),
+    ("digits", ("reuse_pair", "three_rewards", "masks"), range(3, 8)),
+    ("shapes", ("tuned",), range(5, 8)),
+    ("shapes", ("three_rewards", "reuse", "masks"), range(0, 3)),
+    ("digits", ("frontier", "threshold", "two_rewards", "kl_weight", "guidance"), range(3, 8)),
+    ("digits", ("reuse",), range(0, 8)),
+    ("shapes", ("frontier",), range(0, 3)),
+    ("shapes", ("three_rewards", "reuse", "masks", "frontier"), range(3, 8)),
 )
 
 
@@ -62,7 +63,11 @@ def studies(task: str, settings: Mapping[str, Any]) -> dict[str, list[Cell]]:
     found = {
         "tuned": list(best.values()),
         "frontier": frontier(task, settings),
-        "balance": [replace(best[method], rewards=count) for count in (2, 3) for method in several],
+        "masks": [
+            Cell(task, name, bound) for bound in settings["bounds"]["flow_dppo"] for name in ("flow_dppo", "symmetric")
+        ],
+        "two_rewards": [replace(best[method], rewards=2) for method in several],
+        "three_rewards": [replace(best[method], rewards=3) for method in several],
         "reuse_pair": [replace(best[method], inner_epochs=count) for count in EPOCHS for method in pair],
         "reuse": [replace(best[method], inner_epochs=count) for count in EPOCHS for method in several],
     }
@@ -75,9 +80,8 @@ def studies(task: str, settings: Mapping[str, Any]) -> dict[str, list[Cell]]:
         guided = ("flow_grpo", "flow_dppo", "flow_cps", "flow_dppo_cps", "unclipped")
         found["guidance"] = [replace(best[method], guidance=settings["guidance"]) for method in guided]
     else:
-        # the larger task costs more: reuse by less, several rewards at their most
+        # the larger task costs more: eight epochs and two rewards are left out
         found["reuse"] = [cell for cell in found["reuse"] if cell.inner_epochs < 8]
-        found["balance"] = [cell for cell in found["balance"] if cell.rewards == 3]
     return found
 
 
