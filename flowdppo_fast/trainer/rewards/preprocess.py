@@ -1,0 +1,106 @@
+"""What an image processor of transformers does to PIL images, in torch, on the device that the images are on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .images import to_arrays, to_bytes
+
+Preprocess = Literal["torch", "processor"]
+# PIL's numbers of the filters
+_FILTERS = {2: "bilinear", 3: "bicubic"}
+# settings that would change the result and are not done here
+_UNSUPPORTED = ("crop_pct", "do_pad", "do_thumbnail", "do_align_long_axis", "do_reduce_labels", "do_flip_channel_order")
+
+
+class Preprocessor:
+    """Resizes, crops in the centre and normalises as an image processor of transformers with Pillow does.
+
+    Images are rounded to bytes first, and after each of the two passes of the resize, as Pillow does; what is left
+    are pixels that lie on a rounding boundary, which may come out one level (1/255) away per pass.
+
+    Args:
+        settings: of an image processor (``processor.to_dict()``).
+
+    Raises:
+        ValueError: settings that are not supported; ``preprocess="processor"`` runs the processor itself.
+    """
+
+    def __init__(self, settings: Mapping[str, Any]):
+        wrong = [key for key in _UNSUPPORTED if settings.get(key)]
+        size = dict(settings.get("size") or {})
+        if settings.get("do_resize") and set(size) not in ({"shortest_edge"}, {"height", "width"}):
+            wrong.append(f"size={size}")
+        if settings.get("do_resize") and settings.get("resample") not in _FILTERS:
+            wrong.append(f"resample={settings.get('resample')}")
+        if wrong:
+            raise ValueError(
+                f"preprocess: got an image processor with {', '.join(wrong)}, expected one that resizes (bilinear or "
+                "bicubic), crops in the centre and normalises; preprocess='processor' runs it as it is, on the CPU"
+            )
+        self.size = size if settings.get("do_resize") else None
+        self.mode = _FILTERS.get(settings.get("resample", 3), "bicubic")
+        self.crop = dict(settings["crop_size"]) if settings.get("do_center_crop") else None
+        self.scale = float(settings.get("rescale_factor", 1 / 255)) if settings.get("do_rescale", True) else 1.0
+        normalise = settings.get("do_normalize", True)
+        self.mean = tuple(settings["image_mean"]) if normalise else (0.0,) * 3
+        self.std = tuple(settings["image_std"]) if normalise else (1.0,) * 3
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """``[N, C, H, W]`` in [0, 1] to float32 ``[N, 3, height, width]``, as a network takes it."""
+        levels = to_bytes(pixels).float()
+        if self.size is not None:
+            levels = self._resize(levels, *self._target(*levels.shape[-2:]))
+        if self.crop is not None:
+            levels = _centre_crop(levels, self.crop["height"], self.crop["width"])
+        levels = levels.expand(-1, 3, -1, -1)
+        mean, std = (torch.tensor(v, device=levels.device).view(1, 3, 1, 1) for v in (self.mean, self.std))
+        return (levels * self.scale - mean) / std
+
+    def _target(self, height: int, width: int) -> tuple[int, int]:
+        assert self.size is not None
+        if "height" in self.size:
+            return self.size["height"], self.size["width"]
+        edge = self.size["shortest_edge"]
+        if width <= height:
+            return int(edge * height / width), edge
+        return edge, int(edge * width / height)
+
+    def _resize(self, levels: Tensor, height: int, width: int) -> Tensor:
+        # one direction after the other with rounding between them, as Pillow does
+        for size in ((levels.shape[-2], width), (height, width)):
+            if tuple(levels.shape[-2:]) != size:
+                resized = F.interpolate(levels, size=size, mode=self.mode, antialias=True, align_corners=False)
+                levels = (resized + 0.5).floor().clamp(0, 255)
+        return levels
+
+
+def prepare(
+    pixels: Tensor, processor: Any, preprocess: Preprocess, own: Preprocessor | None, device: torch.device
+) -> Tensor:
+    """``[N, C, H, W]`` pixels as the input of a network, float32 on ``device``: by ``own``, or by the processor."""
+    if preprocess == "torch":
+        assert own is not None
+        return own(pixels.to(device))
+    arrays = to_arrays(pixels.expand(-1, 3, -1, -1))
+    return processor(images=list(arrays), return_tensors="pt", input_data_format="channels_last")["pixel_values"].to(
+        device=device, dtype=torch.float32
+    )
+
+
+def _centre_crop(levels: Tensor, height: int, width: int) -> Tensor:
+    """The middle ``height`` x ``width`` pixels; where there are fewer, black is put around them."""
+    rows, columns = levels.shape[-2:]
+    missing: Sequence[int] = (max(height - rows, 0), max(width - columns, 0))
+    if any(missing):
+        # the larger half of an odd rest goes to the top and to the left
+        top, left = (missing[0] + 1) // 2, (missing[1] + 1) // 2
+        levels = F.pad(levels, (left, missing[1] - left, top, missing[0] - top))
+        rows, columns = levels.shape[-2:]
+    top, left = (rows - height) // 2, (columns - width) // 2
+    return levels[..., top : top + height, left : left + width]
