@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor
 from .images import to_arrays, to_bytes
 
 Preprocess = Literal["torch", "processor"]
-# PIL's numbers of the filters
-_FILTERS = {2: "bilinear", 3: "bicubic"}
+# bits after the point of Pillow's weights; a weighted sum of bytes fits into 32 bits
+_FRACTION_BITS = 22
 # settings that would change the result and are not done here
 _UNSUPPORTED = ("crop_pct", "do_pad", "do_thumbnail", "do_align_long_axis", "do_reduce_labels", "do_flip_channel_order")
 
@@ -21,8 +22,9 @@ _UNSUPPORTED = ("crop_pct", "do_pad", "do_thumbnail", "do_align_long_axis", "do_
 class Preprocessor:
     """Resizes, crops in the centre and normalises as an image processor of transformers with Pillow does.
 
-    Images are rounded to bytes first, and after each of the two passes of the resize, as Pillow does; what is left
-    are pixels that lie on a rounding boundary, which may come out one level (1/255) away per pass.
+    Images are rounded to bytes first and resized as Pillow does it, in the same integers, so that all bytes are the
+    same; the normalised numbers differ by float32 rounding. The width is resized before the height; Pillow from 13 on
+    begins with the height where that shrinks far more than the width, and then bytes may differ by rounding.
 
     Args:
         settings: of an image processor (``processor.to_dict()``).
@@ -44,7 +46,7 @@ class Preprocessor:
                 "bicubic), crops in the centre and normalises; preprocess='processor' runs it as it is, on the CPU"
             )
         self.size = size if settings.get("do_resize") else None
-        self.mode = _FILTERS.get(settings.get("resample", 3), "bicubic")
+        self.resample = settings.get("resample")
         self.crop = dict(settings["crop_size"]) if settings.get("do_center_crop") else None
         self.scale = float(settings.get("rescale_factor", 1 / 255)) if settings.get("do_rescale", True) else 1.0
         normalise = settings.get("do_normalize", True)
@@ -53,7 +55,7 @@ class Preprocessor:
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """``[N, C, H, W]`` in [0, 1] to float32 ``[N, 3, height, width]``, as a network takes it."""
-        levels = to_bytes(pixels).float()
+        levels = to_bytes(pixels).int()
         if self.size is not None:
             levels = self._resize(levels, *self._target(*levels.shape[-2:]))
         if self.crop is not None:
@@ -72,12 +74,53 @@ class Preprocessor:
         return edge, int(edge * width / height)
 
     def _resize(self, levels: Tensor, height: int, width: int) -> Tensor:
-        # one direction after the other with rounding between them, as Pillow does
-        for size in ((levels.shape[-2], width), (height, width)):
-            if tuple(levels.shape[-2:]) != size:
-                resized = F.interpolate(levels, size=size, mode=self.mode, antialias=True, align_corners=False)
-                levels = (resized + 0.5).floor().clamp(0, 255)
+        # the order matters, because each direction is rounded to bytes
+        levels = _resize_last(levels, width, self.resample)
+        return _resize_last(levels.transpose(-1, -2), height, self.resample).transpose(-1, -2)
+
+
+def _bilinear(x: Tensor) -> Tensor:
+    return (1 - x.abs()).clamp_min(0)
+
+
+def _bicubic(x: Tensor) -> Tensor:
+    """The cubic convolution filter of Keys (1981) with a = -1/2."""
+    x = x.abs()
+    inner, outer = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return torch.where(x < 1, inner, torch.where(x < 2, outer, 0.0))
+
+
+# by Pillow's numbers: the filter and how far it reaches
+_FILTERS: dict[int, tuple[Callable[[Tensor], Tensor], float]] = {2: (_bilinear, 1.0), 3: (_bicubic, 2.0)}
+
+
+@lru_cache(maxsize=32)
+def _weights(before: int, after: int, resample: int) -> tuple[Tensor, Tensor]:
+    """Fixed-point weights ``[taps, after]`` and the pixels that they are for, of a resize that widens the filter."""
+    function, reach = _FILTERS[resample]
+    ratio = before / after
+    stretch = max(ratio, 1.0)
+    centre = (torch.arange(after, dtype=torch.float64) + 0.5) * ratio
+    first = (centre - reach * stretch + 0.5).to(torch.int64).clamp_min(0)
+    last = (centre + reach * stretch + 0.5).to(torch.int64).clamp_max(before)
+    place = first + torch.arange(int((last - first).max()))[:, None]
+    weight = torch.where(place < last, function((place - centre + 0.5) * (1 / stretch)), 0.0)
+    weight = weight / weight.sum(0)
+    fixed = weight * 2**_FRACTION_BITS
+    # halves go away from zero
+    return (fixed.abs() + 0.5).floor().copysign(fixed).to(torch.int32), place.clamp_max(before - 1)
+
+
+def _resize_last(levels: Tensor, size: int, resample: int) -> Tensor:
+    """int32 bytes resized along the last dimension."""
+    before = levels.shape[-1]
+    if before == size:
         return levels
+    weight, place = (entry.to(levels.device) for entry in _weights(before, size, resample))
+    total = torch.full((*levels.shape[:-1], size), 1 << (_FRACTION_BITS - 1), dtype=torch.int32, device=levels.device)
+    for factor, pixel in zip(weight, place):
+        total += factor * levels[..., pixel]
+    return (total >> _FRACTION_BITS).clamp(0, 255)
 
 
 def prepare(
