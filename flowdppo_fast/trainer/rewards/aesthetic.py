@@ -66,17 +66,20 @@ class AestheticScore(ModelReward):
     def __call__(self, images: Any, prompts: Sequence[Any], metadata: Sequence[dict] | None = None) -> Tensor:
         pixels = scored_pixels(images, prompts, self.frames)
         model: Any = self.load(pixels.device)
-        embedding = self._map(
-            lambda part: model["vision"](pixel_values=self._prepare(part)).image_embeds, pixels.flatten(0, 1)
-        )
+        embedding = self._map(lambda part: self._embed(model, part), pixels.flatten(0, 1))
         return model["head"](F.normalize(embedding, dim=-1)).unflatten(0, pixels.shape[:2]).mean(1)
 
     def _load(self) -> nn.Module:
-        from transformers import AutoImageProcessor, CLIPVisionModelWithProjection
+        from transformers import AutoImageProcessor, CLIPModel
 
         self.processor = from_pretrained(AutoImageProcessor, self.path, "image processor", revision=self.revision)
-        vision: Any = load_network(CLIPVisionModelWithProjection, self.path, "CLIP model", self.dtype, self.revision)
-        return nn.ModuleDict({"vision": vision, "head": load_head(self.head_path, vision.config.projection_dim)})
+        clip: Any = load_network(CLIPModel, self.path, "CLIP model", self.dtype, self.revision)
+        head = load_head(self.head_path, clip.config.projection_dim)
+        # the text half is let go
+        return nn.ModuleDict({"vision": clip.vision_model, "projection": clip.visual_projection, "head": head})
+
+    def _embed(self, model: Any, pixels: Tensor) -> Tensor:
+        return model["projection"](model["vision"](pixel_values=self._prepare(pixels)).pooler_output)
 
 
 def load_head(path: Path, width: int) -> AestheticHead:
