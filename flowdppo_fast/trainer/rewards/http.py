@@ -175,6 +175,9 @@ class HTTPReward:
                 raise RewardServerError(
                     f"{self.url}: the answer is longer than max_response_bytes={limit}, it was not read further"
                 )
+            if not answer and not response.chunked and response.getheader("Content-Length") is None:
+                # the head was cut off, or there is no body; both look like this
+                raise http.client.RemoteDisconnected("empty answer")
             if response.length:
                 raise http.client.IncompleteRead(answer, response.length)
             return response.status, excerpt(response.reason.encode())[1:-1], answer

@@ -112,7 +112,7 @@ def excerpt(body: bytes, length: int = 200) -> str:
     """The beginning of what a server said, on one line and without control characters."""
     text = body[: 4 * length].decode("utf-8", errors="replace")
     shown = "".join(letter if letter.isprintable() else " " for letter in text)
-    return repr(shown if len(body) <= length else f"{shown[:length]}...")
+    return f"'{shown}'" if len(body) <= length else f"'{shown[:length]}...'"
 
 
 def _numbers(values: Any, count: int, name: str) -> Tensor:
