@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import queue
 import threading
 from collections.abc import Iterator, Sequence
@@ -176,11 +177,17 @@ def _record_event(device: torch.device) -> Any:
 
 @contextlib.contextmanager
 def _own_stream(device: torch.device) -> Iterator[Any]:
-    """A new stream as this thread's current one, or None without CUDA."""
+    """The rewards' stream as this thread's current one, or None without CUDA."""
     if device.type != "cuda":
         yield None
         return
-    stream = torch.cuda.Stream(device)
+    stream = _stream(device)
     # also makes its device this thread's current one
     with torch.cuda.stream(stream):
         yield stream
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One stream per device for all scorers: each stream keeps the memory of its own work."""
+    return torch.cuda.Stream(device)

@@ -162,7 +162,7 @@ def _from_file(data: bytes, format: Format) -> np.ndarray:
         with Image.open(io.BytesIO(data), formats=[format.upper()]) as image:
             array = np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"request: an image is no {format} file ({error})") from error
+        raise ValueError(f"request: an image is no {format} file ({type(error).__name__})") from error
     return array[..., None] if array.ndim == 2 else array
 
 

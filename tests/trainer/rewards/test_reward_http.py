@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import shutil
 import socket
@@ -176,7 +177,7 @@ def test_token(pictures, monkeypatch):
     monkeypatch.setenv("REWARD_TOKEN", "secret-1")
     with RewardServer(brightness, token="secret-1") as server:
         assert HTTPReward(server.url, token_env="REWARD_TOKEN")(pictures[:1], [""]).shape == (1,)
-        with pytest.raises(RewardServerError, match="answered 401 Unauthorized.*expected the server's bearer token"):
+        with pytest.raises(RewardServerError, match=r"answered 401 Unauthorized.*expected the server's bearer token"):
             HTTPReward(server.url)(pictures[:1], [""])
         monkeypatch.setenv("REWARD_TOKEN", "secret-2")
         with pytest.raises(RewardServerError, match="401") as caught:
@@ -240,7 +241,7 @@ def test_a_server_that_does_not_read_a_large_request_is_left():
 def test_time_of_a_batch_is_bounded_whatever_the_retries(pictures):
     with RawServer(hang) as server:
         started = time.monotonic()
-        with pytest.raises(RewardServerError, match="no rewards after [23] tries: no complete answer"):
+        with pytest.raises(RewardServerError, match=r"no rewards after [23] tries: no complete answer"):
             HTTPReward(server.url, timeout=0.4, deadline=1.0, retries=100, backoff=0.01)(pictures, [""] * 6)
         assert time.monotonic() - started < 2
 
@@ -269,7 +270,7 @@ def test_backoff_doubles(pictures):
 
     with RawServer(behave) as server, pytest.raises(RewardServerError, match="no rewards after 4 tries"):
         HTTPReward(server.url, timeout=2, retries=3, backoff=0.1)(pictures[:1], [""])
-    pauses = [later - earlier for earlier, later in zip(times, times[1:])]
+    pauses = [later - earlier for earlier, later in itertools.pairwise(times)]
     assert pauses == pytest.approx([0.1, 0.2, 0.4], abs=0.09)
 
 
@@ -376,10 +377,10 @@ def test_http_errors(pictures, status, tries):
     answer = response('{"error": "no more memory"}' if status[0] != "2" else "", status)
     with RawServer(answering(answer)) as server:
         times = f"{tries} {'try' if tries == 1 else 'tries'}"
-        message = rf"no rewards after {times}: the server answered {status}: .*{'no more memory' if answer[-1:] == b'}' else ''}"
-        with pytest.raises(RewardServerError, match=message):
+        with pytest.raises(RewardServerError, match=f"after {times}: the server answered {status}: ") as caught:
             HTTPReward(server.url, timeout=2, retries=2, backoff=0.01)(pictures[:1], [""])
         assert len(server.requests) == tries
+        assert ("no more memory" in str(caught.value)) == (status[0] != "2")
 
 
 def test_redirects_are_not_followed_and_the_token_stays_here(pictures, monkeypatch):
@@ -396,7 +397,7 @@ def test_redirects_are_not_followed_and_the_token_stays_here(pictures, monkeypat
 def test_refused_connections(pictures):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    with pytest.raises(RewardServerError, match="after 2 tries: the connection was refused; is the server running?"):
+    with pytest.raises(RewardServerError, match="after 2 tries: the connection was refused; is the server running"):
         HTTPReward(f"http://127.0.0.1:{port}/", timeout=2, retries=1, backoff=0.01)(pictures[:1], [""])
 
 
@@ -419,7 +420,7 @@ def test_a_server_that_refuses_before_reading_is_heard():
             pass
 
     images = torch.rand(4, 3, 256, 256)
-    with RawServer(behave) as server, pytest.raises(RewardServerError, match="answered 413 .*too large"):
+    with RawServer(behave) as server, pytest.raises(RewardServerError, match=r"answered 413 .*too large"):
         HTTPReward(server.url, format="npy", timeout=5)(images, [""] * 4)
 
 
@@ -445,11 +446,11 @@ def test_what_the_reward_of_the_server_raises_is_told(pictures, caplog):
     def broken(images, prompts, metadata):
         raise KeyError("weights")
 
-    with RewardServer(broken) as server, pytest.raises(RewardServerError, match="500 .*KeyError: 'weights'"):
+    with RewardServer(broken) as server, pytest.raises(RewardServerError, match=r"500 .*KeyError: 'weights'"):
         HTTPReward(server.url, retries=0)(pictures, [""] * 6)
     with (
         RewardServer(lambda images, *_: images.mean(dim=(1, 2, 3)) / 0) as server,
-        pytest.raises(RewardServerError, match="500 .*got inf for 'reward' of sample 0"),
+        pytest.raises(RewardServerError, match=r"500 .*got inf for 'reward' of sample 0"),
     ):
         HTTPReward(server.url, retries=0)(pictures, [""] * 6)
 
@@ -487,7 +488,7 @@ def test_tls_is_checked_and_bounded_too(pictures, certificate, monkeypatch):
 
     with RawServer(behave) as server:
         url = server.url.replace("http:", "https:")
-        with pytest.raises(RewardServerError, match="CERTIFICATE_VERIFY_FAILED|certificate verify failed"):
+        with pytest.raises(RewardServerError, match=r"CERTIFICATE_VERIFY_FAILED|certificate verify failed"):
             HTTPReward(url, timeout=2, retries=0)(pictures[:1], [""])
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate / "cert.pem"))
         assert HTTPReward(url, timeout=2, retries=0)(pictures[:1], [""]).tolist() == [7.0]

@@ -130,7 +130,7 @@ def test_equal_prompts_are_embedded_once(clip_folder, pictures, monkeypatch):
 
 
 def test_prompts_must_be_texts(clip_folder, pictures):
-    with pytest.raises(TypeError, match="got NoneType for sample 1, expected a text.*under 'text'"):
+    with pytest.raises(TypeError, match=r"got NoneType for sample 1, expected a text.*under 'text'"):
         CLIPScore(clip_folder)(pictures[:2], ["a", None])
 
 
