@@ -6,7 +6,7 @@ import contextlib
 import functools
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
@@ -69,7 +69,8 @@ class BackgroundScorer:
     When the reward raises, what is queued is cancelled, and that exception is raised by ``result()`` of the failed and
     all later calls and by the next ``submit``. Images must not be changed after they were submitted. The reward
     must not draw from global random states (see :class:`~.protocol.Reward`) and must not be moved or called elsewhere
-    while something is pending.
+    while something is pending. Closing waits for the running call: a reward that can hang needs a limit of its own, as
+    :class:`~.http.HTTPReward` has.
 
     On CUDA the worker has a stream of its own, which waits for the images by an event and not for later sampling; each
     call is finished on that stream before its images are let go.
@@ -90,6 +91,7 @@ class BackgroundScorer:
         if self.device.type == "cuda" and self.device.index is None:
             # the worker's current device is another thread's matter
             self.device = torch.device("cuda", torch.cuda.current_device())
+        self._stream = _stream(self.device) if self.device.type == "cuda" else None
         self._free = threading.Semaphore(max_pending)
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._failure: BaseException | None = None
@@ -145,23 +147,24 @@ class BackgroundScorer:
         self.close()
 
     def _work(self) -> None:
-        with _own_stream(self.device) as stream:
+        # entering a stream also makes its device this thread's current one
+        with contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             while (job := self._jobs.get()) is not None:
-                self._run(job, stream)
+                self._run(job)
                 # images are let go before the next wait, not after it
                 del job
 
-    def _run(self, job: _Job, stream: Any) -> None:
+    def _run(self, job: _Job) -> None:
         try:
             if self._closed or self._failure is not None:
                 job.future.cancel()
                 return
-            if stream is not None:
-                stream.wait_event(job.ready)
+            if self._stream is not None:
+                self._stream.wait_event(job.ready)
             result = score(self.reward, job.images, job.prompts, job.metadata, torch.device("cpu"))
-            if stream is not None:
+            if self._stream is not None:
                 # work that the result does not depend on may still read the images
-                stream.synchronize()
+                self._stream.synchronize()
             job.future.set_result(result)
         except BaseException as error:
             self._failure = error
@@ -173,18 +176,6 @@ class BackgroundScorer:
 def _record_event(device: torch.device) -> Any:
     """An event behind everything queued on the caller's stream so far, or None without CUDA."""
     return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
-
-
-@contextlib.contextmanager
-def _own_stream(device: torch.device) -> Iterator[Any]:
-    """The rewards' stream as this thread's current one, or None without CUDA."""
-    if device.type != "cuda":
-        yield None
-        return
-    stream = _stream(device)
-    # also makes its device this thread's current one
-    with torch.cuda.stream(stream):
-        yield stream
 
 
 @functools.cache

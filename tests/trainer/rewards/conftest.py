@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from reward_support import IMAGE_SIZE, WIDTH
 from transformers import CLIPConfig, CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.utils import logging as transformers_logging
@@ -16,8 +17,6 @@ from transformers.utils import logging as transformers_logging
 # that it takes the Pillow processors without torchvision is known
 transformers_logging.set_verbosity_error()
 
-IMAGE_SIZE = 16
-WIDTH = 12
 LETTERS = [chr(code) for code in range(ord("a"), ord("z") + 1)]
 
 

@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from conftest import IMAGE_SIZE, WIDTH
+from reward_support import IMAGE_SIZE, WIDTH
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoTokenizer, CLIPModel, ViTConfig, ViTForImageClassification
