@@ -46,7 +46,7 @@ class Preprocessor:
                 "bicubic), crops in the centre and normalises; preprocess='processor' runs it as it is, on the CPU"
             )
         self.size = size if settings.get("do_resize") else None
-        self.resample = settings.get("resample")
+        self.resample = 0 if self.size is None else int(settings["resample"])
         self.crop = dict(settings["crop_size"]) if settings.get("do_center_crop") else None
         self.scale = float(settings.get("rescale_factor", 1 / 255)) if settings.get("do_rescale", True) else 1.0
         normalise = settings.get("do_normalize", True)
