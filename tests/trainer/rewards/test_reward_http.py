@@ -230,6 +230,21 @@ def test_time_of_a_try_is_bounded(pictures, behave):
         assert 0.35 < time.monotonic() - started < 1.5
 
 
+def test_a_late_sign_of_life_does_not_extend_a_try(pictures):
+    def behave(server, connection, number):
+        server.read(connection)
+        if not server.stopped.wait(0.9):
+            connection.sendall(b"HTTP/1.1 200 OK\r\n")
+            server.stopped.wait(5)
+
+    with RawServer(behave) as server:
+        started = time.monotonic()
+        with pytest.raises(RewardServerError, match="no complete answer within 1 s"):
+            HTTPReward(server.url, **{**QUICK, "timeout": 1.0})(pictures, [""] * 6)
+        # a timeout for each operation would end at 1.9
+        assert time.monotonic() - started < 1.6
+
+
 def test_a_server_that_does_not_read_a_large_request_is_left():
     images = torch.rand(8, 3, 512, 512)
     with RawServer(hang_before_reading) as server:
