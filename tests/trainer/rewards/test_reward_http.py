@@ -227,30 +227,30 @@ def test_time_of_a_try_is_bounded(pictures, behave):
         started = time.monotonic()
         with pytest.raises(RewardServerError, match=r"no rewards after 1 try: no complete answer within 0\.4 s"):
             HTTPReward(server.url, **QUICK)(pictures, [""] * 6)
-        assert 0.35 < time.monotonic() - started < 1.5
+        assert 0.35 < time.monotonic() - started < 3
 
 
 def test_a_late_sign_of_life_does_not_extend_a_try(pictures):
     def behave(server, connection, number):
         server.read(connection)
-        if not server.stopped.wait(0.9):
+        if not server.stopped.wait(1.8):
             connection.sendall(b"HTTP/1.1 200 OK\r\n")
             server.stopped.wait(5)
 
     with RawServer(behave) as server:
         started = time.monotonic()
-        with pytest.raises(RewardServerError, match="no complete answer within 1 s"):
-            HTTPReward(server.url, **{**QUICK, "timeout": 1.0})(pictures, [""] * 6)
-        # a timeout for each operation would end at 1.9
-        assert time.monotonic() - started < 1.6
+        with pytest.raises(RewardServerError, match="no complete answer within 2 s"):
+            HTTPReward(server.url, timeout=2.0, retries=0)(pictures, [""] * 6)
+        # a timeout for each operation would end at 3.8
+        assert time.monotonic() - started < 3.2
 
 
 def test_a_server_that_does_not_read_a_large_request_is_left():
-    images = torch.rand(8, 3, 512, 512)
+    images = torch.rand(4, 3, 512, 512)
     with RawServer(hang_before_reading) as server:
-        reward = HTTPReward(server.url, **{**QUICK, "format": "npy"})
+        reward = HTTPReward(server.url, format="npy", timeout=0.4, retries=0)
         with pytest.raises(RewardServerError, match="no complete answer within"):
-            reward(images, [""] * 8)
+            reward(images, [""] * 4)
 
 
 def test_time_of_a_batch_is_bounded_whatever_the_retries(pictures):
@@ -258,7 +258,7 @@ def test_time_of_a_batch_is_bounded_whatever_the_retries(pictures):
         started = time.monotonic()
         with pytest.raises(RewardServerError, match=r"no rewards after [23] tries: no complete answer"):
             HTTPReward(server.url, timeout=0.4, deadline=1.0, retries=100, backoff=0.01)(pictures, [""] * 6)
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 4
 
 
 def test_tries_again_until_the_server_is_well(pictures):
@@ -286,7 +286,9 @@ def test_backoff_doubles(pictures):
     with RawServer(behave) as server, pytest.raises(RewardServerError, match="no rewards after 4 tries"):
         HTTPReward(server.url, timeout=2, retries=3, backoff=0.1)(pictures[:1], [""])
     pauses = [later - earlier for earlier, later in itertools.pairwise(times)]
-    assert pauses == pytest.approx([0.1, 0.2, 0.4], abs=0.09)
+    # a busy machine makes pauses longer, never shorter
+    assert all(planned <= pause < planned + 2 for planned, pause in zip([0.1, 0.2, 0.4], pauses))
+    assert len(pauses) == 3
 
 
 OK = '{"rewards": %s}'
@@ -449,10 +451,10 @@ def test_one_failure_ends_the_others(pictures):
 
     with RawServer(behave) as server:
         started = time.monotonic()
-        reward = HTTPReward(server.url, batch_size=1, parallel=2, timeout=2, retries=50, backoff=0.3)
+        reward = HTTPReward(server.url, batch_size=1, parallel=2, timeout=2, retries=50, backoff=3)
         with pytest.raises(RewardServerError, match="403 Forbidden"):
             reward(pictures, [str(n) for n in range(6)])
-        assert time.monotonic() - started < 0.3
+        assert time.monotonic() - started < 2
         assert len(server.requests) <= 3
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("flowdppo-http")]
 
