@@ -80,7 +80,8 @@ class GuidanceRule:
         terms = "".join(f" + {scale:g}*(b{plus} - b{minus})" for plus, minus, scale in self.terms)
         text = f"b{self.base}{terms}"
         if self.rescale is not None:
-            text = f"{self.rescale}({text}, like b{self.like}, {self.amount:g})"
+            amount = "" if self.amount == 1.0 else f", {self.amount:g}"
+            text = f"{self.rescale}({text}, like b{self.like}{amount})"
         return text if self.sign > 0 else f"-({text})" if self.terms and self.rescale is None else f"-{text}"
 
 
@@ -98,7 +99,8 @@ def _sample_norm_capped(mixed: Tensor, like: Tensor, amount: float) -> Tensor:
     # row by row as pipelines do it: a norm over several dims of a batch may round otherwise
     norm, wanted = (torch.stack([torch.linalg.vector_norm(row) for row in x]) for x in (mixed, like))
     wanted = wanted * amount
-    return mixed * _lift(torch.where(norm > wanted, wanted / norm, torch.ones_like(norm)), mixed)
+    factor = torch.where(norm > wanted, wanted / norm, torch.ones_like(norm))
+    return mixed * factor.view(-1, *[1] * (mixed.ndim - 1))
 
 
 def _sample_std(mixed: Tensor, like: Tensor, amount: float) -> Tensor:

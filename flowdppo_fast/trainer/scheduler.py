@@ -166,7 +166,7 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
                 it pipelines give the negated velocity, and the next sample is float32.
 
         Raises:
-            ValueError: per-token timesteps for samples that are not tokens ``[B, L, C]``.
+            ValueError: per-token timesteps for samples that are not tokens ``[B, L, C]``, or that are not this step's.
         """
         if self.step_index is None:
             self._init_step_index(timestep)
@@ -190,10 +190,11 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
         dtype, active = velocity.dtype, None
         per_token = options.get("per_token_timesteps")
         if per_token is not None:
-            if state.ndim != 3:
+            level = float(timestep) / self.config.num_train_timesteps  # type: ignore[attr-defined]
+            if state.ndim != 3 or abs(level - planned.sigma) > 1e-4:
                 raise ValueError(
-                    f"per_token_timesteps: got them on step {index} for a sample {list(state.shape)}, expected tokens "
-                    "[B, L, C] on steps with noise"
+                    f"per_token_timesteps: got them on step {index} for a sample {list(state.shape)} at timestep level "
+                    f"{level:.4g}, expected tokens [B, L, C] at sigma={planned.sigma:.4g} on steps with noise"
                 )
             velocity, dtype = -velocity, torch.float32
             active = (per_token == torch.as_tensor(timestep).to(per_token)).expand(state.shape[:2])[..., None]
