@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import enum
+import numbers
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 # position ids of packed latents without a batch dim: [L, 3], shared by all rows even where L happens to equal the batch
 _UNBATCHED_IDS = ("img_ids", "txt_ids")
+# arguments that cannot change under our hands
+_PLAIN = (type(None), numbers.Number, str, bytes, enum.Enum, torch.dtype, torch.device)
 
 
 @dataclass(eq=False)
@@ -56,11 +60,15 @@ class ArgumentStore:
         self._kept: dict[tuple, list[Any]] = {}
 
     def call(self, module: nn.Module, args: tuple, kwargs: Mapping[str, Any], batch: int, copies: int) -> Call:
-        """A call on ``copies * batch`` rows."""
+        """A call on ``copies * batch`` rows.
+
+        Raises:
+            ValueError: an argument that is neither a tensor nor plain data.
+        """
 
         def per_row(value: Any) -> bool:
-            numbers = isinstance(value, list) and any(isinstance(x, (int, float, str)) for x in value)
-            return isinstance(value, (Tensor, list)) and not numbers and _length(value) in (batch, copies * batch)
+            plain = isinstance(value, list) and any(isinstance(x, (int, float, str)) for x in value)
+            return isinstance(value, (Tensor, list)) and not plain and _length(value) in (batch, copies * batch)
 
         leaves, spec = tree_flatten((args, dict(kwargs)), is_leaf=lambda x: isinstance(x, list) and per_row(x))
         shared = [kwargs[n] for n in _UNBATCHED_IDS if isinstance(kwargs.get(n), Tensor) and kwargs[n].ndim == 2]
@@ -71,10 +79,16 @@ class ArgumentStore:
         return Call(module, kept, spec)
 
     def _shared(self, value: Any) -> Any:
-        if isinstance(value, list):
-            return [self._shared(entry) for entry in value]
-        if not isinstance(value, Tensor):
+        return tree_map(self._leaf, value)
+
+    def _leaf(self, value: Any) -> Any:
+        if isinstance(value, _PLAIN):
             return value
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"got a {type(value).__name__} among the transformer's arguments, expected tensors, numbers and text: "
+                "what an object holds may change until the replay (a cache of keys and values, for one)"
+            )
         value = value.detach()
         key = (value.shape, value.dtype, *_fingerprints(value.flatten()[None]))
         for kept in self._kept.setdefault(key, []):
@@ -112,9 +126,9 @@ def joinable(a: Call, b: Call) -> bool:
         if isinstance(left, Rows) and isinstance(right, Rows):
             if len(left.places) != len(right.places) or type(left.values) is not type(right.values):
                 return False
-            if isinstance(left.values, Tensor) and isinstance(right.values, Tensor):
-                if left.values.dtype != right.values.dtype or left.values.shape[1:] != right.values.shape[1:]:
-                    return False
+            tensors = [x for x in (left.values, right.values) if isinstance(x, Tensor)]
+            if len({(x.dtype, x.shape[1:]) for x in tensors}) > 1:
+                return False
         elif isinstance(left, Rows) or isinstance(right, Rows) or not _same(left, right):
             return False
     return True
@@ -148,9 +162,9 @@ def _join_leaf(leaves: list[Any], rows: Sequence[int] | None, index: Tensor | No
     if isinstance(first.values, list):
         taken = [leaf.take(rows, index) for leaf in leaves]
         return [entry for copies in zip(*taken) for entries in zip(*copies) for entry in entries]
-    if all(leaf is first for leaf in leaves):
-        return first.take(rows, index).repeat_interleave(len(leaves), dim=1).flatten(0, 1)
-    return torch.stack([leaf.take(rows, index) for leaf in leaves], dim=2).flatten(0, 2)
+    shared = all(leaf is first for leaf in leaves)
+    taken = [torch.as_tensor(leaf.take(rows, index)) for leaf in (leaves[:1] if shared else leaves)]
+    return torch.stack(taken * len(leaves) if shared else taken, dim=2).flatten(0, 2)
 
 
 def _fingerprints(rows: Tensor) -> list[float]:
@@ -163,6 +177,5 @@ def _length(value: Tensor | list) -> int:
 
 
 def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(map(_same, a, b))
-    return a is b if isinstance(a, Tensor) or isinstance(b, Tensor) else a is b or a == b
+    (left, spec), (right, other) = tree_flatten(a), tree_flatten(b)
+    return spec == other and all(x is y or (not isinstance(x, Tensor) and x == y) for x, y in zip(left, right))

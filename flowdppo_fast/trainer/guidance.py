@@ -67,6 +67,11 @@ class GuidanceRule:
         return (-velocity if self.sign < 0 else velocity).to(dtype)
 
     @property
+    def scale(self) -> float:
+        """Scale of the first term; 1.0 without guidance."""
+        return self.terms[0][2] if self.terms else 1.0
+
+    @property
     def gain(self) -> float:
         """How much larger independent roundings of the branches are in the velocity: root of the sum of the squared
         weights."""
@@ -273,8 +278,10 @@ def _forms(weights: list[float]) -> Iterator[tuple[int, tuple[Term, ...]]]:
                 exact = sum(weights[i] for i in side) - (base in side)
                 plus, minus = (edge[1], edge[0]) if exact >= 0 else edge
                 terms.append([(plus, minus, scale) for scale in _decimals(abs(exact))])
-            forms += [(base, order) for chosen in itertools.product(*terms) for order in itertools.permutations(chosen)]
-    yield from sorted(forms, key=lambda form: sum(plus == form[0] for plus, *_ in form[1]))
+            for chosen in itertools.product(*terms):
+                used = [term for term in chosen if term[2] != 0.0]
+                forms += [(base, order) for order in itertools.permutations(used)]
+    yield from sorted(dict.fromkeys(forms), key=lambda form: sum(plus == form[0] for plus, *_ in form[1]))
 
 
 def _reached(start: int, edges: list[tuple[int, int]]) -> set[int]:
@@ -288,7 +295,7 @@ def _reached(start: int, edges: list[tuple[int, int]]) -> set[int]:
 def _decimals(value: float) -> list[float]:
     """The numbers that somebody may have typed for ``value``, shortest first, then ``value`` itself."""
     rounded = [float(f"{value:.{digits}g}") for digits in range(1, 9)]
-    near = [number for number in rounded if abs(number - value) <= 0.02 * max(abs(value), 1.0)]
+    near = [number for number in [0.0, *rounded] if abs(number - value) <= 0.02 * max(abs(value), 1.0)]
     return list(dict.fromkeys([*near, value]))
 
 

@@ -161,8 +161,8 @@ class TrajectoryRecorder:
             if transition is not None:
                 if transitions and transitions[-1].index == index:
                     raise ValueError(
-                        f"pipeline: {self.name} took step {index} twice, with a scheduler of its own for a second latent "
-                        "such as sound; one latent per step can be trained"
+                        f"pipeline: {self.name} took step {index} twice, with a scheduler of its own for a second "
+                        "latent such as sound; one latent per step can be trained"
                     )
                 trajectory.steps.append(self._record(transition, pending, store))
                 transitions.append(transition)
@@ -251,7 +251,10 @@ class TrajectoryRecorder:
                     "expected a multiple of them"
                 )
             branches += result.chunk(len(result) // batch)
-            calls.append(store.call(module, args, kwargs, batch, len(result) // batch))
+            try:
+                calls.append(store.call(module, args, kwargs, batch, len(result) // batch))
+            except ValueError as cause:
+                raise ValueError(f"pipeline: {self.name}, step {transition.index}: {cause}") from None
         if not branches:
             raise ValueError(f"pipeline: {self.name} made no transformer call before step {transition.index}")
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
     FlowMatchEulerDiscreteScheduler,
     FlowMatchEulerDiscreteSchedulerOutput,
 )
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from ..noise import PhiloxNoise
@@ -97,7 +99,12 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
         """
         given = config
         config = dict(getattr(given, "config", given))
-        name = config.get("_class_name", type(given).__name__)
+        name = type(given).__name__ if isinstance(given, SchedulerMixin) else config.get("_class_name", "")
+        if not hasattr(diffusers, name) and not isinstance(given, SchedulerMixin):
+            raise ValueError(
+                f"config: got a {type(given).__name__} with _class_name={name!r}, expected a scheduler, or a config "
+                "that names a class of diffusers"
+            )
         euler = isinstance(given, FlowMatchEulerDiscreteScheduler) or name in _EULER_NAMES
         if not euler:
             _check_source(name, config)
@@ -119,7 +126,8 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
         known = inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters
         scheduler = cls(**{key: value for key, value in config.items() if key in known})
         if not euler:
-            scheduler._source = getattr(diffusers, name).from_config(config)
+            kind: Any = type(given) if isinstance(given, SchedulerMixin) else getattr(diffusers, name)
+            scheduler._source = kind.from_config(config)
         elif isinstance(given, FlowMatchEulerDiscreteScheduler):
             # set_shift leaves the config alone
             scheduler.set_shift(given.shift)
@@ -146,7 +154,7 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
                 # multistep solvers stay a little below pure noise for their logarithms
                 self.sigmas[0] = 1.0
         levels = self.sigmas.tolist()
-        descending = all(above > below for above, below in zip(levels, levels[1:-1])) and levels[-2] >= levels[-1]
+        descending = all(above > below for above, below in itertools.pairwise(levels[:-1])) and levels[-2] >= levels[-1]
         if len(levels) != len(self.timesteps) + 1 or not (descending and levels[0] <= 1.0 and levels[-1] >= 0.0):
             raise ValueError(
                 f"scheduler: got levels {[round(level, 4) for level in levels]} for {len(self.timesteps)} timesteps, "
@@ -246,8 +254,8 @@ def trainable_step(sampler: str, sigmas: list[float], index: int, eta: float) ->
     )
     if step.sample_coef < 0.0:
         raise ValueError(
-            f"sde_steps: got {levels}, on which sampler {sampler!r} with eta={eta:g} overshoots (it multiplies the sample "
-            f"by {step.sample_coef:.3g}); leave the step out, lower eta, or start the schedule at exactly 1"
+            f"sde_steps: got {levels}, on which sampler {sampler!r} with eta={eta:g} overshoots (it multiplies the "
+            f"sample by {step.sample_coef:.3g}); leave the step out, lower eta, or start the schedule at exactly 1"
         )
     if not step.std > 0.0:
         raise ValueError(f"sde_steps: got {levels}, on which sampler {sampler!r} draws no noise (eta={eta:g})")

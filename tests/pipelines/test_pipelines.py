@@ -12,7 +12,6 @@ from flowdppo_fast import PhiloxNoise, fused_dppo_velocity_loss
 from flowdppo_fast.trainer.adapters import add_lora
 from flowdppo_fast.trainer.arguments import tensors_of
 from flowdppo_fast.trainer.guidance import cut_to_latent
-from flowdppo_fast.trainer.recorder import TrajectoryRecorder
 
 from . import table
 from .cases import CASES, REFUSED, record
@@ -99,7 +98,10 @@ def test_loss_and_mask_are_the_textbooks(name):
     velocity = recorder.replay(trajectory, rows)
 
     # Gaussians of the next state around the two policies' means; where the state is cancels from both
-    std, coef, dt = (x.expand(len(rows), -1).reshape(-1) for x in (trajectory.step.std, trajectory.step.velocity_coef, trajectory.step.dt))
+    std, coef, dt = (
+        x.expand(len(rows), -1).reshape(-1)
+        for x in (trajectory.step.std, trajectory.step.velocity_coef, trajectory.step.dt)
+    )
     mean, old_mean = (coef.view(-1, *[1] * len(latent)) * x.detach().flatten(0, 1).double() for x in (velocity, old))
     drawn = noise.materialize(old.shape, row_dims=2) if isinstance(noise, PhiloxNoise) else noise
     next_state = old_mean + oracle.lift(std, old_mean) * drawn.flatten(0, 1).double()
@@ -140,7 +142,9 @@ def test_adapters_are_trained_through_the_replay(name):
     assert not torch.equal(recorder.replay(trajectory), trajectory.velocity)
 
 
-@pytest.mark.parametrize("name", ["flux", "sd3-guided", "wan-guided", "z-image-guided", "lumina2-guided", "ltx-rescaled"])
+@pytest.mark.parametrize(
+    "name", ["flux", "sd3-guided", "wan-guided", "z-image-guided", "lumina2-guided", "ltx-rescaled"]
+)
 def test_in_bfloat16_the_rule_is_found_and_bitwise(recorded, name):
     case = CASES[name]
     sizes = replace(FAMILIES[case.family].tiny, dtype=torch.bfloat16)
@@ -171,10 +175,41 @@ def test_what_is_shared_is_kept_once(recorded, name):
     assert state_bytes + text_bytes <= trajectory.nbytes <= state_bytes + text_bytes + 2500
 
 
+def test_arguments_that_are_mappings_are_replayed():
+    case = replace(CASES["cogview4-guided"], options={"guidance_scale": 5.0, "attention_kwargs": {"scale": 1.0}})
+    recording = record(case)
+    (call, _) = recording.trajectory.steps[0].calls
+    assert call.spec.unflatten(call.leaves)[1]["attention_kwargs"] == {"scale": 1.0}
+    assert recording.recorder.verify(recording.trajectory, [1, 0]).same_geometry == 0.0
+
+
+def test_a_step_so_near_to_noise_that_it_overshoots_is_an_error():
+    with pytest.raises(ValueError, match=r"step 0 of 6 from sigma=0.99\d+ to .* overshoots .* leave the step out"):
+        record(replace(CASES["sana"], steps=(0, 1)))
+    # in the sampler that does not divide by 1 - sigma it is a step like any other
+    recording = record(replace(CASES["sana"], steps=(0, 1), sampler="cps"))
+    assert recording.recorder.verify(recording.trajectory, [0]).same_geometry == 0.0
+
+
+def test_a_step_that_image_to_image_leaves_out_is_an_error():
+    with pytest.raises(ValueError, match=r"FluxImg2ImgPipeline ran the chosen steps \[2\], expected \[0, 2\]"):
+        record(replace(CASES["flux-img2img"], steps=(0, 2)))
+
+
+REASONS = {
+    "LTX2Pipeline (video with sound)": r"LTX2Pipeline took step 1 twice, with a scheduler of its own for a second latent",
+    "Flux2KleinKVPipeline with a reference image": r"Flux2KleinKVPipeline, step 1: got a Flux2KVCache among the transfor",
+    "SanaSprintPipeline": r"^config: got that of SCMScheduler, expected a flow-matching scheduler",
+    "FlowMatchHeunDiscreteScheduler in any pipeline": r"^config: got that of FlowMatchHeun\w+, expected one Euler step per",
+    "FlowMatchLCMScheduler in any pipeline": r"^config: got that of FlowMatchLCMScheduler, expected one Euler step per",
+    "DDIMScheduler in any pipeline": r"^config: got that of DDIMScheduler, expected a flow-matching scheduler",
+}
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_served_says_why(name):
-    with pytest.raises(ValueError, match=r"^config: got that of \w+Scheduler, expected"):
-        TrajectoryRecorder(REFUSED[name]())
+    with pytest.raises(ValueError, match=REASONS[name]):
+        REFUSED[name]()
 
 
 def test_the_documented_table_is_what_the_recordings_give(recorded):

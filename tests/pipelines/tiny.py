@@ -1,8 +1,8 @@
 """Random pipelines made of diffusers' real classes: tiny ones to run, and hollow ones at the published sizes to weigh.
 
-A :class:`Family` builds its pipeline from a table of sizes. ``TINY`` sizes make a whole model of a few thousand weights.
-``published`` sizes are those of the released model where they decide what a trajectory holds (latent channels, width and
-length of the text embedding, resolution); its transformer has no blocks and one narrow head, which decide nothing.
+A :class:`Family` builds its pipeline from a table of sizes. ``tiny`` sizes make a whole model of a few thousand
+weights. ``published`` sizes are those of the released model where they decide what a trajectory holds (latent channels,
+width and length of the text embedding, resolution); blocks and heads decide nothing, so there are none but one head.
 Text encoders and, unless an image is given, VAEs are left out: ready-made embeddings go in and latents come out.
 """
 
@@ -19,6 +19,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 from PIL import Image
 from torch import Tensor, nn
 
@@ -61,7 +62,7 @@ class Family:
     Attributes:
         build: makes the pipeline.
         inputs: ``(sizes, prompts)`` to keyword arguments of a call with one image per prompt, tensors with a batch dim.
-        published: sizes of the released model ``model``, None where the VAE would have to encode them.
+        published: sizes of the released model ``model``, None where there is none or its VAE would have to encode them.
         tiny: sizes of the model that tests run.
     """
 
@@ -295,6 +296,26 @@ def ltx(
     return build
 
 
+def ltx2(sizes: Sizes) -> diffusers.LTX2Pipeline:
+    """Video and sound; ``sizes.text`` is the width of all layers of the text encoder together."""
+    transformer = diffusers.LTX2VideoTransformer3DModel(
+        in_channels=sizes.channels, out_channels=sizes.channels, num_attention_heads=2, attention_head_dim=8,
+        cross_attention_dim=16, audio_num_attention_heads=2, audio_attention_head_dim=4, audio_cross_attention_dim=8,
+        num_layers=sizes.blocks, caption_channels=sizes.text // 2,
+    )  # fmt: skip
+    connectors = LTX2TextConnectors(
+        caption_channels=sizes.text // 2, text_proj_in_factor=2, video_connector_num_attention_heads=2,
+        video_connector_attention_head_dim=sizes.text // 4, video_connector_num_layers=1,
+        video_connector_num_learnable_registers=None, audio_connector_num_attention_heads=2,
+        audio_connector_attention_head_dim=sizes.text // 4, audio_connector_num_layers=1,
+        audio_connector_num_learnable_registers=None,
+    )  # fmt: skip
+    return diffusers.LTX2Pipeline(
+        transformer=transformer, connectors=connectors, scheduler=stretching(),
+        **absent("vae", "audio_vae", "vocoder", "text_encoder", "tokenizer"),
+    )  # fmt: skip
+
+
 def stretching() -> FlowMatchEulerDiscreteScheduler:
     return FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05, base_image_seq_len=1024, shift_terminal=0.1
@@ -413,11 +434,12 @@ FAMILIES = {
     "Wan two transformers": Family(
         wan(two=True, boundary_ratio=0.875), text_of(), "Wan2.2-T2V-A14B, 480x832, 81 frames", WAN
     ),
+    # its VAE compresses 16 times: these are the latents of 704x1280
     "Wan timestep per token": Family(
         wan(expand_timesteps=True),
         text_of(),
-        "Wan2.2-TI2V-5B, 480x832, 81 frames at 8x compression",
-        WAN,
+        "Wan2.2-TI2V-5B, 704x1280, 121 frames",
+        replace(WAN, channels=48, height=352, width=640, frames=121),
     ),
     "HunyuanVideo": Family(
         hunyuan,
@@ -425,9 +447,7 @@ FAMILIES = {
         "HunyuanVideo, 544x960, 61 frames",
         Sizes(**BF16, channels=16, text=4096, tokens=256, pooled=768, height=544, width=960, frames=61),
     ),
-    "LTX": Family(
-        ltx(), text_of(mask=MASK), "LTX-Video, 512x704, 161 frames", LTX, CLIP
-    ),
+    "LTX": Family(ltx(), text_of(mask=MASK), "LTX-Video, 512x704, 161 frames", LTX, CLIP),
     "Sana": Family(
         sana(),
         sana_text,
@@ -435,18 +455,12 @@ FAMILIES = {
         Sizes(**{**IMAGE, "channels": 32}, text=2304, tokens=300),
         Sizes(height=128, width=128),
     ),
-    "Sana learned variance": Family(
-        sana(learned_sigma=True),
-        sana_text,
-        "Sana-1.6B with variance channels, 1024x1024",
-        Sizes(**{**IMAGE, "channels": 32}, text=2304, tokens=300),
-        Sizes(height=128, width=128),
-    ),
+    "Sana learned variance": Family(sana(learned_sigma=True), sana_text, tiny=Sizes(height=128, width=128)),
     "Lumina2": Family(
         lumina2, text_of(mask=MASK), "Lumina-Image-2.0, 1024x1024", Sizes(**IMAGE, text=2304, tokens=256)
     ),
     "ZImage": Family(z_image, z_text, "Z-Image, 1024x1024", Sizes(**IMAGE, text=2560, tokens=512)),
-    "CogView4": Family(cogview4, text_of(), "CogView4-6B, 1024x1024", Sizes(**IMAGE, text=4096, tokens=224)),
+    "CogView4": Family(cogview4, text_of(), "CogView4-6B, 1024x1024", Sizes(**IMAGE, text=4096, tokens=128)),
     "Chroma": Family(chroma, text_of(mask=MASK), "Chroma1-HD, 1024x1024", Sizes(**IMAGE, text=4096, tokens=512)),
     "FluxKontext": Family(
         flux(diffusers.FluxKontextPipeline, vae=True),
@@ -459,7 +473,11 @@ FAMILIES = {
     ),
     "FluxImg2Img": Family(
         flux(diffusers.FluxImg2ImgPipeline, vae=True),
-        lambda sizes, prompts: {**text(sizes, prompts, pooled=True), "image": pictures(sizes, prompts), "strength": 0.7},
+        lambda sizes, prompts: {
+            **text(sizes, prompts, pooled=True),
+            "image": pictures(sizes, prompts),
+            "strength": 0.7,
+        },
     ),
     "Flux2 with image": Family(
         flux2(diffusers.Flux2KleinPipeline, False),
@@ -486,4 +504,12 @@ FAMILIES = {
         lambda sizes, prompts: {**text(sizes, prompts, mask=MASK), "image": photo(sizes)},
         tiny=CLIP,
     ),
+    "Flux2KleinKV": Family(
+        flux2(diffusers.Flux2KleinKVPipeline, False),
+        lambda sizes, prompts: {
+            "prompt_embeds": text(sizes, prompts)["prompt_embeds"],
+            "image": photo(replace(sizes, height=64, width=64)),
+        },
+    ),
+    "LTX2": Family(ltx2, text_of(mask=MASK), tiny=CLIP),
 }
