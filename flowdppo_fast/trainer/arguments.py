@@ -108,9 +108,9 @@ class ArgumentStore:
             if torch.equal(kept.values[kept.places.flatten()], value):
                 return kept
         index: dict[Any, int] = {}
-        numbers = [index.setdefault(entry, len(index)) for entry in prints]
-        firsts = [numbers.index(number) for number in range(len(index))]
-        places, values = torch.tensor(numbers, device=value.device), value[torch.tensor(firsts, device=value.device)]
+        which = [index.setdefault(entry, len(index)) for entry in prints]
+        firsts = [which.index(number) for number in range(len(index))]
+        places, values = torch.tensor(which, device=value.device), value[torch.tensor(firsts, device=value.device)]
         if not torch.equal(values[places], value):
             # two different rows with one fingerprint, or numbers that are not equal to themselves
             places, values = torch.arange(len(value), device=value.device), value.clone()

@@ -12,6 +12,8 @@ from flowdppo_fast.trainer.rollout import PromptSource
 from .cases import generators
 from .tiny import FAMILIES, photo
 
+# of the schedulers' own, on numpy 2
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 CPU = torch.device("cpu")
 GROUP = 2
 

@@ -439,3 +439,17 @@ def test_rows_with_one_fingerprint_stay_different():
     call = store.call(torch.nn.Identity(), (rows,), {}, 4, 1)
     (args, _) = join([call], None, torch.device("cpu"))
     assert torch.equal(args[0].nan_to_num(9.0), rows.nan_to_num(9.0))
+
+
+def test_different_tensors_with_one_fingerprint_stay_different():
+    store, module = ArgumentStore(), torch.nn.Identity()
+    for first in (torch.eye(3), torch.tensor([[1.0, 2.0], [5.0, 0.0]])):
+        second = first.flip(1)
+        rows = len(first)
+        # as an argument that rows share, and as one with an entry per row
+        for batch in (rows + 1, rows):
+            kept = [
+                join([store.call(module, (x,), {}, batch, 1)], None, torch.device("cpu"))[0][0] for x in (first, second)
+            ]
+            assert torch.equal(kept[0], first)
+            assert torch.equal(kept[1], second)

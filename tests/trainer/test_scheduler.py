@@ -19,6 +19,8 @@ from support import oracle
 from flowdppo_fast import PhiloxNoise
 from flowdppo_fast.trainer import FlowMatchSDEScheduler
 
+# of the schedulers' own, on numpy 2
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 SHAPE = (3, 4, 6, 6)
 
 
