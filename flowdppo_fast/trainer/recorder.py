@@ -19,6 +19,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from ..noise import PhiloxNoise
 from ..samplers import SDEStep
 from .guidance import GuidanceRule, find_rule
+from .memory import fetch
 from .scheduler import FlowMatchSDEScheduler, Transition
 
 # position ids of packed latents without a batch dim: [L, 3], shared by all rows even where L happens to equal the batch
@@ -56,6 +57,7 @@ class Trajectory:
         noise: ``[B, S, *latent]`` float32, or :class:`PhiloxNoise` with streams ``[B, S]``.
         step: :class:`SDEStep` stacked to ``[S]``.
         groups: positions of steps that one transformer call can replay together.
+        device: where it is replayed, if it was moved to the host (:func:`~flowdppo_fast.trainer.memory.offload`).
     """
 
     steps: list[RecordedStep] = field(default_factory=list)
@@ -63,6 +65,7 @@ class Trajectory:
     noise: Tensor | PhiloxNoise = None  # type: ignore[assignment]
     step: SDEStep = None  # type: ignore[assignment]
     groups: list[list[int]] = field(default_factory=list)
+    device: torch.device | None = None
 
     def __len__(self) -> int:
         return len(self.velocity)
@@ -71,11 +74,12 @@ class Trajectory:
         """Old velocities ``[b, S, *latent]``, noise and steps ``[S]`` of ``rows`` at positions ``steps`` (or all)."""
         index = row_index(rows, self.velocity.device)
         part = slice(None) if steps is None else slice(steps.start, steps.stop)
-        velocity = self.velocity[:, part][index]
+        velocity = fetch(self.velocity[:, part][index], self.device)
         if isinstance(self.noise, PhiloxNoise):
-            noise: Tensor | PhiloxNoise = PhiloxNoise(self.noise.seed, self.noise.stream[:, part][index])  # type: ignore[index]
+            stream: Tensor = self.noise.stream  # type: ignore[assignment]
+            noise: Tensor | PhiloxNoise = PhiloxNoise(self.noise.seed, stream[:, part][row_index(rows, stream.device)])
         else:
-            noise = self.noise[:, part][index]
+            noise = fetch(self.noise[:, part][index], self.device)
         return velocity, noise, self.step[part]
 
 
@@ -201,7 +205,7 @@ class TrajectoryRecorder:
         same = 0.0
         with torch.no_grad():
             for position, record in enumerate(trajectory.steps):
-                recorded = trajectory.velocity[:, position]
+                recorded = fetch(trajectory.velocity[:, position], trajectory.device)
                 difference = float((self.replay(trajectory, steps=[position])[:, 0] - recorded).abs().max())
                 same = max(same, difference)
                 if not difference <= record.rule_error:
@@ -256,7 +260,7 @@ class TrajectoryRecorder:
                 _gather([call.leaves[i] for call in slot], copies, len(trajectory), rows, index)
                 for i, copies in enumerate(slot[0].copies)
             ]
-            args, kwargs = tree_unflatten(leaves, slot[0].spec)
+            args, kwargs = fetch(tree_unflatten(leaves, slot[0].spec), trajectory.device)
             result = _first_output(slot[0].module(*args, **kwargs))
             branches += result.chunk(len(result) // (batch * len(records)))
         velocity = records[0].rule(branches, trajectory.velocity.shape[2:], trajectory.velocity.dtype)
