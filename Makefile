@@ -6,7 +6,7 @@ PIP := $(PY) -m pip --disable-pip-version-check -q
 export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 0
 
-.PHONY: help demo test lint check-tables bench bench-quick gpu build clean
+.PHONY: help demo test lint check-tables bench bench-quick bench-train gpu build clean
 .DEFAULT_GOAL := help
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo "make test         lint, types and all tests"
 	@echo "make bench        op benchmark against every contender on this CPU"
 	@echo "make bench-quick  the same with few samples, to try the harness"
+	@echo "make bench-train  one training iteration against the habits of other trainers on this CPU"
 	@echo "make gpu          everything a GPU is needed for, into one result folder"
 	@echo "make clean        remove .venv and build products"
 
@@ -54,6 +55,9 @@ bench: build
 
 bench-quick: build
 	$(PY) -m bench.ops run --quick
+
+bench-train: build
+	$(PY) -m bench.train run --device cpu
 
 gpu:
 	bench/gpu.sh

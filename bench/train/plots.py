@@ -39,7 +39,7 @@ def _figure(result: Mapping[str, Any], workload: Mapping[str, Any], entries: lis
     panels = (
         ("iteration time over this library's", [s.median for s in spreads], errors),
         ("trajectory MB per sample", [entry["trajectory_bytes"] / 1e6 for entry in entries], None),
-        ("peak memory, MB", [peak_bytes(entry) / 1e6 for entry in entries], None),
+        ("peak memory, MB", [(peak_bytes(entry) or 0) / 1e6 for entry in entries], None),
     )
     figure, axes = plt.subplots(1, len(panels), figsize=(13, 3.6), sharey=True)
     for axis, (label, values, spread) in zip(axes, panels):

@@ -12,8 +12,8 @@ from .names import OURS, WHAT
 from .results import Spread, ratios, rounds, timed
 
 _HEADER = (
-    "contender", "samples/s", "time / this library's", "CPU time / this library's", "rollout s", "updates s", "loss, share of the iteration",
-    "trajectory MB per sample", "peak memory MB", "gradient off by",
+    "contender", "samples/s", "time / this library's", "CPU time / this library's", "rollout s", "updates s",
+    "loss, share of the iteration", "trajectory MB per sample", "peak memory MB", "gradient off by",
 )  # fmt: skip
 
 
@@ -88,6 +88,7 @@ def _row(result: Mapping[str, Any], workload: Mapping[str, Any], entry: Mapping[
     whole = "seconds" if result["device"] == "cuda" else "cpu_seconds"
     share = Spread.of([100 * s["loss"] / s[whole] for s in entry["rounds"]])
     wall, busy = (ratios(workload, entry["name"], clock) for clock in ("seconds", "cpu_seconds"))
+    peak = peak_bytes(entry)
     return [
         entry["name"],
         speed.show(3),
@@ -96,14 +97,16 @@ def _row(result: Mapping[str, Any], workload: Mapping[str, Any], entry: Mapping[
         f"{Spread.of(rounds(entry, 'updates')).median:.2f}",
         f"{share.median:.2f} %",
         f"{entry['trajectory_bytes'] / 1e6:.2f}",
-        f"{peak_bytes(entry) / 1e6:.0f}",
+        "-" if peak is None else f"{peak / 1e6:.0f}",
         f"{entry['gradient_error']:.1e}",
     ]
 
 
-def peak_bytes(entry: Mapping[str, Any]) -> float:
-    """Peak memory of an iteration: all of the GPU's, or beyond what was resident before."""
-    return entry["peak_bytes"] if "peak_bytes" in entry else entry["resident_peak"] - entry["resident_before"]
+def peak_bytes(entry: Mapping[str, Any]) -> int | None:
+    """Peak memory of an iteration: all of the GPU's, or beyond what was resident before; None where not measured."""
+    if "peak_bytes" in entry:
+        return entry["peak_bytes"]
+    return entry["resident_peak"] - entry["resident_before"] if "resident_peak" in entry else None
 
 
 def _threads(result: Mapping[str, Any]) -> str:

@@ -167,25 +167,25 @@ SMALL_SD3 = {
     **SD35_MEDIUM,
     "num_layers": 4,
     "attention_head_dim": 32,
-    "num_attention_heads": 4,
-    "joint_attention_dim": 128,
-    "caption_projection_dim": 128,
+    "num_attention_heads": 3,
+    "joint_attention_dim": 96,
+    "caption_projection_dim": 96,
     "pooled_projection_dim": 64,
     "pos_embed_max_size": 96,
-    "dual_attention_layers": (0, 1),
+    "dual_attention_layers": (),
 }
 _CPU = {"device": "cpu", "pipeline": "sd3", "dtype": torch.float32, "options": {"guidance_scale": 1.0}}
 _GPU = {"device": "cuda", "dtype": torch.bfloat16, "side": 512}
 WORKLOADS = (
     Workload(
-        "sd3-small", transformer=SMALL_SD3, side=512, tokens=77, prompts=2, group_size=4, micro_batch_size=4, **_CPU
+        "sd3-small", transformer=SMALL_SD3, side=512, tokens=77, prompts=2, group_size=2, micro_batch_size=2, **_CPU
     ),
     Workload(
-        "sd35-medium", pipeline="sd3", transformer=SD35_MEDIUM, tokens=333, prompts=2, group_size=8,
+        "sd35-medium", pipeline="sd3", transformer=SD35_MEDIUM, tokens=333, prompts=2, group_size=4,
         micro_batch_size=4, free_bytes=70e9, options={"guidance_scale": 1.0}, **_GPU,
     ),
     Workload(
-        "flux1-dev", pipeline="flux", transformer=FLUX1_DEV, tokens=512, prompts=2, group_size=4,
+        "flux1-dev", pipeline="flux", transformer=FLUX1_DEV, tokens=512, prompts=2, group_size=2,
         micro_batch_size=2, checkpointing=True, free_bytes=60e9, options={"guidance_scale": 3.5}, **_GPU,
     ),
 )  # fmt: skip
