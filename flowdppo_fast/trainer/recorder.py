@@ -19,6 +19,7 @@ from ..noise import PhiloxNoise
 from ..samplers import SDEStep
 from .arguments import ArgumentStore, Call, join, joinable, row_index, tensors_of
 from .guidance import GuidanceRule, find_rule
+from .memory import fetch, stored_bytes
 from .scheduler import FlowMatchSDEScheduler, Transition
 
 
@@ -54,6 +55,7 @@ class Trajectory:
         noise: ``[B, S, *latent]`` float32, or :class:`PhiloxNoise` with streams ``[B, S]``.
         step: :class:`SDEStep` stacked to ``[S]``.
         groups: positions of steps that one transformer call can replay together.
+        device: where it is replayed, if it was moved to the host (:func:`~flowdppo_fast.trainer.memory.offload`).
     """
 
     steps: list[RecordedStep] = field(default_factory=list)
@@ -61,6 +63,7 @@ class Trajectory:
     noise: Tensor | PhiloxNoise = None  # type: ignore[assignment]
     step: SDEStep = None  # type: ignore[assignment]
     groups: list[list[int]] = field(default_factory=list)
+    device: torch.device | None = None
 
     def __len__(self) -> int:
         return len(self.velocity)
@@ -68,21 +71,18 @@ class Trajectory:
     @property
     def nbytes(self) -> int:
         """Bytes that the trajectory holds: velocities, noise and the arguments of the calls, shared ones once."""
-        noise = self.noise.stream if isinstance(self.noise, PhiloxNoise) else self.noise
-        held = [self.velocity, noise, *tensors_of(call for record in self.steps for call in record.calls)]
-        held += [record.active for record in self.steps if record.active is not None]
-        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in held if isinstance(x, Tensor)}
-        return sum(storages.values())
+        return stored_bytes([self])
 
     def select(self, rows: Sequence[int], steps: range | None = None) -> tuple[Tensor, Tensor | PhiloxNoise, SDEStep]:
         """Old velocities ``[b, S, *latent]``, noise and steps ``[S]`` of ``rows`` at positions ``steps`` (or all)."""
         index = row_index(rows, self.velocity.device)
         part = slice(None) if steps is None else slice(steps.start, steps.stop)
-        velocity = self.velocity[:, part][index]
+        velocity = fetch(self.velocity[:, part][index], self.device)
         if isinstance(self.noise, PhiloxNoise):
-            noise: Tensor | PhiloxNoise = PhiloxNoise(self.noise.seed, self.noise.stream[:, part][index])  # type: ignore[index]
+            stream: Tensor = self.noise.stream  # type: ignore[assignment]
+            noise: Tensor | PhiloxNoise = PhiloxNoise(self.noise.seed, stream[:, part][row_index(rows, stream.device)])
         else:
-            noise = self.noise[:, part][index]
+            noise = fetch(self.noise[:, part][index], self.device)
         return velocity, noise, self.step[part]
 
 
@@ -221,7 +221,7 @@ class TrajectoryRecorder:
         same = 0.0
         with torch.no_grad():
             for position, record in enumerate(trajectory.steps):
-                recorded = trajectory.velocity[:, position]
+                recorded = fetch(trajectory.velocity[:, position], trajectory.device)
                 difference = float((self.replay(trajectory, steps=[position])[:, 0] - recorded).abs().max())
                 same = max(same, difference)
                 if not difference <= record.rule_error:
@@ -278,7 +278,7 @@ class TrajectoryRecorder:
         batch = len(trajectory) if rows is None else len(rows)
         branches: list[Tensor] = []
         for slot in zip(*(record.calls for record in records), strict=True):
-            args, kwargs = join(slot, rows, trajectory.velocity.device)
+            args, kwargs = fetch(join(slot, rows, trajectory.velocity.device), trajectory.device)
             result = _first_output(slot[0].module(*args, **kwargs))
             branches += result.chunk(len(result) // (batch * len(records)))
         velocity = records[0].rule(branches, trajectory.velocity.shape[2:], trajectory.velocity.dtype)
@@ -286,7 +286,8 @@ class TrajectoryRecorder:
         active = [record.active for record in records if record.active is not None]
         if active:
             moved = torch.stack(active, dim=1)
-            velocity = velocity * (moved if rows is None else moved[row_index(rows, moved.device)])
+            moved = moved if rows is None else moved[row_index(rows, moved.device)]
+            velocity = velocity * fetch(moved, trajectory.device)
         return velocity
 
 

@@ -24,6 +24,7 @@ from .advantages import RewardHistory, advantages_of
 from .config import FlowDPPOConfig
 from .distributed import Workers
 from .evaluation import Evaluation
+from .memory import offload, trajectory_bytes
 from .metrics import METRICS, micro_vector, read_iteration
 from .optimization import PolicyOptimizer
 from .recorder import ReplayCheck, Trajectory, TrajectoryRecorder, row_index
@@ -171,6 +172,8 @@ class FlowDPPOTrainer:
             seeds = [derive_seed(seed, iteration, "latents", row) for row in rows]
             with self.recorder.recording(chosen, seed=noise_seed, first_row=rows[0]) as trajectory:
                 images = self._generate(self.prompts, entries, seeds, s.num_steps, s.pipeline_kwargs)
+            if s.offload_trajectories:
+                offload(trajectory, self.device)
             trajectories.append(trajectory)
             numbers.append(rows)
             rewards.append(self._score(images, entries))
@@ -333,25 +336,37 @@ class FlowDPPOTrainer:
                 with torch.no_grad(), self.weights.reference():
                     reference = self.recorder.replay(trajectory, rows, steps)
             velocity = self.recorder.replay(trajectory, rows, steps)
-        old, noise, step = trajectory.select(rows, steps)
-        out = fused_velocity_policy_loss(
-            self.objective,
-            velocity,
-            old,
-            noise,
-            step,
-            advantages[:, None].expand(-1, len(steps)),
-            reference_velocity=reference,
-            advantage_clip=self.config.advantage.clip,
-            kl_weight=objective.kl_weight,
-            reference_kl=objective.reference_kl,
-            single_pass=True,
-        )
+        out = self._loss(trajectory, rows, steps, velocity, reference, advantages[:, None].expand(-1, len(steps)))
         assert out.grad is not None
         # on a GPU looking for a gradient costs a sync
         if not (self._looks and not out.grad.any()):
             velocity.backward(out.grad * (share * self.optimizer.scale))
         return out
+
+    def _loss(
+        self,
+        trajectory: Trajectory,
+        rows: Sequence[int],
+        steps: range,
+        velocity: Tensor,
+        reference: Tensor | None,
+        advantages: Tensor,
+    ) -> LossOutput:
+        """Loss, metrics and gradient of replayed velocities ``[b, S, *latent]`` with advantages ``[b, S]``."""
+        old, noise, step = trajectory.select(rows, steps)
+        return fused_velocity_policy_loss(
+            self.objective,
+            velocity,
+            old,
+            noise,
+            step,
+            advantages,
+            reference_velocity=reference,
+            advantage_clip=self.config.advantage.clip,
+            kl_weight=self.config.objective.kl_weight,
+            reference_kl=self.config.objective.reference_kl,
+            single_pass=True,
+        )
 
     def _read(self, rollout: Rollout, results: dict[str, list]) -> dict[str, float]:
         """Metrics of the iteration that just ended, as floats: read from the device once."""
@@ -360,7 +375,8 @@ class FlowDPPOTrainer:
         if lines and self.workers.is_main:
             with open(self.output / "rows.jsonl", "a") as log:
                 log.writelines(line + "\n" for line in lines)
-        return {**metrics, "skipped_updates": self.skipped_updates}
+        stored = trajectory_bytes(rollout.trajectories)
+        return {**metrics, "skipped_updates": self.skipped_updates, "trajectory_bytes": stored}
 
     def _evaluate(self, prefix: str) -> dict[str, float]:
         metrics, _, _ = self.evaluate()
