@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,8 @@ def train(
     folder: str, sections: dict[str, dict], pipeline: str = "digits", reward: str = "one", resume: bool = False
 ) -> None:
     """A run; advantages and gradients of each update are written beside what the trainer writes."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    logging.getLogger("flowdppo_fast").addHandler(logging.FileHandler(Path(folder) / "warnings"))
     trainer = make_trainer(folder, sections, pipeline, reward)
     kept: dict[str, torch.Tensor] = {}
     step, sample = trainer.optimizer.step, trainer.sample
@@ -120,3 +123,92 @@ def fail(folder: str, sections: dict[str, dict], expected: str, reward: str = "o
     (Path(folder) / f"error-{os.environ.get('RANK', '0')}").write_text(text)
     if expected not in text:
         raise AssertionError(text)
+
+
+def start_differently(folder: str, expected: str) -> None:
+    """Process 1 has a transformer of its own."""
+    import os
+
+    made = builders()
+    pipe = made.make_digits()
+    if os.environ["RANK"] == "1":
+        with torch.no_grad():
+            pipe.transformer.proj_out.bias[0].add_(1e-3)
+    try:
+        FlowDPPOTrainer(pipe, ink, PROMPTS, FlowDPPOConfig.from_dict(settings(folder, {})))
+    except ValueError as error:
+        assert expected in str(error), error
+        return
+    raise AssertionError("no error")
+
+
+def mortal(folder: str, sections: dict[str, dict], kind: str | None, at: int, counts: str | None) -> None:
+    """A run that goes on from where it is and kills itself at the ``at``-th moment of a ``kind``: before something is
+    done to a ``file`` of the run, in the middle of a file of ``tensors`` or of a ``line`` of a log, or in a ``reward``.
+
+    Args:
+        counts: a file for the number of moments of each kind.
+    """
+    import os
+    import signal
+    import sys
+
+    from flowdppo_fast.trainer import checkpoint, resume
+
+    seen = dict.fromkeys(("time", "file", "tensors", "line", "reward"), 0)
+
+    def moment(name: str) -> bool:
+        seen[name] += 1
+        return name == kind and seen[name] == at
+
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    touches = ("open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.truncate", "shutil.rmtree")
+
+    def on_event(event: str, args: tuple) -> None:
+        if event in touches and str(args[0]).startswith(folder) and moment("file"):
+            die()
+
+    def save(tensors, path, save_file=checkpoint.save_file):
+        save_file(tensors, path)
+        if moment("tensors"):
+            os.truncate(path, path.stat().st_size // 2)
+            die()
+
+    class Torn:
+        """A log whose line is cut off in the middle."""
+
+        def __init__(self, path, mode):
+            self.file = open(path, mode)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.file.close()
+
+        def writelines(self, lines):
+            for line in lines:
+                if moment("line"):
+                    self.file.write(line[: len(line) // 2])
+                    self.file.flush()
+                    die()
+                self.file.write(line)
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    def reward(images, prompts, metadata):
+        if moment("reward"):
+            die()
+        return noisy(images, prompts, metadata)
+
+    sys.addaudithook(on_event)
+    checkpoint.save_file = save
+    resume.open = Torn
+    REWARDS["mortal"] = reward
+    trainer = make_trainer(folder, sections, reward="mortal")
+    trainer.train(resume=True)
+    if counts is not None:
+        Path(counts).write_text(json.dumps(seen))
