@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..noise import PhiloxNoise
 from ..samplers import SDEStep
-from .arguments import ArgumentStore, Call, join, joinable, row_index, tensors_of
+from .arguments import ArgumentStore, Call, join, joinable, row_index
 from .guidance import GuidanceRule, find_rule
 from .memory import fetch, stored_bytes
 from .scheduler import FlowMatchSDEScheduler, Transition
