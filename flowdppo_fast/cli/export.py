@@ -15,7 +15,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", type=Path, metavar="RUN", help="output folder of a run (run.output_dir)")
     parser.add_argument("--iteration", type=int, help="take this checkpoint (default: the newest complete one)")
     kind = parser.add_mutually_exclusive_group()
-    kind.add_argument("--average", action="store_true", default=None, help="the moving average, if there is one: default")
+    kind.add_argument(
+        "--average", action="store_true", default=None, help="the moving average, if there is one: default"
+    )
     kind.add_argument("--no-average", dest="average", action="store_false", help="the weights as they were trained")
 
 
@@ -38,9 +40,7 @@ def run(options: argparse.Namespace) -> int:
         from ..trainer.export import SavedRun, export_run
 
         saved = SavedRun.open(options.run_folder, iteration=options.iteration, average=options.average)
-        written = export_run(
-            saved, options.output, dtype=getattr(torch, options.dtype), fold_alpha=options.fold_alpha
-        )
+        written = export_run(saved, options.output, dtype=getattr(torch, options.dtype), fold_alpha=options.fold_alpha)
     except (ValueError, TypeError) as error:
         options.parser.error(str(error))
     print(f"iteration {saved.iteration}, {'moving average' if saved.kind == 'ema' else 'trained weights'}")

@@ -89,9 +89,9 @@ def _draw(options: argparse.Namespace, arguments: dict[str, Any]) -> tuple[list[
         for seed in range(options.seed, options.seed + options.n):
             generator = torch.Generator().manual_seed(seed)
             with torch.no_grad(), same_precision(saved.config, device):
-                drawn = pipeline(
-                    prompt=prompt, generator=generator, output_type="pil", return_dict=False, **arguments
-                )[0]
+                drawn = pipeline(prompt=prompt, generator=generator, output_type="pil", return_dict=False, **arguments)[
+                    0
+                ]
             images.append(drawn[0])
             captions.append(f"{prompt}\nseed {seed}")
     return images, captions

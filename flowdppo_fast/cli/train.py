@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
         check_environment(recipe, devices=not options.dry_run)
         check_folder(recipe, resume=options.resume)
         plan = inspect_pipeline(recipe)
-        check_rewards(recipe)
+        reward, weights = make_rewards(recipe)
     except (ValueError, TypeError) as error:
         options.parser.error(str(error))
     if options.dry_run:
@@ -51,25 +51,25 @@ def run(options: argparse.Namespace) -> int:
         print(describe(recipe, plan))
         return 0
     try:
-        train(recipe, plan, resume=options.resume)
+        train(recipe, plan, reward, weights, resume=options.resume)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command with --resume continues from the newest checkpoint")
         return 130
     return 0
 
 
-def train(recipe: Recipe, plan: PipelinePlan, *, resume: bool) -> list[dict[str, Any]]:
+def train(
+    recipe: Recipe, plan: PipelinePlan, reward: Any, weights: dict[str, float], *, resume: bool
+) -> list[dict[str, Any]]:
     """Loads what ``recipe`` names and trains; returns the metrics by iteration."""
     from accelerate import PartialState
 
     from ..trainer import FlowDPPOTrainer
     from ..trainer.loading import load_pipeline
-    from ..trainer.rewards import build_rewards
 
     # each process has to be on its own device before quantised weights are put there
     state = PartialState(cpu=recipe.config.run.device == "cpu")
     prompts, evaluation = recipe.load_prompts()
-    reward, weights = build_rewards(list(recipe.rewards))
     config = recipe.config
     if not config.advantage.reward_weights:
         advantage = dataclasses.replace(config.advantage, reward_weights=dict(weights))
@@ -85,17 +85,18 @@ def train(recipe: Recipe, plan: PipelinePlan, *, resume: bool) -> list[dict[str,
     return history
 
 
-def check_rewards(recipe: Recipe) -> None:
-    """Imports callables that the recipe names.
+def make_rewards(recipe: Recipe) -> tuple[Any, dict[str, float]]:
+    """The rewards, whose networks are loaded at first use, and the weight of each by name.
 
     Raises:
-        ValueError: one of them cannot be imported.
+        ValueError, TypeError: an unknown reward or option, or a callable that cannot be imported.
     """
-    from ..trainer.recipe import resolve_callable
+    from ..trainer.recipe import search_working_directory
+    from ..trainer.rewards import build_rewards
 
-    for position, entry in enumerate(recipe.rewards):
-        if "callable" in entry:
-            resolve_callable(entry["callable"], f"rewards[{position}].callable")
+    if any("callable" in entry for entry in recipe.rewards):
+        search_working_directory()
+    return build_rewards(list(recipe.rewards))
 
 
 def check_folder(recipe: Recipe, *, resume: bool) -> None:
@@ -127,7 +128,9 @@ def check_folder(recipe: Recipe, *, resume: bool) -> None:
     read_before = json.loads((folder / INPUTS_FILE).read_text())
     differing += [f"the contents of {name}" for name, digest in recipe.inputs().items() if read_before[name] != digest]
     if differing:
-        raise ValueError(f"config: the run in {folder} was started with other {', '.join(differing)}; expected the same")
+        raise ValueError(
+            f"config: the run in {folder} was started with other {', '.join(differing)}; expected the same"
+        )
 
 
 def save_recipe(recipe: Recipe) -> None:

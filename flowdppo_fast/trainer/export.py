@@ -85,8 +85,8 @@ class SavedRun:
         """
         if not self.recipe_file.is_file():
             raise ValueError(
-                f"run: {self.folder} has no {RECIPE_FILE}, which `flowdppo train` writes; the pipeline of a run that was "
-                "started from Python has to be named"
+                f"run: {self.folder} has no {RECIPE_FILE}, which `flowdppo train` writes and which names its pipeline; "
+                "of a run that was started from Python only LoRA adapters can be exported"
             )
         return Recipe.from_yaml(self.recipe_file)
 
@@ -110,7 +110,9 @@ def apply_weights(run: SavedRun, pipeline: Any) -> None:
     for name, tensors in run.tensors().items():
         module = pipeline.components.get(name)
         if not isinstance(module, nn.Module):
-            raise ValueError(f"pipeline: {type(pipeline).__name__} has no {name}, which the run in {run.folder} trained")
+            raise ValueError(
+                f"pipeline: {type(pipeline).__name__} has no {name}, which the run in {run.folder} trained"
+            )
         if run.config.model.train == "lora":
             rank, alpha = _rank_and_alpha(run, tensors)
             add_lora(module, rank, alpha, run.config.model.lora_targets, 0)
@@ -118,9 +120,7 @@ def apply_weights(run: SavedRun, pipeline: Any) -> None:
         for key, value in tensors.items():
             if key not in parameters or parameters[key].shape != value.shape:
                 there = list(parameters[key].shape) if key in parameters else "no such parameter"
-                raise ValueError(
-                    f"pipeline: {name}.{key} of the run in {run.folder} is {list(value.shape)}, but the pipeline has {there}"
-                )
+                raise ValueError(f"pipeline: {name}.{key} is {list(value.shape)} in {run.folder}, here it is {there}")
             parameter = parameters[key]
             dtype = value.dtype if run.config.model.train == "lora" else parameter.dtype
             parameter.data = value.to(device=parameter.device, dtype=dtype)
@@ -238,7 +238,7 @@ def _base_tensors(base: PipelineConfig, name: str, without: Mapping[str, Tensor]
         # only shards with something that is not trained are fetched
         wanted = {shard for key, shard in shards.items() if key not in without}
         files = {_base_file(base, name, shard) for shard in wanted}
-    found = {}
+    found: dict[str, Tensor] = {}
     for path in files:
         with safe_open(path, "pt") as stored:
             found |= {key: stored.get_tensor(key) for key in stored.keys() if key not in without}  # noqa: SIM118

@@ -42,7 +42,9 @@ def frames_of(image: Any) -> list[Image.Image]:
     elif isinstance(image, np.ndarray):
         array = image
     else:
-        raise TypeError(f"image: got {type(image).__name__}, expected a PIL image, a list of them, a tensor or an array")
+        raise TypeError(
+            f"image: got {type(image).__name__}, expected a PIL image, a list of them, a tensor or an array"
+        )
     if array.ndim not in (3, 4) or array.shape[-1] not in (1, 3, 4):
         raise ValueError(
             f"image: got {type(image).__name__} of shape {list(image.shape)}, expected pixels with 1, 3 or 4 channels: "

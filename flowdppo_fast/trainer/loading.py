@@ -27,7 +27,7 @@ def load_pipeline(recipe: Recipe, plan: PipelinePlan) -> Any:
     if settings.vae_dtype is not None:
         dtype = {"default": dtype, "vae": getattr(torch, settings.vae_dtype)}
     options = dict(settings.source_options, use_safetensors=True, torch_dtype=dtype, variant=settings.variant)
-    options |= dict.fromkeys(settings.without)
+    options |= dict.fromkeys((*plan.absent, *settings.without))
     if settings.quantization is not None:
         from diffusers import PipelineQuantizationConfig
 

@@ -43,7 +43,9 @@ def plot_run(history: Sequence[Mapping[str, Any]], path: Path) -> None:
     rewards = {"reward": "weighted sum"} if "reward" in history[0] else {}
     names = dict.fromkeys(name for metrics in history for name in metrics)
     rewards |= {name: name.partition("/")[2] for name in names if name.startswith("reward/")}
-    evaluations = {name: f"{name.removeprefix('eval/')} (evaluation)" for name in names if name.startswith("eval/reward")}
+    evaluations = {
+        name: f"{name.removeprefix('eval/')} (evaluation)" for name in names if name.startswith("eval/reward")
+    }
     panels = [("reward of the rollout", False, 1.0, rewards | evaluations), *_PANELS]
     # no pyplot: it would change what the caller draws with
     figure = Figure(figsize=(9, 12), layout="constrained")

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import inspect
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +44,11 @@ class Component:
 
 @dataclass(frozen=True)
 class PipelinePlan:
-    """The pipeline of a recipe before its weights are loaded."""
+    """The pipeline of a recipe before its weights are loaded; ``absent`` components were saved as None."""
 
     kind: type
-    components: dict[str, Component] = field(default_factory=dict)
+    components: dict[str, Component]
+    absent: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,16 +92,14 @@ def inspect_pipeline(recipe: Recipe) -> PipelinePlan:
     settings = recipe.pipeline
     index = _load_index(settings)
     kind = _pipeline_class(settings, index)
-    entries = {
-        name: (entry[0], entry[1])
-        for name, entry in index.items()
-        if isinstance(entry, (list, tuple)) and len(entry) == 2 and entry[0] and name not in settings.without
-    }
+    listed = {name: tuple(e) for name, e in index.items() if isinstance(e, (list, tuple)) and len(e) == 2}
+    absent = tuple(name for name, (library, _) in listed.items() if library is None)
+    entries = {name: entry for name, entry in listed.items() if name not in (*absent, *settings.without)}
     for name, names in (
         ("pipeline.without", settings.without),
         ("pipeline.quantization.components", settings.quantization.components if settings.quantization else ()),
     ):
-        unknown = [entry for entry in names if entry not in index]
+        unknown = [entry for entry in names if entry not in listed]
         _require(not unknown, name, unknown, f"components of {kind.__name__}: {', '.join(sorted(entries))}")
     trained = [name for name in entries if name.startswith("transformer")]
     _require(bool(trained), "pipeline.pretrained", settings.pretrained, "a pipeline with a transformer to train")
@@ -116,7 +115,7 @@ def inspect_pipeline(recipe: Recipe) -> PipelinePlan:
     if recipe.config.model.train == "lora":
         empty = [name for name in trained if not components[name].adapted]
         _require(not empty, "model.lora_targets", list(targets), f"names of linear layers; {empty} have none of them")
-    return PipelinePlan(kind, components)
+    return PipelinePlan(kind, components, absent)
 
 
 def estimate_memory(recipe: Recipe, plan: PipelinePlan) -> MemoryEstimate:
@@ -221,11 +220,10 @@ def _pipeline_class(settings: PipelineConfig, index: dict[str, Any]) -> type:
 
     if settings.callable is not None:
         name, where = settings.callable, "pipeline.callable"
-        kind: Any = resolve_callable(settings.callable, where)
+        kind: Any = resolve_callable(name, where)
     else:
-        name = settings.class_name or index.get("_class_name")
-        where = "pipeline.class_name"
-        kind = getattr(diffusers, str(name), None)
+        name, where = settings.class_name or str(index.get("_class_name")), "pipeline.class_name"
+        kind = getattr(diffusers, name, None)
     expected = "a pipeline class of diffusers; pipeline.callable=package.module:Class names one of your own"
     _require(inspect.isclass(kind) and issubclass(kind, diffusers.DiffusionPipeline), where, name, expected)
     return kind

@@ -1,6 +1,6 @@
 """Recipes: one YAML file with the pipeline, its prompts and rewards, and the settings of the trainer.
 
-Reading a recipe runs no code: YAML is read by the safe loader, and only what stands under a key ``callable`` is imported.
+Reading a recipe runs no code: YAML is read by the safe loader, and only what a key ``callable`` names is imported.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class QuantizationConfig:
     Args:
         backend: ``"bitsandbytes_4bit"``, ``"bitsandbytes_8bit"`` or ``"torchao"``.
         components: of the pipeline, that are quantised; the transformer is the large one, then text encoders.
-        options: arguments of diffusers' ``BitsAndBytesConfig`` (``bnb_4bit_quant_type: nf4``), or for torchao ``type``, the
-            name of a class in ``torchao.quantization`` (``Int8WeightOnlyConfig``), with that class's arguments.
+        options: arguments of diffusers' ``BitsAndBytesConfig`` (``bnb_4bit_quant_type: nf4``), or for torchao ``type``,
+            the name of a class in ``torchao.quantization`` (``Int8WeightOnlyConfig``), with that class's arguments.
     """
 
     backend: Literal["bitsandbytes_4bit", "bitsandbytes_8bit", "torchao"] = "bitsandbytes_4bit"
@@ -101,8 +101,8 @@ class PromptsConfig:
     """> Parameters of the prompts.
 
     Args:
-        train: a ``.txt`` file (a prompt per line), a ``.jsonl`` file (per line a text, or an object with arguments of the
-            pipeline's call, and ``text`` and ``metadata`` for the reward), or a list of such entries. An argument
+        train: a ``.txt`` file (a prompt per line), a ``.jsonl`` file (per line a text, or an object with arguments of
+            the pipeline's call, and ``text`` and ``metadata`` for the reward), or a list of such entries. An argument
             ``{file: picture.png}`` is read as an image.
         eval: the same for evaluation, None for none.
     """
@@ -118,7 +118,8 @@ class Recipe:
     Attributes:
         config: sections of :class:`FlowDPPOConfig`.
         pipeline, prompts: the sections above.
-        rewards: mappings with ``name`` (built in) or ``callable`` (``package.module:function``), ``weight`` and options.
+        rewards: mappings as :func:`~flowdppo_fast.trainer.rewards.build_rewards` takes them: ``name`` (built in) or
+            ``callable`` (``package.module:function``), ``weight``, options.
 
     Raises:
         ValueError: an unknown key, a value out of range, or settings that contradict each other.
@@ -140,9 +141,7 @@ class Recipe:
         _check_known("section", values, [*trainer, "pipeline", "prompts", "rewards"])
         pipeline = dict(values.get("pipeline") or {})
         if isinstance(pipeline.get("quantization"), Mapping):
-            pipeline["quantization"] = _section(
-                QuantizationConfig, "pipeline.quantization", pipeline["quantization"]
-            )
+            pipeline["quantization"] = _section(QuantizationConfig, "pipeline.quantization", pipeline["quantization"])
         rewards = values.get("rewards")
         if not isinstance(rewards, (list, tuple)) or not all(isinstance(entry, Mapping) for entry in rewards):
             raise TypeError(f"rewards: got {rewards!r}, expected a list of mappings such as {{name: pickscore}}")
@@ -267,16 +266,12 @@ class Recipe:
         _require(len(self.rewards) > 0, "rewards", [], "at least one")
         for position, entry in enumerate(self.rewards):
             where = f"rewards[{position}]"
-            _require(
-                ("name" in entry) or ("callable" in entry), where, entry, "name (built in) or callable (your own)"
-            )
+            _require(("name" in entry) or ("callable" in entry), where, entry, "name (built in) or callable (your own)")
             if "callable" in entry:
                 _check_callable(entry["callable"], f"{where}.callable")
-            weight = entry.get("weight", 1.0)
-            _convert(weight, float, f"{where}.weight")
             _require(
-                not ("weight" in entry and self.config.advantage.reward_weights), f"{where}.weight", weight,
-                "none beside advantage.reward_weights: weights stand in one place",
+                not ("weight" in entry and self.config.advantage.reward_weights), f"{where}.weight",
+                entry.get("weight"), "none beside advantage.reward_weights: weights stand in one place",
             )  # fmt: skip
 
 
@@ -302,14 +297,14 @@ def load_prompts(source: Any, where: str) -> list[str | dict[str, Any]]:
     first: set[str] = set()
     for place, entry in entries:
         if not isinstance(entry, (str, Mapping)) or not entry:
-            raise TypeError(f"{place}: got {entry!r}, expected a text or an object with arguments of the pipeline's call")
+            raise TypeError(
+                f"{place}: got {entry!r}, expected a text or an object with arguments of the pipeline's call"
+            )
         keys = {"prompt"} if isinstance(entry, str) else set(entry)
         first = first or keys
         if keys != first:
             raise ValueError(f"{place}: got the keys {sorted(keys)}, expected {sorted(first)} like the first prompt")
-        prompts.append(
-            entry if isinstance(entry, str) else {key: _image(value, place) for key, value in entry.items()}
-        )
+        prompts.append(entry if isinstance(entry, str) else {key: _image(value, place) for key, value in entry.items()})
     return prompts
 
 

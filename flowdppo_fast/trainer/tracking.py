@@ -36,7 +36,9 @@ def read_history(folder: str | Path, iterations: int) -> list[dict[str, Any]]:
         try:
             history.append(json.loads(line))
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error}), expected the metrics of an iteration") from None
+            raise ValueError(
+                f"{path}, line {number}: not JSON ({error}), expected the metrics of an iteration"
+            ) from None
     return history
 
 
