@@ -67,12 +67,16 @@ class Trajectory:
     def __len__(self) -> int:
         return len(self.velocity)
 
-    def select(self, rows: Sequence[int]) -> tuple[Tensor, Tensor | PhiloxNoise]:
-        """Old velocities ``[b, S, *latent]`` and the noise of ``rows``."""
+    def select(self, rows: Sequence[int], steps: range | None = None) -> tuple[Tensor, Tensor | PhiloxNoise, SDEStep]:
+        """Old velocities ``[b, S, *latent]``, noise and steps ``[S]`` of ``rows`` at positions ``steps`` (or all)."""
         index = row_index(rows, self.velocity.device)
+        part = slice(None) if steps is None else slice(steps.start, steps.stop)
+        velocity = self.velocity[:, part][index]
         if isinstance(self.noise, PhiloxNoise):
-            return self.velocity[index], PhiloxNoise(self.noise.seed, self.noise.stream[index])  # type: ignore[index]
-        return self.velocity[index], self.noise[index]
+            noise: Tensor | PhiloxNoise = PhiloxNoise(self.noise.seed, self.noise.stream[:, part][index])  # type: ignore[index]
+        else:
+            noise = self.noise[:, part][index]
+        return velocity, noise, self.step[part]
 
 
 @dataclass(frozen=True)

@@ -29,23 +29,23 @@ class Rollout:
     """One iteration's samples.
 
     Attributes:
-        trajectories: recorded pipeline calls, whose rows in order are the rows of the rollout.
-        rewards: by name, ``[R]`` each.
+        trajectories: recorded pipeline calls of this process.
+        rows: numbers of each trajectory's rows in the rollout.
+        rewards: by name, ``[R]`` each, of all processes.
         advantages: ``[R]``.
     """
 
     trajectories: list[Trajectory]
+    rows: list[range]
     rewards: dict[str, Tensor]
     advantages: Tensor
 
-    def locate(self, rows: Sequence[int]) -> Iterator[tuple[Trajectory, list[int], list[int]]]:
+    def locate(self, rows: range) -> Iterator[tuple[Trajectory, list[int], list[int]]]:
         """Trajectories that hold some of ``rows``, with those rows numbered in the trajectory and in the rollout."""
-        start = 0
-        for trajectory in self.trajectories:
-            mine = [row for row in rows if start <= row < start + len(trajectory)]
+        for trajectory, own in zip(self.trajectories, self.rows):
+            mine = range(max(own.start, rows.start), min(own.stop, rows.stop))
             if mine:
-                yield trajectory, [row - start for row in mine], mine
-            start += len(trajectory)
+                yield trajectory, [row - own.start for row in mine], list(mine)
 
 
 class PromptSource:

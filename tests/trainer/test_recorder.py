@@ -66,12 +66,12 @@ def test_loss_and_mask_on_replayed_velocities_equal_the_textbook(pipes, case, no
     states = torch.stack([record.calls[0].leaves[0] for record in trajectory.steps], dim=1)[-ROWS:]
     nudge(pipeline.transformer, 0.01)
     rows = [2, 0, 1]
-    old, drawn = trajectory.select(rows)
+    old, drawn, step = trajectory.select(rows)
     advantages = torch.tensor([1.3, -0.4, 0.9])[:, None].expand(-1, len(STEPS))
     velocity = recorder.replay(trajectory, rows)
     # between the rows' divergences, so that some are beyond it
     threshold = 1e-4
-    out = fused_dppo_velocity_loss(velocity, old, drawn, trajectory.step, advantages, threshold=threshold)
+    out = fused_dppo_velocity_loss(velocity, old, drawn, step, advantages, threshold=threshold)
 
     levels = [trajectory.step.sigma, trajectory.step.sigma_next]
     sigma, following = (level.expand(ROWS, -1).reshape(-1) for level in levels)
