@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", action="append", required=True, help="may be given several times")
     parser.add_argument("--n", type=int, default=1, help="images per prompt (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the first image; the next has seed + 1, and so on")
-    parser.add_argument("--steps", type=int, help="denoising steps of the ODE (default: those of the run)")
+    parser.add_argument("--steps", type=int, help="denoising steps of the ODE (default: as in the run's evaluation)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="key=value", help="argument of the pipeline's call, read as YAML"
     )
@@ -67,7 +67,8 @@ def _draw(options: argparse.Namespace, arguments: dict[str, Any]) -> tuple[list[
 
     saved = SavedRun.open(options.run_folder, iteration=options.iteration, average=options.average)
     recipe = saved.recipe()
-    # prompts were for training
+    sampling, evaluation = recipe.config.sampling, recipe.config.evaluation
+    # files with prompts were for training and may be gone
     recipe.prompts.train, recipe.prompts.eval = options.prompt, None
     check_environment(recipe)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -80,8 +81,9 @@ def _draw(options: argparse.Namespace, arguments: dict[str, Any]) -> tuple[list[
         pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
     arguments = {
-        **recipe.config.sampling.pipeline_kwargs,
-        "num_inference_steps": options.steps or recipe.config.sampling.num_steps,
+        **sampling.pipeline_kwargs,
+        **evaluation.pipeline_kwargs,
+        "num_inference_steps": options.steps or evaluation.num_steps or sampling.num_steps,
         **arguments,
     }
     images, captions = [], []

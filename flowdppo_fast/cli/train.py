@@ -75,8 +75,7 @@ def train(
         advantage = dataclasses.replace(config.advantage, reward_weights=dict(weights))
         config = dataclasses.replace(config, advantage=advantage)
     pipeline = load_pipeline(recipe, plan)
-    options = {} if evaluation is None else {"eval_prompts": evaluation}
-    trainer = FlowDPPOTrainer(pipeline, reward, prompts, config, **options)
+    trainer = FlowDPPOTrainer(pipeline, reward, prompts, config, eval_prompts=evaluation)
     if state.is_main_process:
         save_recipe(recipe)
     history = trainer.train(resume=resume)
@@ -108,7 +107,7 @@ def check_folder(recipe: Recipe, *, resume: bool) -> None:
     from ..trainer.checkpoint import checkpoints
     from ..trainer.export import RECIPE_FILE
     from ..trainer.recipe import Recipe
-    from ..trainer.trainer import _FREE_SETTINGS
+    from ..trainer.resume import _FREE_SETTINGS
 
     folder = Path(recipe.config.run.output_dir)
     saved = checkpoints(folder / "checkpoints")

@@ -11,6 +11,7 @@ from typing import Any
 # Okabe and Ito's palette, which colour-blind readers can tell apart; lines differ in their dashes too
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _DASHES = ("-", "--", ":", "-.", (0, (5, 1)), (0, (1, 1)))
+_EVALUATION, _LAST_EVALUATION = "eval/", "eval_final/"
 # panel: label of its axis, logarithmic, factor, metrics with the name of their line
 _PANELS: tuple[tuple[str, bool, float, dict[str, str]], ...] = (
     ("KL(old || new)\n[nats per denoising step]", True, 1.0, {"kl_new_old_nats": "mean over rows"}),
@@ -43,10 +44,10 @@ def plot_run(history: Sequence[Mapping[str, Any]], path: Path) -> None:
     rewards = {"reward": "weighted sum"} if "reward" in history[0] else {}
     names = dict.fromkeys(name for metrics in history for name in metrics)
     rewards |= {name: name.partition("/")[2] for name in names if name.startswith("reward/")}
-    evaluations = {
-        name: f"{name.removeprefix('eval/')} (evaluation)" for name in names if name.startswith("eval/reward")
+    rewards |= {
+        name: f"{name.removeprefix(_EVALUATION)} (evaluation)" for name in names if name.startswith(_EVALUATION)
     }
-    panels = [("reward of the rollout", False, 1.0, rewards | evaluations), *_PANELS]
+    panels = [("reward\n[as the rewards define it]", False, 1.0, rewards), *_PANELS]
     # no pyplot: it would change what the caller draws with
     figure = Figure(figsize=(9, 12), layout="constrained")
     FigureCanvasAgg(figure)
@@ -54,7 +55,7 @@ def plot_run(history: Sequence[Mapping[str, Any]], path: Path) -> None:
     for axis, (label, logarithmic, factor, lines) in zip(axes, panels):
         drawn = 0
         for name, text in lines.items():
-            points = [(m["iteration"], _finite(m[name]) * factor) for m in history if name in m]
+            points = _points(history, name, factor)
             if points:
                 style = drawn % len(_COLOURS)
                 # a line of one point would not be seen
@@ -74,5 +75,11 @@ def plot_run(history: Sequence[Mapping[str, Any]], path: Path) -> None:
     os.replace(temporary, path)
 
 
-def _finite(value: float) -> float:
-    return value if math.isfinite(value) else math.nan
+def _points(history: Sequence[Mapping[str, Any]], name: str, factor: float) -> list[tuple[int, float]]:
+    found = [(m["iteration"], m[name]) for m in history if name in m]
+    if name.startswith(_EVALUATION):
+        # an iteration begins with its evaluation; the last one of a run ends with another
+        final = name.replace(_EVALUATION, _LAST_EVALUATION)
+        found = [(iteration - 1, value) for iteration, value in found]
+        found += [(m["iteration"], m[final]) for m in history if final in m]
+    return [(iteration, value * factor if math.isfinite(value) else math.nan) for iteration, value in found]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from torch import nn
 
 from .adapters import ATTENTION_TARGETS
@@ -19,7 +20,6 @@ from .recipe import PipelineConfig, QuantizationConfig, Recipe, resolve_callable
 from .rollout import _REWARD_KEYS
 
 _PACKAGES = {"bitsandbytes_4bit": "bitsandbytes", "bitsandbytes_8bit": "bitsandbytes", "torchao": "torchao"}
-_TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb"}
 # first word of an attention backend's name: what it imports, and what pip calls it
 _ATTENTION_PACKAGES = {
     "flash": ("flash_attn", "flash-attn"),
@@ -166,8 +166,8 @@ def _missing_packages(recipe: Recipe) -> list[str]:
     if quantization is not None:
         package = _PACKAGES[quantization.backend]
         wanted.append((f"pipeline.quantization.backend={quantization.backend}", package, package))
-    for tracker in getattr(recipe.config.run, "trackers", ()):
-        wanted.append((f"run.trackers: {tracker}", _TRACKERS[tracker], _TRACKERS[tracker]))
+    # packages and trackers have the same names
+    wanted += [(f"run.trackers={tracker}", tracker, tracker) for tracker in recipe.config.run.trackers]
     if backend is not None and backend.lstrip("_").split("_")[0] in _ATTENTION_PACKAGES:
         module, package = _ATTENTION_PACKAGES[backend.lstrip("_").split("_")[0]]
         wanted.append((f"pipeline.attention_backend={backend}", module, package))
@@ -180,6 +180,9 @@ def _missing_packages(recipe: Recipe) -> list[str]:
 
 def _file_problems(recipe: Recipe) -> list[str]:
     problems = []
+    for tracker in recipe.config.run.trackers:
+        if tracker not in LOGGER_TYPE_TO_CLASS:
+            problems.append(f"run.trackers: got {tracker!r}, expected some of {', '.join(LOGGER_TYPE_TO_CLASS)}")
     for name, path in recipe.prompt_files().items():
         if not path.is_file():
             problems.append(f"{name}: {path} does not exist, expected a .txt or .jsonl file with prompts")
@@ -233,7 +236,14 @@ def _check_call(recipe: Recipe, kind: type) -> None:
     known = inspect.signature(kind.__call__).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
         return
-    given = {name: f"sampling.pipeline_kwargs.{name}" for name in recipe.config.sampling.pipeline_kwargs}
+    given = {
+        name: f"{section}.pipeline_kwargs.{name}"
+        for section, options in (
+            ("sampling", recipe.config.sampling.pipeline_kwargs),
+            ("evaluation", recipe.config.evaluation.pipeline_kwargs),
+        )
+        for name in options
+    }
     train, evaluation = recipe.load_prompts()
     for source, prompts in (("prompts.train", train), ("prompts.eval", evaluation or [])):
         keys: Iterable[str] = ["prompt"] if prompts and isinstance(prompts[0], str) else prompts[0] if prompts else []

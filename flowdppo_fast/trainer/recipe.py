@@ -258,11 +258,9 @@ class Recipe:
         for name, source in (("prompts.train", self.prompts.train), ("prompts.eval", self.prompts.eval)):
             if source is not None and not isinstance(source, str):
                 load_prompts(source, name)
-        every = getattr(self.config.run, "eval_every", None)
-        _require(not every or self.prompts.eval is not None, "run.eval_every", every, "none without prompts.eval")
-        _require(
-            bool(every) or self.prompts.eval is None, "prompts.eval", self.prompts.eval, "none without run.eval_every"
-        )
+        every, held_out = self.config.evaluation.every, self.prompts.eval
+        _require(every is None or held_out is not None, "evaluation.every", every, "none without prompts.eval")
+        _require(held_out is None or every is not None, "prompts.eval", held_out, "none without evaluation.every")
         _require(len(self.rewards) > 0, "rewards", [], "at least one")
         for position, entry in enumerate(self.rewards):
             where = f"rewards[{position}]"

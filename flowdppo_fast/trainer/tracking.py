@@ -56,7 +56,7 @@ class RunLog:
         config: settings of the run for trackers; nested keys are joined by dots.
         total: iterations of the whole run, for the progress bar.
         progress: show the progress bar.
-        plot_every: iterations between plots; there is one at the end in any case.
+        plot_every: iterations between plots; there is one at the end in any case, None means only that.
 
     Raises:
         ValueError: a tracker whose package is not installed.
@@ -72,7 +72,7 @@ class RunLog:
         config: Mapping[str, Any] | None = None,
         total: int | None = None,
         progress: bool = True,
-        plot_every: int = 10,
+        plot_every: int | None = 10,
     ):
         self.accelerator, self.folder, self.project = accelerator, Path(folder), project
         self.config, self.total, self.progress, self.plot_every = dict(config or {}), total, progress, plot_every
@@ -127,7 +127,7 @@ class RunLog:
         shown = {name: form.format(metrics[key]) for key, (name, form) in _POSTFIX.items() if key in metrics}
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update()
-        if metrics["iteration"] % self.plot_every == 0:
+        if self.plot_every is not None and metrics["iteration"] % self.plot_every == 0:
             self._plot()
 
     def images(self, kind: str, iteration: int, images: Any, captions: Sequence[str]) -> Path | None:
