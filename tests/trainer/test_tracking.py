@@ -52,7 +52,8 @@ class MemoryTracker(GeneralTracker):
 def metrics_of(iteration: int, **more) -> dict:
     return {
         "iteration": iteration, "reward": 0.25 * iteration, "kl_new_old_mean": 2e-6,
-        "kl_new_old_nats": 1e-3 * iteration, "masked_fraction": 0.125, "grad_norm": 0.5, "seconds_sampling": 2.0, "seconds_updates": 3.0, **more,
+        "kl_new_old_nats": 1e-3 * iteration, "masked_fraction": 0.125, "grad_norm": 0.5,
+        "seconds_sampling": 2.0, "seconds_updates": 3.0, **more,
     }  # fmt: skip
 
 
