@@ -235,6 +235,7 @@ class Recipe:
             fixed = sorted(key for key in quantization.options if key.startswith("load_in_"))
             _require(not fixed, f"{where}.options", fixed, "no load_in_*: the backend's name says it")
             if quantization.backend == "torchao":
+                _require(p.dtype == "bfloat16", "pipeline.dtype", p.dtype, "'bfloat16' with torchao, as diffusers asks")
                 kind = quantization.options.get("type")
                 _require(
                     isinstance(kind, str) and kind.isidentifier(), f"{where}.options.type", kind,

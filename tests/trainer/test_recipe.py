@@ -107,6 +107,11 @@ REFUSED = [
     ({"pipeline": {"quantization": {"components": []}}}, ValueError, "quantization.components: got \\(\\)"),
     ({"pipeline": {"quantization": {"backend": "torchao"}}}, ValueError, "options.type: got None, expected the name"),
     (
+        {"pipeline": {"quantization": {"backend": "torchao"}, "dtype": "float32"}},
+        ValueError,
+        "pipeline.dtype: got 'float32', expected 'bfloat16' with torchao",
+    ),
+    (
         {"pipeline": {"quantization": {"options": {"load_in_4bit": True}}}},
         ValueError,
         "options: got \\['load_in_4bit'\\]",
