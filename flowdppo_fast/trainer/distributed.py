@@ -45,6 +45,8 @@ class Workers:
         self._plugin = _sharding_plugin(accelerator)
         self.sharded = self._plugin is not None
         self._error: Exception | None = None
+        # an error that all processes were told of: they may still do things together
+        self.agreed = False
 
     def rows_of(self, rank: int, updates: Sequence[range]) -> list[range]:
         """Rows of process ``rank``: an equal, contiguous share of each update's."""
@@ -113,6 +115,7 @@ class Workers:
         error, self._error = self._error, None
         if not self.sum(torch.tensor(float(error is not None), device=self._accelerator.device)).item():
             return
+        self.agreed = True
         told = self.gather_objects([None if error is None else f"{type(error).__name__}: {error}"])
         if error is not None:
             raise error

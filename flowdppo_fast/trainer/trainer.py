@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from ..losses import fused_velocity_policy_loss
 from ..results import LossOutput
 from .advantages import RewardHistory, advantages_of
+from .checkpoint import load_random_state, random_state
 from .config import FlowDPPOConfig
 from .distributed import Workers
 from .evaluation import Evaluation
@@ -29,7 +30,7 @@ from .metrics import METRICS, micro_vector, read_iteration
 from .optimization import PolicyOptimizer
 from .recorder import ReplayCheck, Trajectory, TrajectoryRecorder, row_index
 from .resume import append_lines, begin_run, save_run
-from .rewards import Reward, score
+from .rewards import BackgroundScorer, Reward, score
 from .rollout import PromptSource, Rollout, derive_seed
 from .row_log import row_part
 from .step_choice import choose_steps
@@ -166,25 +167,17 @@ class FlowDPPOTrainer:
         """
         s, a, seed = self.config.sampling, self.config.advantage, self.config.run.seed
         groups = self.prompts.groups(iteration, s.prompts_per_rollout, seed)
-        trajectories, numbers, rewards = [], [], []
-        for rows in self._calls():
-            entries = [groups[row // s.group_size] for row in rows]
-            chosen = choose_steps(
-                s.candidate_steps,
-                s.sde_steps_per_rollout,
-                s.step_choice,
-                position=iteration // s.window_every,
-                seed=derive_seed(seed, iteration, "steps", rows[0] // s.group_size if s.per_group_steps else 0),
-            )
-            noise_seed = derive_seed(seed, iteration, "noise")
-            seeds = [derive_seed(seed, iteration, "latents", row) for row in rows]
-            with self.recorder.recording(chosen, seed=noise_seed, first_row=rows[0]) as trajectory:
-                images = self._generate(self.prompts, entries, seeds, s.num_steps, s.pipeline_kwargs)
-            if s.offload_trajectories:
-                offload(trajectory, self.device)
-            trajectories.append(trajectory)
-            numbers.append(rows)
-            rewards.append(self._score(images, entries))
+        calls = self._calls()
+        trajectories, pending = [], []
+        # nothing is sampled while the rewards of an only call are computed
+        background = s.background_rewards and len(calls) > 1
+        with BackgroundScorer(self.reward, self.device) if background else contextlib.nullcontext() as scorer:
+            for rows in calls:
+                entries = [groups[row // s.group_size] for row in rows]
+                trajectory, images = self._record(iteration, rows, entries)
+                trajectories.append(trajectory)
+                pending.append(self._score(images, entries, scorer))
+            rewards = [result() for result in pending]
         self.workers.agree()
         own = {name: torch.cat([part[name] for part in rewards]) for name in rewards[0]}
         table = self.workers.collect(torch.stack(list(own.values())), self.updates)
@@ -195,7 +188,7 @@ class FlowDPPOTrainer:
             named, s.group_size, weights=a.reward_weights, std=a.std, eps=a.eps, per_reward=a.per_reward, past=past
         )
         self.history.add(named, places)
-        return Rollout(trajectories, numbers, named, advantages)
+        return Rollout(trajectories, calls, named, advantages)
 
     def update(self, rollout: Rollout, rows: range, *, number: int) -> dict[str, list]:
         """One optimizer step on ``rows`` of a rollout, without a host sync on a GPU.
@@ -284,6 +277,24 @@ class FlowDPPOTrainer:
             calls.append(rows)
         return [rows[start : start + batch] for rows in calls for start in range(0, len(rows), batch)]
 
+    def _record(self, iteration: int, rows: range, entries: list[dict]) -> tuple[Trajectory, Any]:
+        """Trajectory and images of one pipeline call."""
+        s, seed = self.config.sampling, self.config.run.seed
+        chosen = choose_steps(
+            s.candidate_steps,
+            s.sde_steps_per_rollout,
+            s.step_choice,
+            position=iteration // s.window_every,
+            seed=derive_seed(seed, iteration, "steps", rows[0] // s.group_size if s.per_group_steps else 0),
+        )
+        noise_seed = derive_seed(seed, iteration, "noise")
+        seeds = [derive_seed(seed, iteration, "latents", row) for row in rows]
+        with self.recorder.recording(chosen, seed=noise_seed, first_row=rows[0]) as trajectory:
+            images = self._generate(self.prompts, entries, seeds, s.num_steps, s.pipeline_kwargs)
+        if s.offload_trajectories:
+            offload(trajectory, self.device)
+        return trajectory, images
+
     def _generate(
         self, source: PromptSource, entries: list[dict], seeds: list[int], num_steps: int, options: Mapping[str, Any]
     ) -> Any:
@@ -300,17 +311,25 @@ class FlowDPPOTrainer:
                 return_dict=False,
             )[0]
 
-    def _score(self, images: Any, entries: list[dict]) -> dict[str, Tensor]:
+    def _score(
+        self, images: Any, entries: list[dict], scorer: BackgroundScorer | None = None
+    ) -> Callable[[], Any]:
+        """Starts to score the images of a call; what is returned waits for the rewards."""
         texts = [entry.get("text", entry.get("prompt")) for entry in entries]
         metadata = [entry.get("metadata", {}) for entry in entries]
         # a reward may fail on one process alone
-        return self.workers.attempt(score, self.reward, images, texts, metadata, self.device)
+        attempt = self.workers.attempt
+        if scorer is None:
+            rewards = attempt(score, self.reward, images, texts, metadata, self.device)
+            return lambda: rewards
+        handle = attempt(scorer.submit, images, texts, metadata)
+        return lambda: None if handle is None else attempt(handle.result)
 
     def _generate_and_score(
         self, source: PromptSource, entries: list[dict], *how: Any
     ) -> tuple[Any, dict[str, Tensor]]:
         images = self._generate(source, entries, *how)
-        return images, self._score(images, entries)
+        return images, self._score(images, entries)()
 
     def _iterate(self) -> dict[str, float]:
         """One rollout and its updates; metrics are read from the device once, at the end."""
@@ -318,8 +337,16 @@ class FlowDPPOTrainer:
         every = self.config.evaluation.every
         evaluated = self._evaluate("eval") if every is not None and self.iteration % every == 0 else {}
         started = time.perf_counter()
-        with self._everything_on_device():
-            rollout = self.sample(self.iteration)
+        state = random_state()
+        try:
+            with self._everything_on_device():
+                rollout = self.sample(self.iteration)
+        except Exception:
+            # a reward server that went away must not cost what was trained since the last checkpoint
+            if self.iteration and (self.workers.count == 1 or self.workers.agreed):
+                load_random_state(*state)
+                self.save_checkpoint()
+            raise
         sampled = time.perf_counter()
         if self.replay_check is None:
             self._verify(rollout.trajectories[0])

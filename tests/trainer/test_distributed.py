@@ -118,7 +118,7 @@ def assert_same_run(a: Path, b: Path, *, iteration: int = 2, tolerance: float = 
     for left, right in zip(x, y):
         assert left.keys() == right.keys()
         for key, value in left.items():
-            if not key.startswith("seconds"):
+            if not key.startswith(("seconds", "trajectory_bytes")):
                 # means over processes are summed in another order
                 assert right[key] == pytest.approx(value, rel=16 * EPS + 8 * tolerance, abs=16 * EPS), key
     # written by one process alone
@@ -154,7 +154,9 @@ def test_clipped_gradients_and_one_large_micro_batch(tmp_path):
         assert_same_run(one, two, tolerance=256 * EPS)
 
 
-@pytest.mark.parametrize(("before", "after"), [((2, False), (2, False)), ((2, True), (1, False)), ((1, False), (2, True))])
+@pytest.mark.parametrize(
+    ("before", "after"), [((2, False), (2, False)), ((2, True), (1, False)), ((1, False), (2, True))]
+)
 def test_resume_on_the_same_and_on_another_number_of_processes(alone, tmp_path, before, after):
     name = "lora, whole groups"
     folder = tmp_path / "run"
@@ -170,7 +172,9 @@ def test_resume_on_the_same_and_on_another_number_of_processes(alone, tmp_path, 
 
 @pytest.mark.parametrize("sharded", [False, True])
 def test_a_reward_that_fails_on_one_process_ends_the_run_on_all(tmp_path, sharded):
-    sections = {"sampling": {"num_steps": 5, "sde_steps": [0, 1], "prompts_per_rollout": 4, "group_size": 4, "batch_size": 4}}
+    sections = {
+        "sampling": {"num_steps": 5, "sde_steps": [0, 1], "prompts_per_rollout": 4, "group_size": 4, "batch_size": 4}
+    }
     started = time.monotonic()
     expected = "the reward server is gone"
     codes = processes.join(
@@ -200,7 +204,11 @@ def test_weights_that_differ_between_processes(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "env", "message"),
     [
-        (DistributedType.DEEPSPEED, {}, r"distributed_type DEEPSPEED, expected processes with whole weights \(DDP\), or"),
+        (
+            DistributedType.DEEPSPEED,
+            {},
+            r"distributed_type DEEPSPEED, expected processes with whole weights \(DDP\), or",
+        ),
         (DistributedType.FSDP, {"FSDP_VERSION": "1"}, "fsdp_version: 1, expected 2"),
         (DistributedType.FSDP, {"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params: True, expected False"),
         (DistributedType.FSDP, {"FSDP_RESHARD_AFTER_FORWARD": "false"}, "reshard_after_forward: False, expected True"),

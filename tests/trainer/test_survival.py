@@ -188,12 +188,17 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(finished, monkey
 
     more.sample = fill  # type: ignore[method-assign]
     try:
-        with pytest.raises(RuntimeError, match=r"checkpoint of iteration 3 could not be written .* is iteration-000002"):
+        with pytest.raises(
+            RuntimeError, match=r"checkpoint of iteration 3 could not be written .* is iteration-000002"
+        ):
             more.train(resume=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert {p: p.read_bytes() for p in (trainer.output / "checkpoints").rglob("*") if p.is_file()} == before
-    assert sorted(p.name for p in (trainer.output / "checkpoints").iterdir()) == ["iteration-000001", "iteration-000002"]
+    assert sorted(p.name for p in (trainer.output / "checkpoints").iterdir()) == [
+        "iteration-000001",
+        "iteration-000002",
+    ]
     make(iterations=3).train(resume=True)
     assert [p.name for p in checkpoint.checkpoints(trainer.output / "checkpoints")][-1] == "iteration-000003"
 
