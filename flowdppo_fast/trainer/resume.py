@@ -115,6 +115,8 @@ def _find(trainer: FlowDPPOTrainer, resume: bool) -> Path | None:
     if path is not None:
         state = checkpoint.load_state(path)
         _check_settings(trainer.config, state["config"], f"{path}, written by version {state.get('version')},")
+        # a kill may have come between writing this one and removing another
+        checkpoint.remove_old(path, trainer.config.run.keep_checkpoints)
     return path
 
 
