@@ -109,14 +109,14 @@ def _find(trainer: FlowDPPOTrainer, resume: bool) -> Path | None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.remove_leftovers(folder)
+        path = checkpoint.newest_checkpoint(folder) if resume else None
+        if path is not None:
+            state = checkpoint.load_state(path)
+            _check_settings(trainer.config, state["config"], f"{path}, written by version {state.get('version')},")
+            # a kill may have come between writing this one and removing another
+            checkpoint.remove_old(path, trainer.config.run.keep_checkpoints)
     except OSError as cause:
         raise RuntimeError(f"run.output_dir: {output} cannot be written to ({cause})") from cause
-    path = checkpoint.newest_checkpoint(folder) if resume else None
-    if path is not None:
-        state = checkpoint.load_state(path)
-        _check_settings(trainer.config, state["config"], f"{path}, written by version {state.get('version')},")
-        # a kill may have come between writing this one and removing another
-        checkpoint.remove_old(path, trainer.config.run.keep_checkpoints)
     return path
 
 
