@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from . import checkpoint
 from .config import FlowDPPOConfig
+from .guidance import GuidanceRule
 from .row_log import drop_later_lines
 
 if TYPE_CHECKING:
@@ -46,8 +48,11 @@ def save_run(trainer: FlowDPPOTrainer) -> Path:
         "history": trainer.history.tables,
         **{f"random-{rank}": tensors for rank, (tensors, _) in enumerate(randoms)},
     }
+    rule = trainer.recorder._rule
     state = {
         "version": _version(),
+        # looked for first: where several rules fit, the run goes on with the one it had
+        "rule": None if rule is None else dataclasses.asdict(rule),
         "random": [state for _, state in randoms],
         "skipped_updates": trainer.skipped_updates,
         "config": trainer.config.to_dict(),
@@ -165,6 +170,7 @@ def _restore(trainer: FlowDPPOTrainer, path: Path) -> None:
             len(state["random"]),
             trainer.workers.count,
         )
+    trainer.recorder._rule = None if state["rule"] is None else GuidanceRule(**state["rule"])
     trainer.iteration, trainer.skipped_updates = state["iteration"], state["skipped_updates"]
     logger.info("continuing from %s", path)
 

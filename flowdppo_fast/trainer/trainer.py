@@ -79,7 +79,7 @@ class FlowDPPOTrainer:
         self.workers = Workers(self.accelerator)
         self.updates = self._plan_updates()
         self.device = self.accelerator.device
-        self._check_sharding()
+        self._check_processes()
         # reading a tensor on the CPU waits for nothing, so a gradient that is zero is worth looking for
         self._looks = not self.workers.sharded and (self.device.type == "cpu" or o.skip_dropped_backward)
         for name, component in pipeline.components.items():
@@ -258,8 +258,10 @@ class FlowDPPOTrainer:
             )
         return [range(start, start + size) for start in range(0, size * o.updates_per_rollout, size)]
 
-    def _check_sharding(self) -> None:
-        """All processes of a sharded run make the same calls: what each would decide for itself is refused."""
+    def _check_processes(self) -> None:
+        """All processes do the same; what each of a sharded run would decide for itself is refused."""
+        texts = [entry.get("text", entry.get("prompt")) for entry in self.prompts.entries]
+        self.workers.check_same(derive_seed(self.config.to_dict(), texts), "settings or prompts")
         if self.workers.sharded and self.config.optimizer.skip_dropped_backward:
             raise ValueError("optimizer.skip_dropped_backward: got True, expected False in a sharded run (FSDP2)")
         if self.workers.sharded and self.config.sampling.per_group_steps and len(self.recorder.modules) > 1:

@@ -133,17 +133,19 @@ def fail(folder: str, sections: dict[str, dict], expected: str, reward: str = "o
         raise AssertionError(text)
 
 
-def start_differently(folder: str, expected: str) -> None:
-    """Process 1 has a transformer of its own."""
+def start_differently(folder: str, what: str, expected: str) -> None:
+    """Process 1 has a transformer, or prompts, of its own."""
     import os
 
     made = builders()
     pipe = made.make_digits()
-    if os.environ["RANK"] == "1":
+    other = os.environ["RANK"] == "1"
+    prompts = PROMPTS[::-1] if other and "prompts" in what else PROMPTS
+    if other and "weights" in what:
         with torch.no_grad():
             pipe.transformer.proj_out.bias[0].add_(1e-3)
     try:
-        FlowDPPOTrainer(pipe, ink, PROMPTS, FlowDPPOConfig.from_dict(settings(folder, {})))
+        FlowDPPOTrainer(pipe, ink, prompts, FlowDPPOConfig.from_dict(settings(folder, {})))
     except ValueError as error:
         text = str(error)
     else:
