@@ -123,12 +123,12 @@ class Workers:
         raise RuntimeError(f"process {rank} of {self.count} failed: {told[rank]}")
 
     def check_same(self, value: Any, name: str) -> None:
-        """Raises ``ValueError`` where ``value``, which goes by ``name``, is not the same on all processes."""
+        """Raises ``ValueError`` where ``value``, called ``name`` (a plural), is not the same on all processes."""
         values = self.gather_objects([value])
         odd = next((rank for rank, other in enumerate(values) if other != values[0]), None)
         if odd is not None:
             raise ValueError(
-                f"{name}: process {odd} has others than process 0, expected the same on all {self.count} processes"
+                f"{name} of process {odd} are others than those of process 0, expected the same on all {self.count}"
             )
 
     def shard(self, module: nn.Module) -> None:

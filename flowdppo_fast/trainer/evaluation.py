@@ -11,7 +11,7 @@ from torch import Tensor
 from .advantages import weighted_reward
 from .config import FlowDPPOConfig
 from .distributed import Workers
-from .rollout import PromptSource, derive_seed
+from .rollout import PromptSource, captions, derive_seed
 
 
 class Evaluation:
@@ -56,9 +56,8 @@ class Evaluation:
             images += list(made)
             parts.append(rewards)
         self.workers.agree()
-        named = {name: self.workers.gather(torch.cat([part[name] for part in parts]))[:total] for name in parts[0]}
+        own = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        named = {name: self.workers.gather(value)[:total] for name, value in own.items()}
         named["reward"] = weighted_reward(named, self.config.advantage.reward_weights)
         metrics = {name: float(value.mean()) for name, value in named.items()}
-        shown = [self.source.entries[row // count] for row in rows]
-        captions = [str(entry.get("text", entry.get("prompt"))) for entry in shown]
-        return metrics, images, captions
+        return metrics, images, captions([self.source.entries[row // count] for row in rows], own)

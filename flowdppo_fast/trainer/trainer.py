@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import math
 import random
 import time
@@ -16,7 +15,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..losses import fused_velocity_policy_loss
 from ..results import LossOutput
@@ -25,19 +23,23 @@ from .checkpoint import load_random_state, random_state
 from .config import FlowDPPOConfig
 from .distributed import Workers
 from .evaluation import Evaluation
+from .logs import ROWS_FILE, append_lines
 from .memory import offload, trajectory_bytes
 from .metrics import METRICS, micro_vector, read_iteration
 from .optimization import PolicyOptimizer
 from .recorder import ReplayCheck, Trajectory, TrajectoryRecorder, row_index
-from .resume import append_lines, begin_run, save_run
+from .resume import begin_run, save_run
 from .rewards import BackgroundScorer, Reward, score
-from .rollout import PromptSource, Rollout, derive_seed
+from .rollout import PromptSource, Rollout, captions, derive_seed, text_of
 from .row_log import row_part
 from .step_choice import choose_steps
+from .tracking import RunLog
 from .weights import PolicyWeights
 
 logger = get_logger(__name__)
 
+# images of a rollout that are shown in the output folder
+_SHOWN = 16
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -81,7 +83,7 @@ class FlowDPPOTrainer:
         self.workers = Workers(self.accelerator)
         self.updates = self._plan_updates()
         self.device = self.accelerator.device
-        self._check_sharding()
+        self._check_processes()
         # reading a tensor on the CPU waits for nothing, so a gradient that is zero is worth looking for
         self._looks = not self.workers.sharded and (self.device.type == "cpu" or o.skip_dropped_backward)
         for name, component in pipeline.components.items():
@@ -132,23 +134,25 @@ class FlowDPPOTrainer:
         run = self.config.run
         history = begin_run(self, resume)
         self.pipeline.set_progress_bar_config(disable=True)
-        shown = run.progress and self.workers.is_main
-        bar = tqdm(total=run.iterations, initial=self.iteration, disable=not shown, unit="it", dynamic_ncols=True)
-        with bar:
+        with RunLog(
+            self.accelerator,
+            self.output,
+            trackers=run.trackers,
+            project=run.project,
+            config=self.config.to_dict(),
+            total=run.iterations,
+            progress=run.progress,
+            plot_every=run.plot_every,
+        ) as log:
+            log.start(history)
             ended = self.iteration >= run.iterations or bool(history and self._over_budget(history[-1]))
             while not ended:
-                metrics = self._iterate()
+                metrics = self._iterate(log)
                 ended = self.iteration == run.iterations or self._over_budget(metrics)
                 if ended and self.evaluation is not None:
-                    metrics |= self._evaluate("eval_final")
+                    metrics |= self._evaluate("eval_final", log)
                 history.append(metrics)
-                self._log("metrics.jsonl", [json.dumps(metrics)])
-                bar.update()
-                bar.set_postfix(
-                    reward=f"{metrics['reward']:.3f}",
-                    kl=f"{metrics['kl_new_old_mean']:.1e}",
-                    masked=f"{metrics['masked_fraction']:.1%}",
-                )
+                self.workers.attempt(log.iteration, metrics)
                 if self.iteration % run.checkpoint_every == 0 or ended:
                     self.save_checkpoint()
                 if on_iteration is not None:
@@ -168,7 +172,7 @@ class FlowDPPOTrainer:
         s, a, seed = self.config.sampling, self.config.advantage, self.config.run.seed
         groups = self.prompts.groups(iteration, s.prompts_per_rollout, seed)
         calls = self._calls()
-        trajectories, pending = [], []
+        trajectories, pending, shown = [], [], None
         # nothing is sampled while the rewards of an only call are computed
         background = s.background_rewards and len(calls) > 1
         with BackgroundScorer(self.reward, self.device) if background else contextlib.nullcontext() as scorer:
@@ -177,6 +181,8 @@ class FlowDPPOTrainer:
                 trajectory, images = self._record(iteration, rows, entries)
                 trajectories.append(trajectory)
                 pending.append(self._score(images, entries, scorer))
+                if rows is calls[0] and self._shows(iteration + 1):
+                    shown = images[:_SHOWN], entries[:_SHOWN]
             rewards = [result() for result in pending]
         self.workers.agree()
         own = {name: torch.cat([part[name] for part in rewards]) for name in rewards[0]}
@@ -188,7 +194,8 @@ class FlowDPPOTrainer:
             named, s.group_size, weights=a.reward_weights, std=a.std, eps=a.eps, per_reward=a.per_reward, past=past
         )
         self.history.add(named, places)
-        return Rollout(trajectories, calls, named, advantages)
+        page = None if shown is None else (shown[0], captions(shown[1], rewards[0]))
+        return Rollout(trajectories, calls, named, advantages, page)
 
     def update(self, rollout: Rollout, rows: range, *, number: int) -> dict[str, list]:
         """One optimizer step on ``rows`` of a rollout, without a host sync on a GPU.
@@ -254,8 +261,10 @@ class FlowDPPOTrainer:
             )
         return [range(start, start + size) for start in range(0, size * o.updates_per_rollout, size)]
 
-    def _check_sharding(self) -> None:
-        """All processes of a sharded run make the same calls: what each would decide for itself is refused."""
+    def _check_processes(self) -> None:
+        """All processes do the same; what each of a sharded run would decide for itself is refused."""
+        texts = [text_of(entry) for entry in self.prompts.entries]
+        self.workers.check_same(derive_seed(self.config.to_dict(), texts), "settings or prompts")
         if self.workers.sharded and self.config.optimizer.skip_dropped_backward:
             raise ValueError("optimizer.skip_dropped_backward: got True, expected False in a sharded run (FSDP2)")
         if self.workers.sharded and self.config.sampling.per_group_steps and len(self.recorder.modules) > 1:
@@ -311,11 +320,9 @@ class FlowDPPOTrainer:
                 return_dict=False,
             )[0]
 
-    def _score(
-        self, images: Any, entries: list[dict], scorer: BackgroundScorer | None = None
-    ) -> Callable[[], Any]:
+    def _score(self, images: Any, entries: list[dict], scorer: BackgroundScorer | None = None) -> Callable[[], Any]:
         """Starts to score the images of a call; what is returned waits for the rewards."""
-        texts = [entry.get("text", entry.get("prompt")) for entry in entries]
+        texts = [text_of(entry) for entry in entries]
         metadata = [entry.get("metadata", {}) for entry in entries]
         # a reward may fail on one process alone
         attempt = self.workers.attempt
@@ -331,11 +338,11 @@ class FlowDPPOTrainer:
         images = self._generate(source, entries, *how)
         return images, self._score(images, entries)()
 
-    def _iterate(self) -> dict[str, float]:
+    def _iterate(self, log: RunLog) -> dict[str, float]:
         """One rollout and its updates; metrics are read from the device once, at the end."""
         o, seed = self.config.optimizer, self.config.run.seed
         every = self.config.evaluation.every
-        evaluated = self._evaluate("eval") if every is not None and self.iteration % every == 0 else {}
+        evaluated = self._evaluate("eval", log) if every is not None and self.iteration % every == 0 else {}
         started = time.perf_counter()
         state = random_state()
         try:
@@ -362,7 +369,11 @@ class FlowDPPOTrainer:
         self.iteration += 1
         metrics = self._read(rollout, results)
         metrics |= evaluated
-        metrics["seconds_sampling"], metrics["seconds_updates"] = sampled - started, time.perf_counter() - sampled
+        ended = time.perf_counter()
+        metrics["seconds_sampling"], metrics["seconds_updates"] = sampled - started, ended - sampled
+        metrics["samples_per_second"] = len(rollout.advantages) / (ended - started)
+        if rollout.page is not None:
+            log.images("rollout", self.iteration, *rollout.page)
         return metrics
 
     def _verify(self, trajectory: Trajectory) -> None:
@@ -419,18 +430,21 @@ class FlowDPPOTrainer:
         """Metrics of the iteration that just ended, as floats: read from the device once."""
         metrics, lines = read_iteration(self.iteration, rollout, results, self.config, self.workers, self._metric_names)
         self.skipped_updates += int(metrics["skipped_updates"])
-        if lines:
-            self._log("rows.jsonl", lines)
+        if lines and self.workers.is_main:
+            self.workers.attempt(append_lines, self.output / ROWS_FILE, lines)
         stored = trajectory_bytes(rollout.trajectories)
         return {**metrics, "skipped_updates": self.skipped_updates, "trajectory_bytes": stored}
 
-    def _log(self, name: str, lines: list[str]) -> None:
-        if self.workers.is_main:
-            self.workers.attempt(append_lines, self.output / name, lines)
-
-    def _evaluate(self, prefix: str) -> dict[str, float]:
-        metrics, _, _ = self.evaluate()
+    def _evaluate(self, prefix: str, log: RunLog) -> dict[str, float]:
+        metrics, images, texts = self.evaluate()
+        if self.config.sampling.output_type != "latent":
+            log.images("eval", self.iteration, images, texts)
         return {f"{prefix}/{name}": value for name, value in metrics.items()}
+
+    def _shows(self, iteration: int) -> bool:
+        """Whether images of this iteration go to the output folder."""
+        every = self.config.run.plot_every
+        return every is not None and iteration % every == 0 and self.config.sampling.output_type != "latent"
 
     def _over_budget(self, metrics: dict[str, float]) -> bool:
         budget = self.config.objective.drift_budget
