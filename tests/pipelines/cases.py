@@ -130,6 +130,7 @@ CASES = {
         ("b1 + 4*(b0 - b1)", "b1 + 3*(b0 - b1)", "b1 + 3*(b0 - b1)"),
         BOUNDARY,
     ),
+    "wan-i2v-clip-guided": Case("WanImageToVideo with image encoder", {"guidance_scale": 5.0}, ("b1 + 5*(b0 - b1)",)),
     "wan-i2v-per-token": Case("WanImageToVideo timestep per token", {"guidance_scale": 4.0}, ("b1 + 4*(b0 - b1)",)),
     "ltx-i2v": Case("LTXImageToVideo", OFF, ("b0",)),
     "ltx-i2v-guided": Case("LTXImageToVideo", {"guidance_scale": 3.0}, ("b0 + 3*(b1 - b0)",)),

@@ -22,6 +22,7 @@ from diffusers import (
 from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 from PIL import Image
 from torch import Tensor, nn
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 
 @dataclass(frozen=True)
@@ -255,13 +256,19 @@ def wan(two: bool = False, **options: Any) -> Callable[[Sizes], diffusers.WanPip
     return build
 
 
-def wan_i2v(two: bool = False, **options: Any) -> Callable[[Sizes], diffusers.WanImageToVideoPipeline]:
+def wan_i2v(two: bool = False, clip: bool = False, **options: Any) -> Callable[[Sizes], Any]:
     def build(sizes: Sizes) -> diffusers.WanImageToVideoPipeline:
         # latents, a mask per frame of a group of four, and the latents of the given frame
         inputs = sizes.channels if options.get("expand_timesteps") else 2 * sizes.channels + 4
+        seen = {"image_dim": 8, "added_kv_proj_dim": 24} if clip else {}
+        encoder = CLIPVisionConfig(
+            hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=1, image_size=32, patch_size=16
+        )
         return diffusers.WanImageToVideoPipeline(
-            transformer=wan_transformer(sizes, in_channels=inputs),
+            transformer=wan_transformer(sizes, in_channels=inputs, **seen),
             transformer_2=wan_transformer(sizes, in_channels=inputs) if two else None,
+            image_encoder=CLIPVisionModel(encoder) if clip else None,
+            image_processor=CLIPImageProcessor(size=32, crop_size=32) if clip else None,
             scheduler=wan_scheduler(), vae=wan_vae(sizes.channels), **options, **absent("text_encoder", "tokenizer"),
         )  # fmt: skip
 
@@ -485,6 +492,9 @@ FAMILIES = {
     ),
     "WanImageToVideo": Family(
         wan_i2v(two=True, boundary_ratio=0.875), lambda sizes, prompts: {**text(sizes, prompts), "image": photo(sizes)}
+    ),
+    "WanImageToVideo with image encoder": Family(
+        wan_i2v(clip=True), lambda sizes, prompts: {**text(sizes, prompts), "image": photo(sizes)}
     ),
     "WanImageToVideo timestep per token": Family(
         wan_i2v(expand_timesteps=True), lambda sizes, prompts: {**text(sizes, prompts), "image": photo(sizes)}
