@@ -215,7 +215,7 @@ def record(
 
 def hollow(case: Case) -> Recording:
     """The case at the published sizes, with transformers without blocks whose outputs are replaced by random numbers:
-    two images of one prompt on two steps."""
+    one image on two steps."""
     family = FAMILIES[case.family]
     pipeline = family.pipeline(family.published)
 
@@ -225,4 +225,4 @@ def hollow(case: Case) -> Recording:
     for name, component in pipeline.components.items():
         if name.startswith("transformer") and component is not None:
             component.register_forward_hook(scatter)
-    return record(replace(case, steps=(1, 2), num_steps=4), family.published, 1, 2, pipeline)
+    return record(replace(case, steps=(1, 2), num_steps=4), family.published, 1, 1, pipeline)
