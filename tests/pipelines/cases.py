@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_map_only
 
 from flowdppo_fast.trainer.recorder import Trajectory, TrajectoryRecorder
 
-from .tiny import FAMILIES, Sizes
+from .families import FAMILIES
+from .tiny import Sizes
 
 PROMPTS, IMAGES = 2, 2
 
@@ -24,7 +25,7 @@ class Case:
     """One way to call a family's pipeline.
 
     Attributes:
-        family: name in ``FAMILIES``.
+        family: name in ``families.FAMILIES``.
         options: arguments of the call besides embeddings and sizes.
         rules: what is found on each chosen step; one for all if there is one.
         groups: positions of steps that are replayed together.
