@@ -48,10 +48,9 @@ class Evaluation:
         batch = s.batch_size or s.prompts_per_rollout * s.group_size
         images: list[Any] = []
         parts: list[dict[str, Tensor]] = []
-        for start in range(0, each, batch):
-            part = rows[start : start + batch]
-            entries = [self.source.entries[row // count] for row in part]
-            seeds = [derive_seed(self.config.run.seed, "evaluation", row) for row in part]
+        for part in self.source.calls([self.source.entries[row // count] for row in rows], batch):
+            entries = [self.source.entries[row // count] for row in rows[part.start : part.stop]]
+            seeds = [derive_seed(self.config.run.seed, "evaluation", row) for row in rows[part.start : part.stop]]
             made, rewards = self.generate(self.source, entries, seeds, e.num_steps or s.num_steps, self.options)
             images += list(made)
             parts.append(rewards)

@@ -171,7 +171,7 @@ class FlowDPPOTrainer:
         """
         s, a, seed = self.config.sampling, self.config.advantage, self.config.run.seed
         groups = self.prompts.groups(iteration, s.prompts_per_rollout, seed)
-        calls = self._calls()
+        calls = self._calls(groups)
         trajectories, pending, shown = [], [], None
         # nothing is sampled while the rewards of an only call are computed
         background = s.background_rewards and len(calls) > 1
@@ -273,7 +273,7 @@ class FlowDPPOTrainer:
                 "a sharded run (FSDP2)"
             )
 
-    def _calls(self) -> list[range]:
+    def _calls(self, groups: Sequence[dict[str, Any]]) -> list[range]:
         """Rows of each pipeline call that this process makes for a rollout."""
         s = self.config.sampling
         batch = s.batch_size or s.prompts_per_rollout * s.group_size
@@ -284,7 +284,12 @@ class FlowDPPOTrainer:
             if calls and calls[-1].stop == rows.start:
                 rows = range(calls.pop().start, rows.stop)
             calls.append(rows)
-        return [rows[start : start + batch] for rows in calls for start in range(0, len(rows), batch)]
+        # prompts that differ in what a call has once, such as an image or a size, are sampled apart
+        return [
+            range(rows.start + part.start, rows.start + part.stop)
+            for rows in calls
+            for part in self.prompts.calls([groups[row // s.group_size] for row in rows], batch)
+        ]
 
     def _record(self, iteration: int, rows: range, entries: list[dict]) -> tuple[Trajectory, Any]:
         """Trajectory and images of one pipeline call."""

@@ -46,7 +46,9 @@ def result(folder: Path) -> dict[str, object]:
     # the folder's name is in it
     left["config.yaml"] = left["config.yaml"].replace(str(folder).encode(), b"")  # type: ignore[attr-defined]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    left["metrics"] = [{k: v for k, v in line.items() if not k.startswith("seconds")} for line in lines]
+    left["metrics"] = [
+        {k: v for k, v in line.items() if not k.startswith(("seconds", "samples_per"))} for line in lines
+    ]
     left["checkpoints"] = sorted(path.name for path in (folder / "checkpoints").iterdir())
     left["files"] = sorted(path.name for path in folder.iterdir())
     return left
