@@ -175,9 +175,9 @@ class PolicyWeights:
                 try:
                     if self.workers.is_main:
                         if self.model.train == "lora":
-                            save_lora(module, folder / name)
+                            self.workers.attempt(save_lora, module, folder / name)
                         else:
-                            module.save_pretrained(folder / name)  # type: ignore[operator]
+                            self.workers.attempt(module.save_pretrained, folder / name)  # type: ignore[arg-type]
                 finally:
                     hook.remove()
 

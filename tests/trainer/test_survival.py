@@ -165,6 +165,8 @@ def test_leftovers_of_kills_are_removed_and_a_replaced_checkpoint_comes_back(fin
     expected = result(trainer.output)
     (folder / ".writing-iteration-000003").mkdir()
     (folder / ".removing-iteration-000000").mkdir()
+    # killed before an old one was removed
+    shutil.copytree(folder / "iteration-000001", folder / "iteration-000000")
     # killed between the two renames that replace a checkpoint
     (folder / "iteration-000002").rename(folder / ".replaced-iteration-000002")
     again = make()
