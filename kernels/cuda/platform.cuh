@@ -3,13 +3,15 @@
 // which has the same names:
 //
 //   FLOWDPPO_KERNEL, FLOWDPPO_KERNEL_BOUNDS(max_threads, min_blocks), FLOWDPPO_KERNEL_ARGUMENT, FLOWDPPO_DEVICE
-//   Stream, LaunchShape, FLOWDPPO_LAUNCH(kernel, shape, stream, arguments...) -> error code, 0 is success
+//   Stream, LaunchShape, FLOWDPPO_LAUNCH(kernel, shape, stream, arguments) -> error code, 0 is success; kInvalidLaunch
+//   FLOWDPPO_CLUSTERS_AT_ONCE(kernel, shape, count) -> error code; how many clusters the device runs at a time
 //   thread_index, block_threads, block_index, grid_blocks, lane_index, warp_index
 //   block_barrier, warp_shuffle_xor
 //   cluster_rank, cluster_blocks, cluster_barrier, cluster_shared
 //   shared_memory
 //   take_ticket, device_fence, load_fresh
 //   Bytes16, load16_streaming, load16_keep, store16, store16_streaming, load16_shared, store16_shared
+//   Bytes8, store8
 //   async_copy16, async_commit, async_wait
 //   from_bf16, from_fp16, to_bf16, to_fp16, to_bf16_pair, to_fp16_pair
 #pragma once
@@ -153,6 +155,17 @@ FLOWDPPO_DEVICE void store16_streaming(void* address, Bytes16 value) {
                : "memory");
 }
 
+struct alignas(8) Bytes8 {
+  uint32_t word[2];
+};
+
+// `address` is a multiple of 8.
+FLOWDPPO_DEVICE void store8(void* address, Bytes8 value) {
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(address)), "r"(value.word[0]),
+               "r"(value.word[1])
+               : "memory");
+}
+
 FLOWDPPO_DEVICE Bytes16 load16_shared(const void* address) {
   const uint4 value = *static_cast<const uint4*>(address);
   return {{value.x, value.y, value.z, value.w}};
@@ -207,28 +220,32 @@ FLOWDPPO_DEVICE uint16_t to_fp16(float value) { return static_cast<uint16_t>(to_
 // More shared memory than any GPU gives a block without being asked, and the largest cluster that all of them run.
 constexpr int kDefaultSharedBytes = 48 * 1024, kPortableCluster = 8, kMostDevices = 64;
 
-template <auto kKernel, class Arguments>
-int launch(const LaunchShape& shape, Stream stream, const Arguments& arguments) {
-  // what a kernel was allowed is remembered: asking costs as much as a launch
+constexpr int kInvalidLaunch = cudaErrorInvalidValue;
+
+// What has to be said once before a kernel may use so much shared memory or so large a cluster.
+template <auto kKernel>
+int allow(const LaunchShape& shape) {
+  // remembered: asking costs as much as a launch
   static std::atomic<int> allowed_bytes[kMostDevices], allowed_cluster[kMostDevices];
-  if (shape.shared_bytes > kDefaultSharedBytes || shape.cluster > kPortableCluster) {
-    int device = 0;
-    cudaError_t error = cudaGetDevice(&device);
+  if (shape.shared_bytes <= kDefaultSharedBytes && shape.cluster <= kPortableCluster) return cudaSuccess;
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  if (device >= kMostDevices) return kInvalidLaunch;
+  if (allowed_bytes[device].load(std::memory_order_relaxed) < shape.shared_bytes) {
+    error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes);
     if (error != cudaSuccess) return error;
-    if (shape.shared_bytes > kDefaultSharedBytes &&
-        (device >= kMostDevices || allowed_bytes[device].load(std::memory_order_relaxed) < shape.shared_bytes)) {
-      error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes);
-      if (error != cudaSuccess) return error;
-      if (device < kMostDevices) allowed_bytes[device].store(shape.shared_bytes, std::memory_order_relaxed);
-    }
-    if (shape.cluster > kPortableCluster &&
-        (device >= kMostDevices || allowed_cluster[device].load(std::memory_order_relaxed) == 0)) {
-      error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-      if (error != cudaSuccess) return error;
-      if (device < kMostDevices) allowed_cluster[device].store(1, std::memory_order_relaxed);
-    }
+    allowed_bytes[device].store(shape.shared_bytes, std::memory_order_relaxed);
   }
-  cudaLaunchAttribute cluster;
+  if (shape.cluster > kPortableCluster && allowed_cluster[device].load(std::memory_order_relaxed) == 0) {
+    error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (error != cudaSuccess) return error;
+    allowed_cluster[device].store(1, std::memory_order_relaxed);
+  }
+  return cudaSuccess;
+}
+
+inline cudaLaunchConfig_t configure(const LaunchShape& shape, Stream stream, cudaLaunchAttribute& cluster) {
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim.x = static_cast<unsigned>(shape.cluster);
   cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
@@ -239,10 +256,30 @@ int launch(const LaunchShape& shape, Stream stream, const Arguments& arguments) 
   config.stream = stream;
   config.attrs = &cluster;
   config.numAttrs = shape.cluster > 1 ? 1 : 0;
+  return config;
+}
+
+template <auto kKernel, class Arguments>
+int launch(const LaunchShape& shape, Stream stream, const Arguments& arguments) {
+  if (shape.blocks < 1 || shape.blocks > INT32_MAX) return kInvalidLaunch;
+  const int refused = allow<kKernel>(shape);
+  if (refused != cudaSuccess) return refused;
+  cudaLaunchAttribute cluster;
+  const cudaLaunchConfig_t config = configure(shape, stream, cluster);
   return cudaLaunchKernelEx(&config, kKernel, arguments);
 }
 
-#define FLOWDPPO_LAUNCH(kernel, shape, stream, ...) ::flowdppo::gpu::launch<kernel>(shape, stream, __VA_ARGS__)
+template <auto kKernel>
+int clusters_at_once(const LaunchShape& shape, int* count) {
+  const int refused = allow<kKernel>(shape);
+  if (refused != cudaSuccess) return refused;
+  cudaLaunchAttribute cluster;
+  const cudaLaunchConfig_t config = configure(shape, nullptr, cluster);
+  return cudaOccupancyMaxActiveClusters(count, kKernel, &config);
+}
+
+#define FLOWDPPO_LAUNCH(kernel, shape, stream, arguments) ::flowdppo::gpu::launch<kernel>(shape, stream, arguments)
+#define FLOWDPPO_CLUSTERS_AT_ONCE(kernel, shape, count) ::flowdppo::gpu::clusters_at_once<kernel>(shape, count)
 
 }  // namespace flowdppo::gpu
 
