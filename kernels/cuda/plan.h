@@ -4,6 +4,8 @@
 
 #include <stdint.h>
 
+#include <initializer_list>
+
 #include "../../csrc/row_source.h"
 #include "launch_shape.h"
 
