@@ -27,7 +27,7 @@ help:
 	@touch $@
 
 build: .venv/.installed
-	@if [ -n "$$(find csrc -newer .venv/.installed -type f)" ]; then \
+	@if [ -n "$$(find csrc kernels/cuda -newer .venv/.installed -type f)" ]; then \
 		FLOWDPPO_BUILD_CPU=1 $(PIP) install -c constraints.txt --no-build-isolation --no-deps -e . && touch .venv/.installed; fi
 
 demo: build

@@ -9,6 +9,7 @@ can then load them).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -255,6 +256,15 @@ def compile_cuda(folder: Path, depends: list[str]) -> list[str]:
     return made
 
 
+def cuda_source_digest() -> str:
+    """Tells the tests whether a library was built from the sources beside it."""
+    digest = hashlib.sha256()
+    for folder, pattern in (("csrc", "*.h"), ("csrc/cuda", "*"), ("kernels/cuda", "*")):
+        for path in sorted(Path(folder).glob(pattern)):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
 def extension_builder() -> type[build_ext]:
     import torch
     from torch.utils.cpp_extension import BuildExtension
@@ -297,6 +307,7 @@ def extension_builder() -> type[build_ext]:
                 info["nvcc"] = nvcc_says("--version").splitlines()[-2]
                 info["nvcc_flags"] = NVCC_FLAGS
                 info["cuda_architectures"] = cuda_architectures()
+                info["cuda_sources"] = cuda_source_digest()
             folder = Path(PACKAGE) if self.inplace else Path(self.build_lib, PACKAGE)
             (folder / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n")
 

@@ -170,8 +170,10 @@ template <int kCount, class Pair, class One, class Few>
 FLOWDPPO_DEVICE void walk(int count, bool aligned, const Pair& pair, const One& one, const Few& few) {
   const int step = block_threads() * kCount, whole = aligned ? count - count % kCount : 0;
   int at = thread_index() * kCount;
+  FLOWDPPO_NO_UNROLL
   for (; at + step < whole; at += 2 * step) pair(at, at + step);
   if (at < whole) one(at);
+  FLOWDPPO_NO_UNROLL
   for (int rest = whole + 4 * thread_index(); rest < count; rest += 4 * block_threads()) {
     few(rest, count - rest < 4 ? count - rest : 4);
   }

@@ -81,6 +81,7 @@ FLOWDPPO_KERNEL FLOWDPPO_KERNEL_BOUNDS(kMostHoldingThreads, 2) void holding_kern
 
   FLOWDPPO_UNROLL
   for (int step = 0; step < kSteps; ++step) {
+    FLOWDPPO_NO_UNROLL
     for (int j = step * a.per_thread / kSteps; j < (step + 1) * a.per_thread / kSteps; ++j) {
       const int group = j * threads + thread;
       if (group >= groups) break;
@@ -126,6 +127,7 @@ FLOWDPPO_KERNEL FLOWDPPO_KERNEL_BOUNDS(kMostHoldingThreads, 2) void holding_kern
   FLOWDPPO_UNROLL
   for (int step = 0; step < kSteps; ++step) {
     await_step(step);
+    FLOWDPPO_NO_UNROLL
     for (int j = step * a.per_thread / kSteps; j < (step + 1) * a.per_thread / kSteps; ++j) {
       const int group = j * threads + thread;
       if (group >= groups) break;
@@ -181,6 +183,7 @@ FLOWDPPO_KERNEL FLOWDPPO_KERNEL_BOUNDS(kMostHoldingThreads, 2) void holding_kern
     const float value = fmaf(on_diff, x - y, through_noise);
     return kReference ? fmaf(on_ref, x - w, value) : value;
   };
+  FLOWDPPO_NO_UNROLL
   for (int j = 0; j < a.per_thread; ++j) {
     const int group = j * threads + thread;
     if (group >= groups) break;
