@@ -1,6 +1,6 @@
 """Builds the optional C++ and CUDA backends; all metadata is in pyproject.toml.
 
-FLOWDPPO_BUILD_CPU and FLOWDPPO_BUILD_CUDA: 0 skips the backend, 1 makes a build that cannot be done an error; by default
+FLOWDPPO_BUILD_CPU and FLOWDPPO_BUILD_CUDA: 0 skips a backend, 1 makes a build that cannot be done an error. By default
 (auto) a build environment without torch, a C++ compiler or, for CUDA, nvcc gives an install without it and says so. No
 GPU is needed. FLOWDPPO_CUDA_ARCHS (default: 80;90a;100, those that nvcc knows) names the GPUs, the newest also as PTX.
 Build with ``--no-build-isolation``: the extensions are compiled against the torch that is installed (any torch >= 2.10

@@ -1,7 +1,7 @@
 """What the built CUDA library consists of: every kernel for every GPU, from its machine code; no GPU, no driver.
 
-``python tests/codegen/cuda_code.py`` prints the table of docs/cuda.md, ``--json`` one object per kernel and GPU, ``--arch
-sm_90a`` picks GPUs. It uses cuobjdump and nvdisasm of the Triton wheel on ``flowdppo_fast/_C_cuda.so``.
+``python tests/codegen/cuda_code.py`` prints the table of docs/cuda.md, ``--json`` one object per kernel and GPU,
+``--arch sm_90a`` picks GPUs. It uses cuobjdump and nvdisasm of the Triton wheel on ``flowdppo_fast/_C_cuda.so``.
 """
 
 from __future__ import annotations

@@ -217,13 +217,9 @@ def test_inductor(function, backend):
         check(function, compiled, inputs(batch), name)
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
-def test_inductor_on_the_device(function):
-    from support.backends import TRITON
-
-    name = require(TRITON).name
+def test_inductor_on_the_device(gpu_backend, function):
     arguments = [x.detach().cuda() for x in inputs()]
     arguments[0].requires_grad_()
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="inductor")
-    check(function, compiled, arguments, name)
+    check(function, compiled, arguments, gpu_backend.name)
