@@ -74,6 +74,14 @@ def source_digest() -> str:
     return digest.hexdigest()
 
 
+def is_current() -> bool:
+    """Whether there is a library and it was built from the sources beside it."""
+    info = LIBRARY.with_name("_build_info.json")
+    if not (LIBRARY.exists() and info.exists()):
+        return False
+    return json.loads(info.read_text()).get("cuda_sources") == source_digest()
+
+
 def _version(mangled: str) -> tuple[str, str, str, bool]:
     """Kernel, dtypes of latents and noise, and whether there is a reference, from a mangled name."""
     found = _MANGLED.search(mangled)
@@ -203,16 +211,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", action="append", metavar="SM", help="such as sm_90a; default: all in the library")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--library", type=Path, default=LIBRARY)
+    parser.add_argument("--is-current", action="store_true", help="only say whether the library is from these sources")
     options = parser.parse_args()
+    if options.is_current:
+        current = is_current()
+        print(f"{LIBRARY.name} was {'' if current else 'not '}built from these sources")
+        sys.exit(0 if current else 1)
     try:
-        if not options.library.exists():
-            raise ToolsMissing(f"{options.library.name} is not built; FLOWDPPO_BUILD_CUDA=1 turns that into an error")
-        found = [
-            report
-            for arch in options.arch or architectures(options.library)
-            for report in inspect(options.library, arch)
-        ]
+        if not LIBRARY.exists():
+            raise ToolsMissing(f"{LIBRARY.name} is not built; FLOWDPPO_BUILD_CUDA=1 turns that into an error")
+        found = [report for arch in options.arch or architectures(LIBRARY) for report in inspect(LIBRARY, arch)]
     except ToolsMissing as error:
         print(error, file=sys.stderr)
         sys.exit(EXIT_TOOLS_MISSING)
