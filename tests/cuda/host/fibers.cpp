@@ -122,6 +122,8 @@ struct Scheduler;
 Scheduler* scheduler;
 Fiber* current;
 std::vector<std::unique_ptr<FiberMemory>> spare;
+// fibers of the thread sanitizer's from earlier grids: making one takes longer than what a CUDA thread does here
+std::vector<void*> spare_sanitizers;
 
 struct Scheduler {
   // which of the ready threads goes next
@@ -211,7 +213,7 @@ void enter() {
   if (__sanitizer_finish_switch_fiber != nullptr)
     __sanitizer_finish_switch_fiber(nullptr, &main_stack, &main_stack_bytes);
   Fiber& fiber = *current;
-  begin_thread(fiber);
+  begin_thread(fiber, scheduler->grid);
   scheduler->grid.body(scheduler->grid.arguments);
   end_thread(fiber, scheduler->grid);
   fiber.state = State::kEnded;
@@ -246,12 +248,18 @@ void Scheduler::begin(int64_t number) {
       if (__asan_unpoison_memory_region != nullptr)
         __asan_unpoison_memory_region(fiber->memory->stack(), kStackBytes);
       prepare(fiber->context, fiber->memory->stack(), kStackBytes, enter);
-      if (thread_sanitizer()) fiber->sanitizer = __tsan_create_fiber(0);
+      if (thread_sanitizer()) {
+        if (spare_sanitizers.empty()) spare_sanitizers.push_back(__tsan_create_fiber(0));
+        fiber->sanitizer = spare_sanitizers.back();
+        spare_sanitizers.pop_back();
+      }
       state.fibers.push_back(fiber.get());
       begun.push_back(fiber.get());
       state.owned.push_back(std::move(fiber));
     }
   }
+  // fibers of earlier grids know nothing of what was just made for them
+  release(&grid.begin_event);
   cluster.live = static_cast<int>(begun.size());
   ++running;
   wake(std::move(begun));
@@ -323,7 +331,8 @@ void Scheduler::discard(ClusterState& cluster) {
   for (Block& block : cluster.blocks) destroy_block(block);
   for (BlockState& state : cluster.states) {
     for (Fiber* fiber : state.fibers) {
-      if (fiber->sanitizer != nullptr) __tsan_destroy_fiber(fiber->sanitizer);
+      // one that was given up in the middle of a kernel stays there
+      if (fiber->sanitizer != nullptr && fiber->state == State::kEnded) spare_sanitizers.push_back(fiber->sanitizer);
       spare.push_back(std::move(fiber->memory));
     }
   }

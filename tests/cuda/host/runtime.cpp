@@ -122,8 +122,9 @@ int run_grid(const char* kernel, const Shape& shape, void (*body)(void*), void* 
   return 1;
 }
 
-void begin_thread(Thread& thread) {
+void begin_thread(Thread& thread, Grid& grid) {
   Block& block = *thread.block;
+  acquire(&grid.begin_event);
   if (__atomic_exchange_n(&block.begun, true, __ATOMIC_ACQ_REL) == false) {
     // what another block of the cluster wrote before this one began is lost
     block.shared->poison();

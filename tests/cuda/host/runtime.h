@@ -107,7 +107,7 @@ struct Grid {
   Shape shape;
   void (*body)(void*);
   void* arguments;
-  char end_event = 0;
+  char begin_event = 0, end_event = 0;
 };
 
 // Settings of the next launches.
@@ -135,7 +135,7 @@ void run(Grid& grid);
 // Implemented once. An error is a sentence about what the kernel did; run_grid() returns 1 and keeps it.
 int run_grid(const char* kernel, const Shape& shape, void (*body)(void*), void* arguments);
 void set_error(const std::string& message);
-void begin_thread(Thread& thread);
+void begin_thread(Thread& thread, Grid& grid);
 void create_block(Block& block);
 void destroy_block(Block& block);
 // all threads of the block have reached a barrier and none has left it

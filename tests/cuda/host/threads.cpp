@@ -116,7 +116,7 @@ void run_cluster(Grid& grid, int64_t number) {
     worker.random = (settings().seed + 1) * 0x9e3779b97f4a7c15u + i + 1;
     threads.emplace_back([&grid, &cluster, &worker] {
       current = &worker;
-      begin_thread(worker);
+      begin_thread(worker, grid);
       grid.body(grid.arguments);
       end_thread(worker, grid);
       __atomic_sub_fetch(&cluster.live, 1, __ATOMIC_ACQ_REL);
