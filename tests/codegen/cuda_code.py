@@ -1,7 +1,8 @@
 """What the built CUDA library consists of: every kernel for every GPU, from its machine code; no GPU, no driver.
 
-``python tests/codegen/cuda_code.py`` prints the table of docs/cuda.md, ``--json`` one object per kernel and GPU,
-``--arch sm_90a`` picks GPUs. It uses cuobjdump and nvdisasm of the Triton wheel on ``flowdppo_fast/_C_cuda.so``.
+``python tests/codegen/cuda_code.py`` prints a table, ``--json`` one object per kernel and GPU, ``--summary`` the short
+table of docs/cuda.md; ``--arch sm_90a`` picks GPUs. It uses cuobjdump and nvdisasm of the Triton wheel on
+``flowdppo_fast/_C_cuda.so``.
 """
 
 from __future__ import annotations
@@ -207,10 +208,48 @@ def table(rows: Iterable[Report]) -> str:
     return "\n".join(lines)
 
 
+def summary(rows: Iterable[Report]) -> str:
+    """The Markdown table of docs/cuda.md: kernels by the kind of version, what is largest over their dtypes."""
+    rows = list(rows)
+    archs = list(dict.fromkeys(r.arch for r in rows))
+
+    def kind(r: Report) -> str:
+        if r.latents == "any":
+            return "mixtures of dtypes"
+        noise = "seeded" if r.noise == "seeded" else "stored noise"
+        return f"{noise}, reference" if r.reference else noise
+
+    def span(values: Iterable[float]) -> str:
+        found = sorted(set(values))
+        if not found:
+            return ""
+        return f"{found[0]:g}" if len(found) == 1 else f"{found[0]:g} to {found[-1]:g}"
+
+    lines = [
+        f"| kernel | versions | registers: {' | '.join(archs)} | stack, spills | instructions per element "
+        "| 16-byte loads per element |",
+        "|---|---|" + "---|" * (len(archs) + 3),
+    ]
+    groups: dict[tuple[str, str], list[Report]] = {}
+    for r in rows:
+        groups.setdefault((r.kernel, kind(r)), []).append(r)
+    for (kernel, versions), members in groups.items():
+        registers = [span(r.registers for r in members if r.arch == arch) for arch in archs]
+        per_element = span(r.per_element for r in members if r.per_element is not None)
+        # the code has the loads of a pair of groups and of one, or of the four steps of a copy
+        loads = span((r.loads.get("128", 0) / 3 + r.copies / 4) / r.group for r in members)
+        lines.append(
+            f"| {kernel} | {versions} | {' | '.join(registers)} | {max(r.stack + r.local for r in members)}, "
+            f"{max(r.spills for r in members)} | {per_element} | {loads} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", action="append", metavar="SM", help="such as sm_90a; default: all in the library")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--summary", action="store_true")
     parser.add_argument("--is-current", action="store_true", help="only say whether the library is from these sources")
     options = parser.parse_args()
     if options.is_current:
@@ -224,7 +263,10 @@ def main() -> None:
     except ToolsMissing as error:
         print(error, file=sys.stderr)
         sys.exit(EXIT_TOOLS_MISSING)
-    print(json.dumps([dataclasses.asdict(report) for report in found]) if options.json else table(found))
+    if options.json:
+        print(json.dumps([dataclasses.asdict(report) for report in found]))
+    else:
+        print(summary(found) if options.summary else table(found))
 
 
 if __name__ == "__main__":

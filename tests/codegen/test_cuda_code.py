@@ -5,11 +5,14 @@ What is inspected is the library that the build made (``make build`` builds it w
 
 from __future__ import annotations
 
+import functools
 import shutil
 
 import pytest
 from aot import ToolsMissing
-from cuda_code import KERNELS, LIBRARY, Report, architectures, inspect, is_current
+from cuda_code import KERNELS, LIBRARY, ROOT, Report, architectures, inspect, is_current, summary
+
+from flowdppo_fast import build_info
 
 GPUS = ("sm_80", "sm_90a", "sm_100")
 # an SM has 65,536 registers and a block 256 threads: 64 leave four blocks, 80 three, 128 two
@@ -33,6 +36,11 @@ def register_bound(report: Report) -> int:
     return FOUR_BLOCKS
 
 
+@functools.cache
+def inspected(arch: str) -> list[Report]:
+    return inspect(LIBRARY, arch)
+
+
 @pytest.fixture(scope="module", params=GPUS)
 def reports(request) -> list[Report]:
     """Every kernel on one GPU."""
@@ -43,7 +51,7 @@ def reports(request) -> list[Report]:
     try:
         if request.param not in architectures(LIBRARY):
             pytest.skip(f"the CUDA library was built for {', '.join(architectures(LIBRARY))} (FLOWDPPO_CUDA_ARCHS)")
-        return inspect(LIBRARY, request.param)
+        return inspected(request.param)
     except ToolsMissing as error:
         pytest.skip(f"no tools to read machine code with: {error}")
 
@@ -134,3 +142,19 @@ def test_enough_loads_are_in_flight(reports):
     exact = [r for r in streaming(reports) if r.latents != "any"]
     assert {r.name: r.in_flight for r in exact} == {r.name: 2 * 16 * pieces(r) for r in exact}
     assert {r.name: resident(r) for r in streaming(reports) if resident(r) < BYTES_IN_FLIGHT} == {}
+
+
+def test_the_page_shows_what_was_built():
+    """The table of docs/cuda.md, where the compiler is the one that it names."""
+    if not LIBRARY.exists():
+        pytest.skip("the CUDA library is not built")
+    block = (ROOT / "docs" / "cuda.md").read_text().split("<!-- cuda:code -->")[1].split("<!-- /cuda:code -->")[0]
+    compiler, _, shown = block.strip().partition("\n\n")
+    built = build_info()["nvcc"]
+    if compiler.rstrip(".") != built:
+        pytest.skip(f"docs/cuda.md shows code of {compiler!r} and the library was built by {built!r}")
+    try:
+        found = [report for arch in architectures(LIBRARY) for report in inspected(arch)]
+    except ToolsMissing as error:
+        pytest.skip(f"no tools to read machine code with: {error}")
+    assert shown == summary(found), "python tests/codegen/cuda_code.py --summary makes the table"
