@@ -18,6 +18,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 HOST = Path(__file__).parent / "host"
 KERNELS = ROOT / "kernels" / "cuda"
+SOURCE_FOLDERS = (HOST, KERNELS, ROOT / "csrc")
 CACHE = ROOT / "build" / "cuda_host"
 # kernels are compiled as they are written: no fused multiply-adds that the source does not ask for
 FLAGS = [
@@ -91,26 +92,25 @@ def compiled(source: Path, sanitizer: str = "none", changed: Mapping[Path, str] 
     command = compiler()
     # runtime and schedulers stay unsanitized: they tell the sanitizers what they have to know
     flags = [*FLAGS, *SANITIZERS[sanitizer]]
-    texts = {path: path.read_text() for path in [*_headers((HOST, KERNELS, ROOT / "csrc")), source]}
+    texts = {path: path.read_text() for path in [*_headers(SOURCE_FOLDERS), source]}
     texts.update(changed)
     parts = [text for path in sorted(texts) for text in (str(path.relative_to(ROOT)), texts[path])]
     out = CACHE / f"{source.stem}.{sanitizer}.{_digest(_version(command), *flags, *parts)}.o"
     with _locked(out):
         if out.exists():
             return out
-        folder = KERNELS
+        base = ROOT
         if changed:
-            # a copy of the kernels' folder beside csrc, so that relative includes still lead there
-            folder = CACHE / f"changed.{out.name}" / "kernels" / "cuda"
-            shutil.copytree(KERNELS, folder, dirs_exist_ok=True)
-            shutil.copytree(ROOT / "csrc", folder.parents[1] / "csrc", dirs_exist_ok=True)
+            # a copy of the folders side by side, so that relative includes still lead where they should
+            base = CACHE / f"changed.{out.name}"
+            for folder in SOURCE_FOLDERS:
+                shutil.copytree(folder, base / folder.relative_to(ROOT), dirs_exist_ok=True)
             for path, text in changed.items():
-                (folder.parents[1] / path.relative_to(ROOT)).write_text(text)
-            source = folder / source.name if source.parent == KERNELS else source
-        includes = [f"-I{path}" for path in (HOST, folder, folder.parents[1] / "csrc")]
-        _run([command, *flags, *includes, "-x", "c++", "-c", str(source)], out)
+                (base / path.relative_to(ROOT)).write_text(text)
+        includes = [f"-I{base / folder.relative_to(ROOT)}" for folder in SOURCE_FOLDERS]
+        _run([command, *flags, *includes, "-x", "c++", "-c", str(base / source.relative_to(ROOT))], out)
         if changed:
-            shutil.rmtree(folder.parents[1])
+            shutil.rmtree(base)
     return out
 
 

@@ -79,7 +79,7 @@ class Layer:
         return parse_sites(self.library.host_sites().decode())
 
     def buffer(self, tensor: Tensor, access: str = "r", name: str = "buffer") -> Tensor:
-        """A copy of ``tensor``, as it lies in memory, between margins of poison; kernels may use it as ``access`` says."""
+        """A copy of ``tensor``, as it lies in memory, between margins of poison; ``access`` is "r", "w" or "x"."""
         last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
         size = 0 if tensor.numel() == 0 else (last + 1) * tensor.element_size()
         lines = (size + 15) // 16 * 16

@@ -10,7 +10,6 @@ import pytest
 from host_build import (
     HOST,
     KERNELS,
-    compiled,
     kernel_sources,
     linked,
     objects_of,

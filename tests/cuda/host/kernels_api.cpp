@@ -1,8 +1,6 @@
 // The CUDA kernels' launchers and plans behind a C interface of plain fields, for ctypes and for the sanitizers' driver.
 #include "kernels_api.h"
 
-#include <initializer_list>
-
 #include "launchers.h"
 #include "plan.h"
 
@@ -174,6 +172,14 @@ ApiPlan api_plan(const ApiWork* wanted, int64_t kind, const ApiLimits* limits, c
       static_cast<int>(limits->processors), static_cast<int>(limits->shared_per_block),
       static_cast<int>(limits->max_cluster)};
   return api(cut(gpu::plan_single_pass(found, wanted->couples_rows != 0, device), found, *wish), found.rows);
+}
+
+ApiConstants api_constants() {
+  return {gpu::kStreamThreads, gpu::kMostHoldingThreads, gpu::kReduceBytes, gpu::kSlotBytes};
+}
+
+int64_t api_pieces(const ApiWork* wanted, int64_t holds_noise) {
+  return gpu::pieces_of(gpu::version_of(work(*wanted)), holds_noise != 0);
 }
 
 int64_t api_group(const ApiWork* wanted) { return gpu::group_of(gpu::version_of(work(*wanted)).latents); }

@@ -52,6 +52,11 @@ struct ApiWish {
   int64_t threads, groups, cluster;
 };
 
+struct ApiConstants {
+  // what kernels are compiled for at most, and what every block uses to add up
+  int64_t stream_threads, holding_threads, reduce_bytes, slot_bytes;
+};
+
 enum class ApiKind : int64_t { kStatistics, kObjective, kGradient, kStep, kSinglePass };
 
 // Of a streaming kernel (splits, elements) or of one that holds rows (groups, per_thread, holds_noise).
@@ -62,6 +67,9 @@ struct ApiPlan {
 
 extern "C" {
 ApiPlan api_plan(const ApiWork* work, int64_t kind, const ApiLimits* limits, const ApiWish* wish);
+ApiConstants api_constants();
+// 16-byte pieces of shared memory that hold a group
+int64_t api_pieces(const ApiWork* work, int64_t holds_noise);
 // elements that a thread takes at once
 int64_t api_group(const ApiWork* work);
 ApiWork api_describe(const ApiSource* source, const void* out);

@@ -21,3 +21,13 @@ extern "C" int toy_reverse(const uint32_t* in, int tiles, int threads, uint32_t*
   const toys::Reverse arguments = {in, out, tiles};
   return FLOWDPPO_LAUNCH(toys::reverse, (gpu::LaunchShape{1, threads, 1, threads * 32}), nullptr, arguments);
 }
+
+extern "C" int toy_misuse(int mistake, uint32_t* memory) {
+  const toys::Misuse arguments = {static_cast<toys::Mistake>(mistake), memory};
+  return FLOWDPPO_LAUNCH(toys::misuse, (gpu::LaunchShape{4, 64, 2, 256}), nullptr, arguments);
+}
+
+extern "C" int toy_launch(int64_t blocks, int threads, int cluster, int shared_bytes, uint32_t* memory) {
+  const toys::Misuse arguments = {toys::Mistake::kNone, memory};
+  return FLOWDPPO_LAUNCH(toys::misuse, (gpu::LaunchShape{blocks, threads, cluster, shared_bytes}), nullptr, arguments);
+}

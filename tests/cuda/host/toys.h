@@ -1,5 +1,5 @@
-// Three small kernels with everything the layer has to get right: a ticketed reduction over split rows, a sum over a
-// cluster, and a ring of asynchronous copies. The layer's own tests break them in every way they can be broken.
+// Small kernels with everything the layer has to get right: a ticketed reduction over split rows, a sum over a cluster,
+// a ring of asynchronous copies, and one that does what no kernel should. The layer's own tests break them.
 #pragma once
 
 #include "platform.cuh"
@@ -114,6 +114,71 @@ FLOWDPPO_KERNEL void reverse(FLOWDPPO_KERNEL_ARGUMENT Reverse a) {
     gpu::store16(a.out + (int64_t{tile} * threads + thread) * 4, bytes);
   }
   gpu::async_wait<0>();
+}
+
+// What a kernel may do wrong. Blocks of 64 threads in clusters of 2, with 256 bytes of shared memory.
+enum class Mistake : int {
+  kNone,
+  kWriteBehindShared,
+  kWriteInFrontOfShared,
+  kEndBeforeBarrier,
+  kTwoBarriers,
+  kTwoMasks,
+  kBadMask,
+  kCopyNotAwaited,
+  kReachForEndedBlock,
+  kWriteToEndedBlock,
+  kBadRank,
+  kForeignAddress,
+  kMisalignedShared,
+  kMisalignedGlobal,
+  kReadBeforeWritten,
+  kTooLargeType
+};
+
+struct Misuse {
+  Mistake mistake;
+  // 1024 bytes
+  uint32_t* memory;
+};
+
+struct Large {
+  char bytes[512];
+};
+
+FLOWDPPO_KERNEL void misuse(FLOWDPPO_KERNEL_ARGUMENT Misuse a) {
+  char* shared = &gpu::shared_memory<char>();
+  uint32_t* words = reinterpret_cast<uint32_t*>(shared);
+  const int thread = gpu::thread_index(), rank = gpu::cluster_rank();
+  const auto is = [&](Mistake mistake) { return a.mistake == mistake; };
+  if (is(Mistake::kWriteBehindShared) && thread == 0) shared[256] = 1;
+  if (is(Mistake::kWriteInFrontOfShared) && thread == 0) shared[-1] = 1;
+  if (is(Mistake::kEndBeforeBarrier) && thread == 17) return;
+  if (is(Mistake::kTwoBarriers) && thread >= 32) {
+    gpu::block_barrier();
+  } else {
+    gpu::block_barrier();
+  }
+  if (is(Mistake::kTwoMasks)) gpu::warp_shuffle_xor(1, thread % 32 == 3 ? 4 : 2);
+  if (is(Mistake::kBadMask)) gpu::warp_shuffle_xor(1, 32);
+  if (is(Mistake::kCopyNotAwaited) && thread == 1) gpu::async_copy16(shared, a.memory);
+  if (is(Mistake::kBadRank)) gpu::cluster_shared(words, 2);
+  if (is(Mistake::kForeignAddress)) gpu::cluster_shared(a.memory, 1);
+  if (is(Mistake::kMisalignedShared)) gpu::load16_shared(shared + 8);
+  if (is(Mistake::kMisalignedGlobal)) gpu::load16_streaming(a.memory + 1);
+  if (is(Mistake::kTooLargeType)) gpu::shared_memory<Large>();
+  uint32_t* theirs = gpu::cluster_shared(words, 1 - rank);
+  gpu::cluster_barrier();
+  if (is(Mistake::kReachForEndedBlock) || is(Mistake::kWriteToEndedBlock)) {
+    // the block with rank 0 ends, and the other one waits for itself a while
+    if (rank == 0) return;
+    for (int i = 0; i < 100; ++i) gpu::block_barrier();
+    if (is(Mistake::kReachForEndedBlock)) theirs = gpu::cluster_shared(words, 0);
+    if (thread == 0) *theirs = 1;
+    return;
+  }
+  if (thread == 0 && rank == 0) a.memory[0] = is(Mistake::kReadBeforeWritten) ? words[3] : 0;
+  gpu::cluster_barrier();
 }
 
 }  // namespace flowdppo::toys
