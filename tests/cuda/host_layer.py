@@ -39,6 +39,12 @@ def parse_sites(listing: str) -> list[Site]:
     return [Site(operation, place, int(visits)) for operation, place, visits in sites]
 
 
+def span_of(tensor: Tensor) -> int:
+    """Bytes from the first element to the end of the last one in memory."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    return 0 if tensor.numel() == 0 else (last + 1) * tensor.element_size()
+
+
 class HostError(RuntimeError):
     """What the layer found wrong with a kernel."""
 
@@ -78,10 +84,14 @@ class Layer:
     def sites(self) -> list[Site]:
         return parse_sites(self.library.host_sites().decode())
 
+    def as_it_is(self, tensor: Tensor) -> Tensor:
+        """``tensor`` itself, for kernels to read."""
+        self.library.host_buffer(tensor.data_ptr(), span_of(tensor), b"r")
+        return tensor
+
     def buffer(self, tensor: Tensor, access: str = "r", name: str = "buffer") -> Tensor:
         """A copy of ``tensor``, as it lies in memory, between margins of poison; ``access`` is "r", "w" or "x"."""
-        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
-        size = 0 if tensor.numel() == 0 else (last + 1) * tensor.element_size()
+        size = span_of(tensor)
         lines = (size + 15) // 16 * 16
         # the same place between two multiples of 16 as before
         shift = tensor.data_ptr() % 16 if size else 0
@@ -90,7 +100,7 @@ class Layer:
         if size == 0:
             return tensor
         span = memory[begin : begin + size].view(tensor.dtype)
-        span.copy_(tensor.detach().as_strided((last + 1,), (1,)))
+        span.copy_(tensor.detach().as_strided(span.shape, (1,)))
         view = span.as_strided(tensor.shape, tensor.stride())
         self.library.host_buffer(memory.data_ptr() + begin, size, access.encode())
         if access == "w":
