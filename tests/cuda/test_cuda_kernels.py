@@ -1,4 +1,4 @@
-"""The CUDA kernels, run by the host layer, against the float64 reference."""
+"""The operators by the CUDA kernels, run by the host layer: numbers, layouts, what is read, repeatability."""
 
 from __future__ import annotations
 
@@ -7,246 +7,28 @@ import mmap
 
 import pytest
 import torch
-from host_kernels import H100, LIBRARY, SMALL, Limits, Wish, kernels
-from support.cases import FORM_OBJECTIVE_OPTIONS, FORM_OBJECTIVES, FORMS, OPTIONS, bounded_call
-from support.compare import check_backend
-from support.problems import make_problem
-from support.tolerance import check_within, sum_bound
+from host_kernels import Wish, kernels
+from kernel_checks import (
+    BF16,
+    F16,
+    F32,
+    MIXES,
+    SAMPLER_STEP,
+    SEED,
+    check_grad,
+    check_stats,
+    check_step,
+    coefficients_of,
+    epilogue,
+    name_of,
+    sampler_step,
+    source,
+)  # fmt: skip
 
-import flowdppo_fast as fast
 from flowdppo_fast import reference
 from flowdppo_fast.noise import philox_normal
-from flowdppo_fast.objectives import DPPO, SUMMARY, EpilogueOptions, GRPOGuard, RatioClip, RowField
+from flowdppo_fast.objectives import DPPO, SUMMARY, GRPOGuard, RatioClip, RowField
 from flowdppo_fast.reference import Form
-
-F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
-EPS = torch.finfo(F32).eps
-STEP = [0.35, -1.75, 0.08]
-SAMPLER_STEP = [0.93, -0.11, 0.27]
-SEED, FIRST_STREAM = -0x123456789ABCDEF, 2**40 + 5
-# 768 elements: every row starts at a multiple of 16 bytes and takes three splits, of 256 float32 elements each
-ALIGNED = (4, 8, 24)
-# bound on a float32 normal's distance from the definition: 4 ulp of the largest one
-NORMAL_SLACK = 4 * EPS * 5.8
-MIXES = [
-    (F32, F32, F32, F32), (BF16, BF16, BF16, BF16), (F16, F16, F16, F16), (BF16, BF16, F32, BF16),
-    (F16, F16, F32, F16), (F32, BF16, F16, F32), (F16, F32, BF16, BF16), (BF16, F16, F32, F32),
-]  # fmt: skip
-
-
-def name_of(value) -> str:
-    if isinstance(value, tuple):
-        return "-".join(map(name_of, value))
-    return str(value).removeprefix("torch.")
-
-
-# --- through the public API
-
-
-@pytest.mark.parametrize(("form", "objective", "option"), FORM_OBJECTIVE_OPTIONS)
-def test_every_objective_with_every_option(api, form, objective, option):
-    options = dict(OPTIONS[option])
-    problem = make_problem((6,), ALIGNED, drift=options.pop("drift", 1.0))
-    check_backend(bounded_call(problem, form, objective, dtypes=F32, **options), "reference")
-    # one forward, one backward
-    assert api.launches == 2
-
-
-@pytest.mark.parametrize("latent", [ALIGNED, (3, 5, 7)], ids=["aligned", "unaligned"])
-@pytest.mark.parametrize("dtypes", MIXES, ids=name_of)
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("objective", ["dppo", "grpo_guard_batch"])
-def test_dtypes_and_their_mixes(api, form, objective, dtypes, latent):
-    problem = make_problem((8,), latent)
-    check_backend(
-        bounded_call(problem, form, objective, dtypes=dtypes, with_reference=True, kl_weight=0.3), "reference"
-    )
-
-
-@pytest.mark.parametrize("wish", [SMALL, Wish(32, 1, 3), Wish(64, 1, 8), LIBRARY], ids=["2", "3", "8", "library"])
-@pytest.mark.parametrize(("form", "objective"), FORM_OBJECTIVES)
-@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=name_of)
-def test_single_pass(api, form, objective, dtype, wish):
-    # the library's own blocks are slow to run here: one objective shows them
-    if wish is LIBRARY and objective != "dppo":
-        wish = SMALL
-    api.wish = wish
-    call = bounded_call(
-        make_problem((6,), ALIGNED), form, objective, dtypes=dtype, with_reference=True, kl_weight=0.3,
-        with_weights=True, single_pass=True,
-    )  # fmt: skip
-    check_backend(call, "reference")
-    couples = objective == "grpo_guard_batch"
-    assert api.launches == (2 if couples else 1)
-    assert [plan.cluster for plan in api.used] == ([1, 1] if couples else [api.used[0].cluster])
-    assert couples or api.used[0].cluster == (wish.cluster or api.used[0].cluster)
-
-
-@pytest.mark.parametrize(
-    ("dtypes", "latent", "limits"),
-    [
-        ((BF16, BF16, F32, BF16), ALIGNED, H100),
-        ((F32,) * 4, (3, 5, 7), H100),
-        ((F32,) * 4, ALIGNED, Limits(108, 166912, 1)),
-        ((F32,) * 4, ALIGNED, Limits(132, 2048, 8)),
-    ],
-    ids=["mixed", "unaligned", "no clusters", "little shared memory"],
-)
-def test_single_pass_in_two_launches(api, dtypes, latent, limits):
-    api.limits = limits
-    call = bounded_call(
-        make_problem((6,), latent), "velocity", "dppo", dtypes=dtypes, with_reference=True, kl_weight=0.3,
-        single_pass=True,
-    )  # fmt: skip
-    check_backend(call, "reference")
-    assert api.launches == 2
-
-
-@pytest.mark.parametrize("single_pass", [False, True])
-@pytest.mark.parametrize("latent", [ALIGNED, (3, 5, 7)], ids=["aligned", "unaligned"])
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=name_of)
-def test_seeded_noise(api, dtype, latent, single_pass):
-    problem = make_problem((6,), latent)
-    for stream in (3, torch.tensor([5, -2, 2**40, 5, 0, 9])):
-        noise = fast.PhiloxNoise(SEED, stream)
-        call = bounded_call(
-            problem, "velocity", "dppo", dtypes=dtype, noise=noise, with_reference=True, kl_weight=0.3,
-            single_pass=single_pass,
-        )  # fmt: skip
-        check_backend(call, "reference")
-
-
-@pytest.mark.parametrize("seeded", [False, True], ids=["stored", "seeded"])
-@pytest.mark.parametrize("numel", [1, 7, 8, 9, 15, 127, 1024, 1031, 3079])
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=name_of)
-def test_single_pass_of_any_length(api, numel, dtype, seeded):
-    # one row is aligned at any length: what fills no vector is read in place
-    noise = {"noise": fast.PhiloxNoise(SEED, 3)} if seeded else {}
-    call = bounded_call(
-        make_problem((1,), (numel,)), "velocity", "dppo", dtypes=dtype, with_reference=True, kl_weight=0.3,
-        single_pass=True, **noise,
-    )  # fmt: skip
-    check_backend(call, "reference")
-    assert [plan.cluster for plan in api.used] == [2]
-
-
-@pytest.mark.parametrize("wish", [Wish(32, 1, 2), SMALL, LIBRARY], ids=["32", "64", "library"])
-@pytest.mark.parametrize("objective", ["ratio_clip", "grpo_guard_batch"])
-def test_more_rows_than_are_summarised_side_by_side(api, objective, wish):
-    api.wish = wish
-    check_backend(bounded_call(make_problem((130,), (12,)), "velocity", objective, dtypes=F32), "reference")
-
-
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=name_of)
-@pytest.mark.parametrize("seeded", [False, True], ids=["stored", "seeded"])
-@pytest.mark.parametrize("numel", [20_004, 32_768])
-def test_as_the_library_plans_it(api, numel, dtype, seeded):
-    """Blocks of 256 threads (128 where a block holds little), clusters as large as an H100's."""
-    api.wish = LIBRARY
-    noise = {"noise": fast.PhiloxNoise(SEED, 3)} if seeded else {}
-    problem = make_problem((2,), (numel,))
-    for single_pass in (False, True):
-        call = bounded_call(problem, "velocity", "dppo", dtypes=dtype, single_pass=single_pass, **noise)
-        check_backend(call, "reference")
-        aligned = numel % 8 == 0 or dtype == F32
-        assert (api.used[-1].cluster > 1) == (single_pass and aligned)
-        assert all(plan.threads == 256 or (single_pass and plan.threads == 128) for plan in api.used)
-
-
-# --- operators on canonical tensors
-
-
-def source(shape, dtypes=(F32,) * 4, *, form=Form.VELOCITY, seeded=False, with_reference=True, table=0, streams=None):
-    """Arguments of an operator up to ``form``; differences of a few percent, as between two policies."""
-    rows = shape[0] * shape[1]
-    old = torch.randn(shape, dtype=F64)
-    noise = torch.randn(shape, dtype=F64)
-    new, drifted = (old + 0.1 * torch.randn(shape, dtype=F64) for _ in range(2))
-    third = old + STEP[0] * noise if form == Form.MEAN else noise
-    latents = [new, old, None if seeded else third, drifted if with_reference else None]
-    latents = [x if x is None else x.to(dtype) for x, dtype in zip(latents, dtypes)]
-    step = None
-    if table:
-        scale = torch.linspace(0.6, 1.4, rows, dtype=F64)[:, None]
-        step = (torch.tensor([STEP], dtype=F64) * scale)[:, :table].float().contiguous()
-    first = 0 if streams is not None else FIRST_STREAM
-    return (*latents, streams, step, [] if table else STEP, SEED, first, int(form))
-
-
-def in_double(arguments):
-    return tuple(x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in arguments)
-
-
-def check_stats(host, arguments, second_moment=True):
-    """Each statistic within the bound of a float sum of its terms."""
-    got = host.row_stats(*arguments, second_moment)
-    want = reference.row_stats(*in_double(arguments), second_moment)
-    u, e, w, _ = reference._differences(*in_double(arguments))
-    terms = [e * u, u * u, e * e if second_moment else None, None if w is None else w * w]
-    for name, term, actual, expected in zip("PQER", terms, got.double(), want):
-        if term is None:
-            assert torch.equal(actual, torch.zeros_like(actual)), name
-            continue
-        # the row's factors k cost a rounding each, the means' division another
-        bound = sum_bound(term, F32) + 8 * EPS * expected.abs()
-        if arguments[2] is None:
-            bound += NORMAL_SLACK * (u.abs() if name == "P" else 2 * e.abs()).mean(1)
-        error = (actual - expected).abs()
-        assert bool((error <= bound).all()), f"{name}: {error.max():.3e} > {bound.min():.3e}"
-    return got
-
-
-def coefficients_of(arguments):
-    return torch.randn(3, arguments[0].shape[0] * arguments[0].shape[1])
-
-
-def check_grad(host, arguments, coefficients=None, upstream=None, factor=0.25):
-    """Each element within roundings of the terms that it is the sum of."""
-    coefficients = coefficients_of(arguments) if coefficients is None else coefficients
-    upstream = torch.ones(1) if upstream is None else upstream
-    grad = host.row_grad(*arguments, coefficients, upstream, factor)
-    wide = coefficients.double(), upstream.double()
-    exact = reference.row_grad(*in_double(arguments), *wide, factor)
-    u, e, w, k = reference._differences(*in_double(arguments))
-    active = (coefficients != 0).any(0)[:, None]
-    size = (wide[0][0].abs()[:, None] * e.abs() + 2 * wide[0][1].abs()[:, None] * u.abs())[active.expand_as(u)].max()
-    if w is not None:
-        size += 2 * (wide[0][2].abs()[:, None] * w.abs())[active.expand_as(u)].max()
-    size *= factor * wide[1].abs().max() * k.abs().max() / arguments[0].shape[2]
-    relative = 16 * EPS + (NORMAL_SLACK if arguments[2] is None else 0.0)
-    check_within("gradient", grad, exact, float(relative * size), F32)
-    return grad
-
-
-def epilogue(objective, rows, *, kl_weight=0.1):
-    options = EpilogueOptions.make(objective, kl_weight=kl_weight)
-    return torch.randn(rows), torch.rand(rows), None, options.ints, options.floats
-
-
-def sampler_step(shape, dtypes=(F32,) * 3, *, noise="stored", out=None, step=None, streams=None, **flags):
-    """Arguments of a sampler step; ``noise`` is "stored", "seeded" or "given" (a next state)."""
-    sample, velocity, third = (torch.randn(shape, dtype=F64).to(dtype) for dtype in dtypes)
-    wanted = {"with_mean": True, "with_log_prob": True, "unnormalized": False, **flags}
-    return (
-        sample, velocity, third if noise == "stored" else None, third if noise == "given" else None, streams, step,
-        [] if step is not None else SAMPLER_STEP, SEED, FIRST_STREAM, out or dtypes[0], *wanted.values(),
-    )  # fmt: skip
-
-
-def check_step(host, arguments):
-    got = host.sde_step(*arguments)
-    wide = list(in_double(arguments))
-    wide[9] = F64
-    exact = reference.sde_step(*wide)
-    seeded = NORMAL_SLACK if arguments[2] is None and arguments[3] is None else 0.0
-    # products and sums of numbers up to about 5
-    slack = (8 * EPS + seeded) * 5.0
-    check_within("next", got[0], exact[0], slack, F32)
-    check_within("mean", got[1], exact[1], slack, F32)
-    # a mean of squares of about 1, or with a given state of ((x'-mu)/S)**2, divided by S twice
-    size = 1.0 + (0.0 if exact[2].numel() == 0 else float(exact[2][exact[2].isfinite()].abs().max()))
-    check_within("log-prob", got[2], exact[2], (64 * EPS + 4 * seeded) * size, F32)
-    return got
 
 
 @pytest.mark.parametrize("seeded", [False, True], ids=["stored", "seeded"])
@@ -354,9 +136,6 @@ def test_a_step_without_noise_keeps_its_mean(host, numel):
             assert host.loaded[2] == numel * 4
 
 
-# --- what is read, written and left
-
-
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=name_of)
 def test_every_input_is_read_once(host, dtype):
     arguments = source((2, 3, 1536), (dtype,) * 4)
@@ -461,9 +240,6 @@ def test_every_16_bit_pattern_is_read_and_written(host, dtype):
     bits = patterns.float().view(torch.int32)[::7, None] + offsets.to(torch.int32)
     values = bits.reshape(-1).view(F32)
     assert_same_numbers(converted(host, values, dtype), values.to(dtype))
-
-
-# --- the same from run to run
 
 
 def everything(host, arguments, objective):
