@@ -91,14 +91,21 @@ def write(page: Path, folders: Sequence[Path], check: bool) -> bool:
     proven, order = decide(folders)
     old = page.read_text()
     head, _, _ = old.partition("PASSED: ")
-    lines = [f"    {name!r}: ({' '.join(f'{folder!r},' for folder in where)}),\n" for name, where in proven.items()]
-    table = "{\n" + "".join(lines) + "}" if lines else "{}"
-    names = ", ".join(map(repr, order)) + ("," if len(order) == 1 else "")
+    table = (
+        "{\n" + "".join(f'    "{name}": {_tuple(where)},\n' for name, where in proven.items()) + "}" if proven else "{}"
+    )
+    names = ", ".join(f'"{name}"' for name in order) + ("," if len(order) == 1 else "")
     new = f"{head}PASSED: dict[str, tuple[str, ...]] = {table}\nORDER: tuple[str, ...] = ({names})\n"
-    new = new.replace("'", '"')
     if new != old and not check:
         page.write_text(new)
     return new != old
+
+
+def _tuple(names: Sequence[str]) -> str:
+    # as the formatter writes it
+    if len(names) == 1:
+        return f'("{names[0]}",)'
+    return "(\n" + "".join(f'        "{name}",\n' for name in names) + "    )"
 
 
 def _environment(folder: Path) -> dict[str, Any]:

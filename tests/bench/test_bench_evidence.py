@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -122,6 +124,12 @@ def test_the_module_is_written_and_checked(folder, tmp_path, monkeypatch):
     written = module.PASSED
     assert written == dict.fromkeys(("cuda", "triton"), (path.name,))
     assert module.ORDER == ("cuda", "triton")
+    # as the linter wants it, with several folders, too
+    more = folder({"cuda": GREEN})
+    assert main(["evidence", "--page", str(page), str(path), str(more)]) == 0
+    if importlib.util.find_spec("ruff") is not None:
+        command = [sys.executable, "-m", "ruff", "format", "--check", "--line-length", "120", str(page)]
+        assert subprocess.run(command, capture_output=True).returncode == 0, page.read_text()
     # and back to nothing
     assert main(["evidence", "--page", str(page)]) == 0
     assert page.read_text() == (ROOT / "flowdppo_fast" / "evidence.py").read_text()
