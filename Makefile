@@ -30,7 +30,7 @@ help:
 	@touch $@
 
 build: .venv/.installed
-	@if [ -n "$$(find csrc -newer .venv/.installed -type f)" ]; then \
+	@if [ -n "$$(find csrc kernels/cuda -newer .venv/.installed -type f)" ]; then \
 		FLOWDPPO_BUILD_CPU=1 $(PIP) install -c constraints.txt --no-build-isolation --no-deps -e . && touch .venv/.installed; fi
 
 demo: build
@@ -48,10 +48,13 @@ test: lint check-tables
 # the generated tables in README.md and docs/ against the committed result folders they are made from
 README_RESULTS := bench/results/cpu/2026-11-20-749900e5a2
 GOALS_RESULTS := $(README_RESULTS) bench/results/cpu/2026-11-20-ff6d2f5be9-video
+# folders in which GPU backends passed `pytest -m gpu`
+EVIDENCE :=
 check-tables: build
 	$(PY) -m bench.ops readme --check $(README_RESULTS)
 	$(PY) -m bench.ops goals --check $(GOALS_RESULTS)
 	$(PY) -m bench.learning document --check
+	$(PY) -m bench.ops evidence --check $(EVIDENCE)
 
 bench: build
 	$(PY) -m bench.ops run

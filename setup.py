@@ -1,19 +1,24 @@
-"""Builds the optional C++ backend; all metadata is in pyproject.toml.
+"""Builds the optional C++ and CUDA backends; all metadata is in pyproject.toml.
 
-FLOWDPPO_BUILD_CPU=0 skips it, =1 makes a build that cannot be done an error; by default (auto) a build environment
-without torch or a C++ compiler gives a pure-Python install and says so. Build with ``--no-build-isolation``: the
-extension is compiled against the torch that is installed (any torch >= 2.10 can then load it).
+FLOWDPPO_BUILD_CPU and FLOWDPPO_BUILD_CUDA: 0 skips a backend, 1 makes a build that cannot be done an error. By default
+(auto) a build environment without torch, a C++ compiler or, for CUDA, nvcc gives an install without it and says so. No
+GPU is needed. FLOWDPPO_CUDA_ARCHS (default: 80;90a;100, those that nvcc knows) names the GPUs, the newest also as PTX.
+Build with ``--no-build-isolation``: the extensions are compiled against the torch that is installed (any torch >= 2.10
+can then load them).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import setuptools
@@ -29,6 +34,8 @@ from setuptools.command.bdist_wheel import bdist_wheel  # older ones do not have
 
 PACKAGE = "flowdppo_fast"
 SOURCES = Path("csrc/cpu")
+CUDA_SOURCES = Path("kernels/cuda")
+CUDA_BINDINGS = Path("csrc/cuda")
 # torch 2.10 is the oldest whose stable ABI has what the extension uses
 TORCH_TARGET = "0x020a000000000000"
 COMMON_FLAGS = [
@@ -55,14 +62,27 @@ if IS_X86:
     ISA_FLAGS["avx512"] = [*ISA_FLAGS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 
 
+CUDA_ARCHITECTURES = ("80", "90a", "100")
+NVCC_FLAGS = [
+    "-O3",
+    "-std=c++17",
+    # the epilogue decides at thresholds as torch does; where one rounding is wanted the sources say fmaf
+    "-fmad=false",
+    # the only float32 root is that of a normal's radius
+    "-prec-sqrt=false",
+    "-Xcompiler=-fPIC,-fvisibility=hidden",
+    "-Xfatbin=-compress-all",
+]
+
+
 def compiler_command() -> list[str]:
     return shlex.split(os.environ.get("CXX", "c++"))
 
 
-def why_not_cpu() -> str | None:
-    """What keeps the C++ backend from being built here, or None."""
+def why_no_extension() -> str | None:
+    """What keeps any C++ from being built here, or None."""
     if sys.platform == "win32":
-        return "the C++ backend needs GCC or Clang"
+        return "it needs GCC or Clang"
     if shutil.which(compiler_command()[0]) is None:
         return f"there is no C++ compiler ({compiler_command()[0]}; CXX names another)"
     try:
@@ -75,29 +95,84 @@ def why_not_cpu() -> str | None:
     return None
 
 
-def decide_cpu() -> tuple[bool, str | None]:
-    """Whether to build the C++ backend, and why not."""
-    wanted = os.environ.get("FLOWDPPO_BUILD_CPU", "auto")
+def find_nvcc() -> str | None:
+    """The CUDA compiler: of CUDA_HOME, on the path, or in the usual place."""
+    home = os.environ.get("CUDA_HOME")
+    if home:
+        return shutil.which("nvcc", path=str(Path(home, "bin")))
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+NVCC = find_nvcc()
+
+
+def nvcc_says(*arguments: str) -> str:
+    done = subprocess.run([str(NVCC), *arguments], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def cuda_toolkit() -> tuple[list[str], list[str]]:
+    """The toolkit's folders of headers and of libraries, by its own account: nvcc may be a script that leads there."""
+    said = nvcc_says("--dryrun", "-x", "cu", os.devnull)
+    top = re.search(r"^#\$ TOP=(.*)$", said, re.MULTILINE)
+    above = [top[1]] if top else []
+    includes = re.findall(r'"?-I([^"\s]+)', said) + [f"{folder}/include" for folder in above]
+    libraries = re.findall(r'"?-L([^"\s]+)', said) + [f"{folder}/lib64" for folder in above]
+    existing = [[os.path.realpath(x) for x in folders if os.path.isdir(x)] for folders in (includes, libraries)]
+    return list(dict.fromkeys(existing[0])), [x for x in dict.fromkeys(existing[1]) if not x.endswith("stubs")]
+
+
+def cuda_architectures() -> list[str]:
+    """The GPUs to compile for, oldest first."""
+    named = os.environ.get("FLOWDPPO_CUDA_ARCHS")
+    if named:
+        return [name for name in named.replace(",", ";").split(";") if name]
+    known = set(nvcc_says("--list-gpu-code").split())
+    return [name for name in CUDA_ARCHITECTURES if f"sm_{name.rstrip('a')}" in known]
+
+
+def why_no_cuda() -> str | None:
+    """What keeps the CUDA backend from being built here, or None."""
+    problem = why_no_extension()
+    if problem is not None:
+        return problem
+    if NVCC is None:
+        return "there is no CUDA compiler (nvcc; CUDA_HOME names a toolkit)"
+    includes, libraries = cuda_toolkit()
+    for name, folders in (("cuda_runtime.h", includes), ("libcudart_static.a", libraries)):
+        if not any(Path(folder, name).exists() for folder in folders):
+            return f"nvcc is there, but its toolkit has no {name}"
+    if not cuda_architectures():
+        return f"nvcc compiles for none of {', '.join(CUDA_ARCHITECTURES)} (FLOWDPPO_CUDA_ARCHS names others)"
+    return None
+
+
+def decide(variable: str, why_not) -> tuple[bool, str | None]:
+    """Whether to build a backend, and why not."""
+    wanted = os.environ.get(variable, "auto")
     if wanted not in ("0", "1", "auto"):
-        raise SystemExit(f"FLOWDPPO_BUILD_CPU: got {wanted!r}, expected 0, 1 or auto")
+        raise SystemExit(f"{variable}: got {wanted!r}, expected 0, 1 or auto")
     if wanted == "0":
-        return False, "switched off by FLOWDPPO_BUILD_CPU=0"
-    problem = why_not_cpu()
+        return False, f"switched off by {variable}=0"
+    problem = why_not()
     if problem is not None and wanted == "1":
-        raise SystemExit(f"FLOWDPPO_BUILD_CPU=1, but {problem}")
+        raise SystemExit(f"{variable}=1, but {problem}")
     return problem is None, problem
 
 
-BUILD_CPU, NO_CPU_REASON = decide_cpu()
+BUILD_CPU, NO_CPU_REASON = decide("FLOWDPPO_BUILD_CPU", why_no_extension)
+BUILD_CUDA, NO_CUDA_REASON = decide("FLOWDPPO_BUILD_CUDA", why_no_cuda)
 
 
 class PureBuild(build_py):
-    """Says why there is no C++ backend, once."""
+    """Says which backends are missing and why, once."""
 
     def run(self) -> None:
         super().run()
         if not BUILD_CPU:
             print(f"warning: flowdppo_fast is installed without its C++ backend: {NO_CPU_REASON}", file=sys.stderr)
+        if not BUILD_CUDA:
+            print(f"note: flowdppo_fast is installed without its CUDA backend: {NO_CUDA_REASON}", file=sys.stderr)
 
 
 class PlatformWheel(bdist_wheel):
@@ -128,17 +203,87 @@ def cpu_extension() -> Extension:
     )
 
 
+def cuda_extension() -> Extension:
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    includes, libraries = cuda_toolkit()
+    headers = [*Path("csrc").glob("*.h"), *CUDA_SOURCES.glob("*.h"), *CUDA_SOURCES.glob("*.cuh")]
+    return Extension(
+        f"{PACKAGE}._C_cuda",
+        [str(CUDA_BINDINGS / "bindings.cpp")],
+        depends=[str(path) for path in sorted([*headers, *CUDA_SOURCES.glob("*.cu")])],
+        include_dirs=[*include_paths(), *includes],
+        library_dirs=[*library_paths(), *libraries],
+        # the runtime goes into the library: torch's own may be of another version
+        libraries=["torch_cpu", "cudart_static", "dl", "rt", "pthread"],
+        extra_compile_args=[
+            *COMMON_FLAGS,
+            f"-ffile-prefix-map={Path.cwd()}/=",
+            f'-DFLOWDPPO_CUDA_ARCHS="{";".join(cuda_architectures())}"',
+        ],
+        # nobody outside needs the static runtime's symbols
+        extra_link_args=["-Wl,--exclude-libs,ALL"],
+        language="c++",
+    )
+
+
+def compile_cuda(folder: Path, depends: list[str]) -> list[str]:
+    """Objects of all CUDA sources, compiled side by side where the last build's are out of date."""
+    architectures = cuda_architectures()
+    code = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in architectures]
+    newest = architectures[-1]
+    code.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
+    flags = [*NVCC_FLAGS, f"-Xcompiler=-ffile-prefix-map={Path.cwd()}/=", *code]
+    if "CXX" in os.environ:
+        flags.append(f"-ccbin={compiler_command()[0]}")
+    folder.mkdir(parents=True, exist_ok=True)
+    newest_header = max(Path(path).stat().st_mtime for path in depends if not path.endswith(".cu"))
+    last_flags = folder / "flags.txt"
+    same_flags = last_flags.exists() and last_flags.read_text() == shlex.join(flags)
+
+    def compile_one(source: Path) -> str:
+        made = folder / f"{source.stem}.o"
+        newest_input = max(newest_header, source.stat().st_mtime)
+        if not (same_flags and made.exists() and made.stat().st_mtime > newest_input):
+            command = [str(NVCC), *flags, "-c", str(source), "-o", str(made)]
+            print(shlex.join(command), flush=True)
+            subprocess.run(command, check=True)
+        return str(made)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        made = list(pool.map(compile_one, sorted(CUDA_SOURCES.glob("*.cu"))))
+    last_flags.write_text(shlex.join(flags))
+    return made
+
+
+def cuda_source_digest() -> str:
+    """Tells the tests whether a library was built from the sources beside it."""
+    digest = hashlib.sha256()
+    for folder, pattern in (("csrc", "*.h"), ("csrc/cuda", "*"), ("kernels/cuda", "*")):
+        for path in sorted(Path(folder).glob(pattern)):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
 def extension_builder() -> type[build_ext]:
     import torch
     from torch.utils.cpp_extension import BuildExtension
 
-    class BuildCpu(BuildExtension):
-        """Compiles the streaming kernels once per instruction set and links them all into one library."""
+    class BuildBackends(BuildExtension):
+        """Compiles the CPU's streaming kernels once per instruction set and the CUDA kernels with nvcc; each backend
+        is one library."""
 
         def __init__(self, *args, **kwargs) -> None:
             super().__init__(*args, no_python_abi_suffix=True, **kwargs)
 
         def build_extension(self, extension: Extension) -> None:
+            if extension.name.endswith("_C_cuda"):
+                extension.extra_objects += compile_cuda(Path(self.build_temp, "cuda"), extension.depends)
+            else:
+                self.compile_isas(extension)
+            super().build_extension(extension)
+
+        def compile_isas(self, extension: Extension) -> None:
             for isa, flags in ISA_FLAGS.items():
                 extension.extra_objects += self.compiler.compile(
                     [str(SOURCES / "kernels.cpp")],
@@ -147,7 +292,6 @@ def extension_builder() -> type[build_ext]:
                     extra_postargs=[*extension.extra_compile_args, *KERNEL_FLAGS, *flags, f"-DFLOWDPPO_ISA={isa}"],
                     depends=extension.depends,
                 )
-            super().build_extension(extension)
 
         def run(self) -> None:
             super().run()
@@ -157,18 +301,26 @@ def extension_builder() -> type[build_ext]:
                 "torch_target": TORCH_TARGET,
                 "compiler": version.stdout.splitlines()[0],
                 "flags": [*COMMON_FLAGS, *KERNEL_FLAGS],
-                "isas": ISA_FLAGS,
+                "isas": ISA_FLAGS if BUILD_CPU else {},
             }
+            if BUILD_CUDA:
+                info["nvcc"] = nvcc_says("--version").splitlines()[-2]
+                info["nvcc_flags"] = NVCC_FLAGS
+                info["cuda_architectures"] = cuda_architectures()
+                info["cuda_sources"] = cuda_source_digest()
             folder = Path(PACKAGE) if self.inplace else Path(self.build_lib, PACKAGE)
             (folder / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n")
 
-    return BuildCpu
+    return BuildBackends
 
 
 commands: dict[str, type] = {"build_py": PureBuild, "bdist_wheel": PlatformWheel}
 extensions = []
 if BUILD_CPU:
     extensions.append(cpu_extension())
+if BUILD_CUDA:
+    extensions.append(cuda_extension())
+if extensions:
     commands["build_ext"] = extension_builder()
 
 setup(

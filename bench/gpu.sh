@@ -14,6 +14,8 @@ usage: bench/gpu.sh [--quick] [--dry-run] [--seconds N] [--output DIR] [--archiv
 
 Needs torch >= 2.10 and Triton >= 3.6, no network and no installation. PYTHON names the interpreter (default:
 .venv/bin/python, else python3); FLOWDPPO_GIT_SHA names the commit where the tree travels without its history.
+The CUDA library is compiled for this GPU alone, unless flowdppo_fast/ has one made from these sources already; without
+setuptools >= 77 and nvcc its tests are skipped, which the summary says.
 TEXT
 }
 
@@ -44,10 +46,13 @@ absolute() { case "$1" in /*) echo "$1" ;; *) echo "$caller/$1" ;; esac; }
 site=$root/build/gpu-site
 rm -rf "$site"
 mkdir -p "$site/flowdppo_fast"
-for entry in "$root"/flowdppo_fast/*; do
-    [ "$(basename "$entry")" = __pycache__ ] || ln -s "$entry" "$site/flowdppo_fast/"
-done
-ln -s "$root/kernels/triton" "$site/flowdppo_fast/kernels"
+link_package() {
+    for entry in "$root"/flowdppo_fast/*; do
+        [ "$(basename "$entry")" = __pycache__ ] || ln -sfn "$entry" "$site/flowdppo_fast/"
+    done
+    ln -sfn "$root/kernels/triton" "$site/flowdppo_fast/kernels"
+}
+link_package
 # python puts the working directory first, so it has to be the one with the whole package
 cd "$site" || exit 2
 export PYTHONPATH="$site:$root${PYTHONPATH:+:$PYTHONPATH}"
@@ -67,7 +72,7 @@ if [ -z "$out" ]; then
     out=$root/$folder
 fi
 mkdir -p "$out/logs" "$site/status"
-rm -f "$out"/logs/*.log "$out"/{results.json,table.md,codegen.md,environment.json}
+rm -f "$out"/logs/*.log "$out"/{results.json,table.md,codegen.md,environment.json,gpu-tests.json}
 rows=() failed=0
 declare -A pids
 
@@ -120,6 +125,22 @@ step() {
 
 installed() { "$python" -c "import importlib.util as u, sys; sys.exit(u.find_spec('$1') is None)"; }
 
+# the CUDA library, before anything imports the package that it becomes part of
+compiles=1
+if [ $dry = 1 ]; then
+    skip build "an installation builds the CUDA library without a GPU"
+elif "$python" "$root/tests/codegen/cuda_code.py" --is-current >"$out/logs/build.log" 2>&1; then
+    record build ok 0 "the CUDA library is there, made from these sources"
+elif ! command -v nvcc >/dev/null && [ ! -x "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" ]; then
+    skip build "nvcc is not installed here, so there is no CUDA backend"
+    compiles=0
+else
+    architecture=$("$python" -c 'import torch; a, b = torch.cuda.get_device_capability(); print(f"{a}{b}" + "a" * (a == 9))')
+    step build "the CUDA library for sm_$architecture" 120 env -C "$root" FLOWDPPO_BUILD_CPU=0 FLOWDPPO_BUILD_CUDA=1 \
+        FLOWDPPO_CUDA_ARCHS="$architecture" "$python" setup.py build_ext --inplace
+    link_package
+fi
+
 step environment "driver, torch, Triton, clocks" 30 "$python" -m bench.ops environment "$out" --device $device
 
 # compiles for the GPU by name and needs none, so it may run beside the tests
@@ -127,6 +148,7 @@ codegen=$root/tests/codegen/aot.py
 if [ $dry = 0 ] && [ -f "$codegen" ]; then
     arch=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
     begin codegen 150 "$python" "$codegen" --arch "$arch"
+    [ $compiles = 1 ] && begin cuda-codegen 60 "$python" "$root/tests/codegen/cuda_code.py"
 fi
 
 ignored=()
@@ -143,7 +165,9 @@ pytest=("$python" -m pytest "$root/tests" -m "$marks" -q -p no:cacheprovider --c
 if [ $dry = 1 ]; then
     step gpu-tests "collected, not run" 150 "${pytest[@]}" --collect-only
 else
-    step gpu-tests "pytest -m '$marks'" $([ $quick = 1 ] && echo 50 || echo 150) "${pytest[@]}"
+    # what was built has to run; how each backend fared is what `python -m bench.ops evidence` reads
+    step gpu-tests "pytest -m '$marks'" $([ $quick = 1 ] && echo 50 || echo 170) \
+        env FLOWDPPO_REQUIRE_CUDA=$compiles FLOWDPPO_GPU_TESTS_REPORT="$out/gpu-tests.json" "${pytest[@]}"
 fi
 if [ ${#ignored[@]} -gt 0 ]; then
     skip trainer-tests "$([ $dry = 1 ] && echo "not part of a dry run" || echo "diffusers is not installed here")"
@@ -164,7 +188,7 @@ elif ! command -v compute-sanitizer >/dev/null; then
 else
     for tool in memcheck racecheck; do
         # without torch's caching allocator every tensor has bounds of its own
-        begin $tool 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+        begin $tool 50 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
             compute-sanitizer --tool $tool --error-exitcode 9 "${smoke[@]}" triton cuda
         finish $tool "every form of this library on small ragged sizes" "$cannot"
     done
@@ -173,8 +197,12 @@ fi
 if [ $dry = 1 ]; then
     skip codegen "the test suite does this without a GPU (tests/codegen)"
 elif [ -f "$codegen" ]; then
-    finish codegen "registers, loads, spills for sm_$arch"
+    finish codegen "registers, loads, spills of the Triton kernels for sm_$arch"
     cp "$out/logs/codegen.log" "$out/codegen.md"
+    if [ $compiles = 1 ]; then
+        finish cuda-codegen "the same of the CUDA kernels"
+        { echo && cat "$out/logs/cuda-codegen.log"; } >>"$out/codegen.md"
+    fi
 else
     skip codegen "tests/codegen/aot.py is not there"
 fi

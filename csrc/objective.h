@@ -203,21 +203,27 @@ class RowSummary {
     excess_squares_ += other.excess_squares_ + delta * delta * (rows_ * other.rows_ / rows);
     excess_mean_ += delta * (other.rows_ / rows);
     rows_ = rows;
+    FLOWDPPO_IN_ORDER;
     excess_ += other.excess_;
     // NaN wins
     ratio_min_ = ratio_min_ <= other.ratio_min_ || ratio_min_ != ratio_min_ ? ratio_min_ : other.ratio_min_;
+    FLOWDPPO_IN_ORDER;
     ratio_max_ = ratio_max_ >= other.ratio_max_ || ratio_max_ != ratio_max_ ? ratio_max_ : other.ratio_max_;
     kl_max_ = kl_max_ >= other.kl_max_ || kl_max_ != kl_max_ ? kl_max_ : other.kl_max_;
+    FLOWDPPO_IN_ORDER;
     loss_ += other.loss_;
     policy_ += other.policy_;
     log_ratio_squares_ += other.log_ratio_squares_;
+    FLOWDPPO_IN_ORDER;
     kl_ += other.kl_;
     drift_ += other.drift_;
     reference_ += other.reference_;
+    FLOWDPPO_IN_ORDER;
     far_ += other.far_;
     positive_removed_ += other.positive_removed_;
     negative_removed_ += other.negative_removed_;
     dropped_ += other.dropped_;
+    FLOWDPPO_IN_ORDER;
     above_ += other.above_;
     below_ += other.below_;
     clipped_ += other.clipped_;

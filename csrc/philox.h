@@ -30,6 +30,7 @@ struct ScalarLanes {
     memcpy(&out, &x, sizeof out);
     return out;
   }
+  FLOWDPPO_HD Float multiply_add(Float a, Float b, Float c) { return fmaf(a, b, c); }
   FLOWDPPO_HD Float square_root(Float x) { return sqrtf(x); }
   FLOWDPPO_HD Float select(Uint condition, Float yes, Float no) { return condition != 0 ? yes : no; }
 };
@@ -67,15 +68,16 @@ FLOWDPPO_HD typename Lanes::Float minus_two_log(typename Lanes::Float u) {
   const typename Lanes::Uint biased = Lanes::bits(u) + (0x3f800000u - 0x3f3504f3u);
   const Float exponent = Lanes::to_float((biased >> 23) - 127u);
   const Float f = Lanes::from_bits((biased & 0x007fffffu) + 0x3f3504f3u) - 1.0f;
-  Float tail = f * 0.15268987f - 0.2552315f;
-  tail = tail * f + 0.26320365f;
-  tail = tail * f - 0.28403518f;
-  tail = tail * f + 0.33246714f;
-  tail = tail * f - 0.40002453f;
-  tail = tail * f + 0.5000164f;
-  tail = tail * f - 0.6666666f;
+  Float tail = Lanes::multiply_add(f, 0.15268987f, -0.2552315f);
+  tail = Lanes::multiply_add(tail, f, 0.26320365f);
+  tail = Lanes::multiply_add(tail, f, -0.28403518f);
+  tail = Lanes::multiply_add(tail, f, 0.33246714f);
+  tail = Lanes::multiply_add(tail, f, -0.40002453f);
+  tail = Lanes::multiply_add(tail, f, 0.5000164f);
+  tail = Lanes::multiply_add(tail, f, -0.6666666f);
   const Float square = f * f;
-  return exponent * -1.38629436f + (f * -2.0f + (square * f * tail + square));
+  const Float curved = Lanes::multiply_add(square * f, tail, square);
+  return Lanes::multiply_add(exponent, -1.38629436f, Lanes::multiply_add(f, -2.0f, curved));
 }
 
 // Normals from 24-bit integers: radius from (radius_bits + 1) * 2^-24, angle from angle_bits * 2^-24 turns.
@@ -93,13 +95,13 @@ FLOWDPPO_HD void box_muller(
   const Uint quarter = (angle_bits + 0x200000u) >> 22;
   const Float r = Lanes::to_float(angle_bits - (quarter << 22)) * 2.384185791015625e-7f;
   const Float z = r * r;
-  Float s = z * -0.0046859714f + 0.079712525f;
-  s = s * z - 0.64596665f;
-  s = (s * z + 1.5707964f) * r;
-  Float c = z * 0.0008944864f - 0.020855596f;
-  c = c * z + 0.25366855f;
-  c = c * z - 1.2337005f;
-  c = c * z + 1.0f;
+  Float s = Lanes::multiply_add(z, -0.0046859714f, 0.079712525f);
+  s = Lanes::multiply_add(s, z, -0.64596665f);
+  s = Lanes::multiply_add(s, z, 1.5707964f) * r;
+  Float c = Lanes::multiply_add(z, 0.0008944864f, -0.020855596f);
+  c = Lanes::multiply_add(c, z, 0.25366855f);
+  c = Lanes::multiply_add(c, z, -1.2337005f);
+  c = Lanes::multiply_add(c, z, 1.0f);
   const Uint odd = quarter & 1u;
   const Uint sign_of_cosine = ((quarter + 1u) << 30) & 0x80000000u, sign_of_sine = (quarter << 30) & 0x80000000u;
   const Float unsigned_cosine = Lanes::select(odd, s, c), unsigned_sine = Lanes::select(odd, c, s);

@@ -3,13 +3,15 @@
 A backend asked for by name runs or is an error; ``auto`` warns once where the device's own backend cannot run and plain
 torch takes its place.
 
-==========  =========================================  ===============================================
-name        code                                       ``auto`` takes it for
-==========  =========================================  ===============================================
-reference   ``reference.py``, plain torch              devices that nothing else serves
-cpu         ``csrc/cpu``, loaded as ``_C_cpu.so``      CPU tensors, when built
-triton      ``kernels/triton``                         CUDA and ROCm tensors, when Triton is installed
-==========  =========================================  ===============================================
+==========  =============================================  =========================================================
+name        code                                           ``auto`` takes it for
+==========  =============================================  =========================================================
+reference   ``reference.py``, plain torch                  devices that nothing else serves
+cpu         ``csrc/cpu``, loaded as ``_C_cpu.so``          CPU tensors, when built
+triton      ``kernels/triton``                             CUDA and ROCm tensors, when Triton is installed
+cuda        ``kernels/cuda``, loaded as ``_C_cuda.so``     CUDA tensors but float64, when built, once ``evidence.py``
+                                                           says that it has passed the GPU tests
+==========  =============================================  =========================================================
 """
 
 from __future__ import annotations
@@ -25,11 +27,12 @@ from typing import Any
 
 import torch
 
-from . import ops, reference
+from . import evidence, ops, reference
 
-BACKENDS = ("reference", "cpu", "triton")
+BACKENDS = ("reference", "cpu", "triton", "cuda")
 _PACKAGE = Path(__file__).parent
 _LIBRARY = _PACKAGE / "_C_cpu.so"
+_CUDA_LIBRARY = _PACKAGE / "_C_cuda.so"
 
 
 def _load_cpu_library() -> str | None:
@@ -52,8 +55,25 @@ def _load_cpu_library() -> str | None:
     return None
 
 
+def _load_cuda_library() -> str | None:
+    """Loads the CUDA library; returns why it cannot be used, or None."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} was built without CUDA; install a torch that has it"
+    if not _CUDA_LIBRARY.exists():
+        return (
+            "the CUDA library is not built; install with CUDA's compiler nvcc present "
+            "(FLOWDPPO_BUILD_CUDA=1 pip install --no-build-isolation . turns a failed build into an error)"
+        )
+    try:
+        torch.ops.load_library(str(_CUDA_LIBRARY))
+    except OSError as error:
+        built = build_info().get("torch", "an unknown version")
+        return f"the CUDA library built for torch {built} cannot be loaded under torch {torch.__version__}: {error}"
+    return None
+
+
 def build_info() -> dict[str, Any]:
-    """What the installed C++ library was built with (empty for a pure-Python install)."""
+    """What the installed C++ and CUDA libraries were built with (empty for a pure-Python install)."""
     path = _PACKAGE / "_build_info.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
@@ -64,6 +84,7 @@ def triton_interpreted() -> bool:
 
 
 _CPU_PROBLEM = _load_cpu_library()
+_CUDA_PROBLEM = _load_cuda_library()
 _TRITON_SPEC = importlib.util.find_spec("triton")
 _TRITON_PROBLEM = (
     None
@@ -94,40 +115,57 @@ def problem(name: str, device_type: str) -> str | None:
             f"it serves GPU tensors and these are on {device_type!r} "
             "(TRITON_INTERPRET=1 runs the kernels on CPU tensors, slowly, for tests)"
         )
+    if name == "cuda":
+        if device_type != "cuda":
+            return f"it serves NVIDIA GPU tensors and these are on {device_type!r}"
+        return _CUDA_PROBLEM
     raise ValueError(f"backend: got {name!r}, expected 'auto' or one of {', '.join(map(repr, BACKENDS))}")
 
 
-def resolve(name: str, device_type: str) -> str:
+def resolve(name: str, device_type: str, dtype: torch.dtype = torch.float32) -> str:
     """The backend that will run: ``name`` itself, or the best one for the device if ``name`` is ``"auto"``.
+
+    Args:
+        name: one of :data:`BACKENDS`, or ``"auto"``.
+        device_type: of the latents.
+        dtype: accumulation dtype: ``torch.float64`` for float64 latents, which ``cuda`` does not compute in.
 
     Raises:
         ValueError: unknown backend. RuntimeError: a backend asked for by name cannot run here; the message says why.
     """
     if name != "auto":
         reason = problem(name, device_type)
+        if reason is None and name == "cuda" and dtype == torch.float64:
+            reason = "it computes in float32 and the latents are float64; backend='reference' and 'triton' take them"
         if reason is not None:
             raise RuntimeError(f"backend={name!r} cannot run: {reason}")
         return name
-    preferred = {"cpu": "cpu", "cuda": "triton"}.get(device_type)
+    preferred = {"cpu": ("cpu",), "cuda": evidence.ORDER}.get(device_type)
     if preferred is None:
         return "reference"
-    reason = problem(preferred, device_type)
-    if reason is None:
-        return preferred
+    reasons = {}
+    for candidate in preferred:
+        if candidate == "cuda" and dtype == torch.float64:
+            continue
+        reason = problem(candidate, device_type)
+        if reason is None:
+            return candidate
+        reasons[candidate] = reason
     if not torch.compiler.is_compiling():
-        _warn_reference(preferred, device_type, reason)
+        _warn_reference(device_type, reasons)
     return "reference"
 
 
 _warned: set[str] = set()
 
 
-def _warn_reference(preferred: str, device_type: str, reason: str) -> None:
-    if preferred not in _warned:
-        _warned.add(preferred)
+def _warn_reference(device_type: str, reasons: dict[str, str]) -> None:
+    if device_type not in _warned:
+        _warned.add(device_type)
+        because = " and ".join(f"{name!r} cannot run: {reason}" for name, reason in reasons.items())
         warnings.warn(
             f"flowdppo_fast: backend 'auto' takes the plain torch reference for {device_type!r} tensors because "
-            f"{preferred!r} cannot run: {reason}. backend='reference' silences this.",
+            f"{because}. backend='reference' silences this.",
             stacklevel=4,
         )
 
@@ -138,10 +176,11 @@ def operator(op: str, backend: str, device_type: str) -> Callable:
         return getattr(reference, op)
     if backend == "triton" and device_type == "cpu":
         return getattr(importlib.import_module("flowdppo_fast.kernels"), op)
-    return _OPERATORS[op]
+    return _CUDA_OPERATORS[op] if backend == "cuda" else _OPERATORS[op]
 
 
 _OPERATORS: dict[str, Callable] = {op: getattr(torch.ops.flowdppo, op).default for op in ops.SCHEMAS}
+_CUDA_OPERATORS: dict[str, Callable] = {op: getattr(torch.ops.flowdppo_cuda, op).default for op in ops.SCHEMAS}
 
 
 def _register_triton() -> None:

@@ -315,7 +315,7 @@ def row_statistics(
     dtype, device = stats_dtype(velocity), velocity.device
     table, values = _velocity_step(step, shape, device, dtype)
     streams, seed, first_stream = noise.kernel_source(shape, device) if isinstance(noise, PhiloxNoise) else (None, 0, 0)
-    name = resolve(backend, device.type)
+    name = resolve(backend, device.type, dtype)
     source = RowSource(name, int(Form.VELOCITY), row_dims, values, seed, first_stream)
     stats = RowStatistics.apply(velocity, old_velocity, stored, None, streams, table, source, False)
     return stats[0].reshape(shape), stats[1].reshape(shape)
@@ -444,7 +444,7 @@ def _run(
     if options.kl_weight > 0.0 and reference is None:
         raise ValueError("kl_weight: got a positive weight without a reference, expected the reference policy's output")
     row_shape, device = tuple(advantages.shape), new.device
-    source = RowSource(resolve(backend, device.type), *numbers)
+    source = RowSource(resolve(backend, device.type, stats_dtype(new)), *numbers)
 
     def vector(value: Tensor | None, name: str) -> Tensor | None:
         if value is None:

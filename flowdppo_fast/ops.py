@@ -1,7 +1,9 @@
 """Operator schemas, registered once. Backends fill them in: see ``backend.py`` for who serves which device.
 
-The reference is the ``CompositeExplicitAutograd`` implementation (any device); the C++ library overrides ``CPU`` when
-it is loaded, a GPU backend overrides ``CUDA``. Autograd sits outside (``autograd.py``).
+In ``flowdppo`` the reference is the ``CompositeExplicitAutograd`` implementation (any device); the C++ library
+overrides ``CPU`` when it is loaded, Triton overrides ``CUDA``. The CUDA library fills a namespace of its own,
+``flowdppo_cuda``, with the same schemas, so that both GPU backends can be asked for by name in one process. Autograd
+sits outside (``autograd.py``).
 
 Canonical tensors (made by ``layout.py``): latents ``[R0, R1, N]`` with last stride 1, any row strides, ``R = R0*R1``;
 ``step`` a contiguous ``[R, 3]`` table (``S, k, -dt`` for training rows, ``a, b, S`` for the sampler; ``[R, 1]``
@@ -79,7 +81,9 @@ _FAKES: dict[str, Callable] = {
 }
 
 library = torch.library.Library("flowdppo", "DEF")
+cuda_library = torch.library.Library("flowdppo_cuda", "DEF")
 for _name, _schema in SCHEMAS.items():
-    library.define(_name + _schema)
+    for _library in (library, cuda_library):
+        _library.define(_name + _schema)
+        torch.library.register_fake(f"{_library.ns}::{_name}", _FAKES[_name], lib=_library)
     library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"flowdppo::{_name}", _FAKES[_name], lib=library)

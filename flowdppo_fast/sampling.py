@@ -102,7 +102,7 @@ def sde_step(
     streams, seed, first_stream = noise.kernel_source(shape, device) if isinstance(noise, PhiloxNoise) else (None, 0, 0)
     if prev_sample is None and noise is None:
         noise = stored = _draw(sample.shape, generator, device, compute)
-    source = RowSource(resolve(backend, device.type), int(Form.VELOCITY), rows, values, seed, first_stream)
+    source = RowSource(resolve(backend, device.type, compute), int(Form.VELOCITY), rows, values, seed, first_stream)
     flags = (return_mean, log_prob is not None, log_prob == "unnormalized")
     next_sample, mean, density = SamplerStep.apply(
         velocity, sample, stored, prev_sample, streams, table, source, dtype, flags

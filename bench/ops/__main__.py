@@ -87,6 +87,14 @@ def _parser() -> argparse.ArgumentParser:
     goals.add_argument("--check", action="store_true", help="only fail if the page differs")
     goals.add_argument("--page", type=Path, default=_PAGE)
     goals.set_defaults(run=_goals)
+
+    evidence = commands.add_parser(
+        "evidence", help="write what `auto` takes for CUDA tensors, from runs of bench/gpu.sh"
+    )
+    evidence.add_argument("folders", type=Path, nargs="*", metavar="DIR")
+    evidence.add_argument("--check", action="store_true", help="only fail if the module differs")
+    evidence.add_argument("--page", type=Path, default=Path("flowdppo_fast") / "evidence.py")
+    evidence.set_defaults(run=_evidence)
     return parser
 
 
@@ -198,6 +206,15 @@ def _goals(options: argparse.Namespace, arguments: list[str]) -> int:
     sources = ", ".join(f"`{_relative(folder)}`" for folder in options.folders) or "none yet"
     content = f"Result folders: {sources}.\n\n{table.goals_table(found)}"
     return _place(options, "goals", content)
+
+
+def _evidence(options: argparse.Namespace, arguments: list[str]) -> int:
+    from . import evidence
+
+    differs = evidence.write(options.page, options.folders, options.check)
+    state = ("differs" if options.check else "written") if differs else "is up to date"
+    print(f"{options.page}: {state}")
+    return 1 if differs and options.check else 0
 
 
 def _place(options: argparse.Namespace, name: str, content: str) -> int:

@@ -8,188 +8,21 @@
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
+#include "../arguments.h"
 #include "isa.h"
 #include "rows.h"
 
-namespace flowdppo::cpu {
-namespace {
+namespace flowdppo {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-const char* name_of(ScalarType type) { return torch::headeronly::toString(type); }
-
-template <class T>
-constexpr ScalarType kScalarType = sizeof(T) == sizeof(double) ? ScalarType::Double : ScalarType::Float;
-
-std::string shape_of(const Tensor& tensor) {
-  std::string out = "[";
-  for (int64_t i = 0; i < tensor.dim(); ++i) out += (i > 0 ? ", " : "") + std::to_string(tensor.size(i));
-  return out + "]";
-}
-
-DType latent_dtype(ScalarType type, const char* name) {
-  switch (type) {
-    case ScalarType::Float:
-      return DType::kFloat32;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    case ScalarType::Half:
-      return DType::kFloat16;
-    case ScalarType::Double:
-      return DType::kFloat64;
-    default:
-      STD_TORCH_CHECK(
-          false, name, ": got dtype ", name_of(type), ", expected Float, BFloat16, Half or Double; cast it first");
-  }
-}
-
-void check_device(const Tensor& tensor, const char* name) {
+void binding::check_device(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.is_cpu(), name, ": got a tensor on another device, expected the CPU; move it there first");
 }
 
-RowShape row_shape(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(
-      tensor.dim() == 3 && tensor.size(2) > 0, name, ": got shape ", shape_of(tensor),
-      ", expected [R0, R1, N] with N > 0; reshape the rows first");
-  return {tensor.size(0), tensor.size(1), tensor.size(2)};
-}
+namespace cpu {
+namespace {
 
-// A latent tensor that must agree with the first one in shape and in being float64.
-Latents latents_of(const Tensor& tensor, const RowShape& shape, bool is_double, const char* name) {
-  check_device(tensor, name);
-  const RowShape own = row_shape(tensor, name);
-  STD_TORCH_CHECK(
-      own.outer == shape.outer && own.inner == shape.inner && own.numel == shape.numel, name, ": got shape ",
-      shape_of(tensor), ", expected that of the first latents, [", shape.outer, ", ", shape.inner, ", ", shape.numel,
-      "]");
-  STD_TORCH_CHECK(
-      own.numel == 1 || tensor.stride(2) == 1, name, ": got stride ", tensor.stride(2),
-      " in the last dim, expected 1; call .contiguous() first");
-  const DType dtype = latent_dtype(tensor.scalar_type(), name);
-  STD_TORCH_CHECK(
-      (dtype == DType::kFloat64) == is_double, name, ": got dtype ", name_of(tensor.scalar_type()),
-      ", but either all latents are Double or none is; cast it first");
-  return {tensor.const_data_ptr(), dtype, tensor.stride(0), tensor.stride(1)};
-}
-
-Latents latents_of(const OptionalTensor& tensor, const RowShape& shape, bool is_double, const char* name) {
-  return tensor.has_value() ? latents_of(*tensor, shape, is_double, name) : Latents();
-}
-
-// A contiguous tensor of `count` T.
-template <class T>
-const T* row_values(const Tensor& tensor, int64_t count, const char* name) {
-  check_device(tensor, name);
-  STD_TORCH_CHECK(
-      tensor.scalar_type() == kScalarType<T>, name, ": got dtype ", name_of(tensor.scalar_type()), ", expected ",
-      name_of(kScalarType<T>), ", the accumulation dtype; cast it first");
-  STD_TORCH_CHECK(
-      tensor.numel() == count && tensor.is_contiguous(), name, ": got shape ", shape_of(tensor),
-      tensor.is_contiguous() ? "" : " (not contiguous)", ", expected ", count,
-      " contiguous elements; expand it to the rows and call .contiguous() first");
-  return tensor.const_data_ptr<T>();
-}
-
-template <class T>
-const T* row_values(const OptionalTensor& tensor, int64_t count, const char* name) {
-  return tensor.has_value() ? row_values<T>(*tensor, count, name) : nullptr;
-}
-
-NoiseStreams streams_of(const OptionalTensor& streams, int64_t rows, int64_t seed, int64_t first) {
-  NoiseStreams out;
-  out.seed = static_cast<uint64_t>(seed);
-  out.first = first;
-  if (streams.has_value()) {
-    check_device(*streams, "streams");
-    STD_TORCH_CHECK(
-        streams->scalar_type() == ScalarType::Long && streams->numel() == rows && streams->is_contiguous(),
-        "streams: got ", name_of(streams->scalar_type()), " of shape ", shape_of(*streams), ", expected ", rows,
-        " contiguous Long elements");
-    out.streams = streams->const_data_ptr<int64_t>();
-  }
-  return out;
-}
-
-template <class T>
-StepTable<T> step_table(
-    const OptionalTensor& step, const std::vector<double>& step_values, int64_t rows, bool std_is_enough) {
-  StepTable<T> out;
-  if (step.has_value()) {
-    STD_TORCH_CHECK(
-        step->dim() == 2 && (step->size(1) == 3 || (std_is_enough && step->size(1) == 1)), "step: got shape ",
-        shape_of(*step), ", expected [", rows, ", 3]", std_is_enough ? " or one column for means" : "");
-    out.columns = step->size(1);
-    out.data = row_values<T>(*step, rows * out.columns, "step");
-  } else {
-    STD_TORCH_CHECK(
-        step_values.size() == 3, "step_values: got ", step_values.size(), " numbers, expected 3 as there is no step");
-    for (int i = 0; i < 3; ++i) out.values[i] = static_cast<T>(step_values[i]);
-  }
-  return out;
-}
-
-// The arguments that say where rows come from, as the schemas list them.
-struct SourceArguments {
-  const Tensor& current;
-  const Tensor& old;
-  const OptionalTensor& noise;
-  const OptionalTensor& reference;
-  const OptionalTensor& streams;
-  const OptionalTensor& step;
-  const std::vector<double>& step_values;
-  int64_t seed, first_stream, form;
-
-  bool is_double() const { return current.scalar_type() == ScalarType::Double; }
-
-  template <class T>
-  RowSource<T> unpack() const {
-    RowSource<T> out;
-    out.shape = row_shape(current, "new");
-    const int64_t rows = out.shape.rows();
-    out.current = latents_of(current, out.shape, is_double(), "new");
-    out.old = latents_of(old, out.shape, is_double(), "old");
-    out.noise = latents_of(noise, out.shape, is_double(), "noise");
-    out.reference = latents_of(reference, out.shape, is_double(), "reference");
-    STD_TORCH_CHECK(form == 0 || form == 1, "form: got ", form, ", expected 0 (velocities) or 1 (means)");
-    out.form = static_cast<Form>(form);
-    STD_TORCH_CHECK(
-        noise.has_value() || out.form == Form::kVelocity, "noise: got None, expected the next states that means need");
-    out.streams = streams_of(streams, rows, seed, first_stream);
-    out.step = step_table<T>(step, step_values, rows, out.form == Form::kMean);
-    return out;
-  }
-};
-
-struct ObjectiveArguments {
-  const Tensor& advantages;
-  const OptionalTensor& row_weights;
-  const OptionalTensor& old_log_prob;
-  const std::vector<int64_t>& ints;
-  const std::vector<double>& floats;
-
-  template <class T>
-  ObjectiveInputs<T> unpack(int64_t rows) const {
-    return {
-        row_values<T>(advantages, rows, "advantages"), row_values<T>(row_weights, rows, "row_weights"),
-        row_values<T>(old_log_prob, rows, "old_log_prob")};
-  }
-
-  EpilogueOptions options() const {
-    STD_TORCH_CHECK(
-        ints.size() == 6 && floats.size() == 5, "ints, floats: got ", ints.size(), " and ", floats.size(),
-        " options, expected 6 and 5");
-    STD_TORCH_CHECK(ints[0] >= 0 && ints[0] <= 4, "ints: got objective rule ", ints[0], ", expected 0..4");
-    STD_TORCH_CHECK(ints[1] >= 0 && ints[1] <= 2, "ints: got trust region ", ints[1], ", expected 0..2");
-    return {
-        static_cast<Rule>(ints[0]), static_cast<TrustRegion>(ints[1]), ints[2] != 0, ints[3] != 0, ints[4] != 0,
-        ints[5] != 0, floats[0], floats[1], floats[2], floats[3], floats[4]};
-  }
-};
+using namespace binding;
 
 template <class Visit>
 auto with_type(bool is_double, const Visit& visit) {
@@ -238,17 +71,9 @@ Tensor row_grad_op(
     const RowSource<T> source = arguments.unpack<T>();
     const int64_t rows = source.shape.rows();
     const T* slopes = row_values<T>(coefficients, 3 * rows, "coefficients");
-    check_device(upstream, "upstream");
-    STD_TORCH_CHECK(
-        upstream.scalar_type() == kScalarType<T>, "upstream: got dtype ", name_of(upstream.scalar_type()),
-        ", expected ", name_of(kScalarType<T>), ", the accumulation dtype; cast it first");
-    const bool single = upstream.numel() == 1;
-    STD_TORCH_CHECK(
-        single || (upstream.dim() == 1 && upstream.numel() == rows), "upstream: got shape ", shape_of(upstream),
-        ", expected one number or ", rows);
+    const Upstream<T> outer = upstream_of<T>(upstream, rows);
     Tensor grad = torch::stable::new_empty(current, current.sizes());
-    row_grad<T>(
-        source, slopes, upstream.const_data_ptr<T>(), single ? 0 : upstream.stride(0), factor, grad.mutable_data_ptr());
+    row_grad<T>(source, slopes, outer.data, outer.stride, factor, grad.mutable_data_ptr());
     return grad;
   });
 }
@@ -336,21 +161,12 @@ std::tuple<Tensor, Tensor, Tensor> sde_step_op(
     bool with_mean,
     bool with_log_prob,
     bool unnormalized) {
-  const bool is_double = sample.scalar_type() == ScalarType::Double;
-  return with_type(is_double, [&](auto type) {
+  const SampleArguments arguments{
+      sample, velocity, noise, prev_sample, streams, step, step_values, seed, first_stream, dtype, unnormalized};
+  return with_type(arguments.is_double(), [&](auto type) {
     using T = decltype(type);
-    SampleSource<T> source;
-    source.shape = row_shape(sample, "sample");
+    SampleSource<T> source = arguments.unpack<T>();
     const int64_t rows = source.shape.rows();
-    source.sample = latents_of(sample, source.shape, is_double, "sample");
-    source.velocity = latents_of(velocity, source.shape, is_double, "velocity");
-    source.noise = latents_of(noise, source.shape, is_double, "noise");
-    source.previous = latents_of(prev_sample, source.shape, is_double, "prev_sample");
-    source.streams = streams_of(streams, rows, seed, first_stream);
-    source.step = step_table<T>(step, step_values, rows, false);
-    source.unnormalized = unnormalized;
-    source.next_dtype = latent_dtype(dtype, "dtype");
-
     const auto empty = [&](bool wanted, ScalarType scalar_type, bool per_row) {
       if (!wanted) return torch::stable::new_empty(sample, {0}, scalar_type);
       return per_row ? torch::stable::new_empty(sample, {rows}, scalar_type)
@@ -370,7 +186,8 @@ std::tuple<Tensor, Tensor, Tensor> sde_step_op(
 std::string cpu_isa_op() { return kernels().isa; }
 
 }  // namespace
-}  // namespace flowdppo::cpu
+}  // namespace cpu
+}  // namespace flowdppo
 
 STABLE_TORCH_LIBRARY_FRAGMENT(flowdppo, library) {
   library.def("cpu_isa() -> str");

@@ -4,15 +4,9 @@
 
 #include <stdint.h>
 
-#include "../row_math.h"
+#include "../row_source.h"
 
 namespace flowdppo::cpu {
-
-enum class DType : int { kFloat32, kBFloat16, kFloat16, kFloat64 };
-
-inline int64_t size_of(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-}
 
 // Rows are cut every kChunk elements. The cuts depend on nothing but N, and chunk sums are added in order of position:
 // results do not depend on how many threads there are.

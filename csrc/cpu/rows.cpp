@@ -38,11 +38,6 @@ Operand operand_at(const Latents& latents, const RowShape& shape, int64_t row, i
   return {static_cast<const char*>(latents.data) + element * size_of(latents.dtype), latents.dtype};
 }
 
-uint64_t stream_of(const NoiseStreams& streams, int64_t row) {
-  return streams.streams != nullptr ? static_cast<uint64_t>(streams.streams[row])
-                                    : static_cast<uint64_t>(streams.first) + static_cast<uint64_t>(row);
-}
-
 int64_t chunk_count(const RowShape& shape, int64_t chunk) {
   const int64_t left = shape.numel - chunk * kChunk;
   return left < kChunk ? left : kChunk;
@@ -62,16 +57,6 @@ RowChunk chunk_of(const RowSource<T>& source, int64_t row, int64_t chunk) {
   out.count = chunk_count(source.shape, chunk);
   out.form = source.form;
   return out;
-}
-
-template <class T>
-RowNumbers<T> numbers_of(const RowSource<T>& source, int64_t row) {
-  const StepTable<T>& step = source.step;
-  const T* values = step.data == nullptr ? step.values : step.data + row * step.columns;
-  const bool only_std = step.data != nullptr && step.columns == 1;
-  const T std = values[0];
-  const bool inverse = only_std || source.form == Form::kMean;
-  return {std, inverse ? T(1) / std : values[1], only_std ? T(NAN) : values[2]};
 }
 
 // Generated noise of a row's first chunks, kept between the two looks at the row.
@@ -150,12 +135,12 @@ class Rows {
   }
 
   RowStats<T> stats(int64_t row, const RawSums& sums) const {
-    return finish_sums<T>(sums, numbers_of(source_, row).scale, numel(), source_.form);
+    return finish_sums<T>(sums, numbers_of(source_.step, source_.form, row).scale, numel(), source_.form);
   }
 
   GradFactors factors(int64_t row, T grad_p, T grad_q, T grad_r, double outer) const {
     return gradient_factors<T>(
-        grad_p, grad_q, grad_r, outer, numbers_of(source_, row).scale, numel(), source_.form);
+        grad_p, grad_q, grad_r, outer, numbers_of(source_.step, source_.form, row).scale, numel(), source_.form);
   }
 
   // Whether each row is read twice by one thread, or every thread works on all rows.
@@ -213,7 +198,7 @@ class Epilogue {
     const T weight = inputs_.row_weights != nullptr ? inputs_.row_weights[row] : T(1);
     const T* old_log_prob = inputs_.old_log_prob != nullptr ? inputs_.old_log_prob + row : nullptr;
     results_[row] = evaluate_row<T>(
-        stats, numbers_of(source_, row), inputs_.advantages[row], weight, old_log_prob, guard_bias,
+        stats, numbers_of(source_.step, source_.form, row), inputs_.advantages[row], weight, old_log_prob, guard_bias,
         source_.shape.numel, options_);
     return results_[row];
   }

@@ -241,6 +241,11 @@ struct VectorLanes {
   FLOWDPPO_HD Float to_float(Uint x) { return __builtin_convertvector((IntV)x, FloatV); }
   FLOWDPPO_HD Uint bits(Float x) { return (UintV)x; }
   FLOWDPPO_HD Float from_bits(Uint x) { return (FloatV)x; }
+  // one rounding where the instruction set has it; b and c may be scalars
+  template <class B, class C>
+  FLOWDPPO_HD Float multiply_add(Float a, B b, C c) {
+    return a * b + c;
+  }
   FLOWDPPO_HD Float square_root(Float x) {
 #if defined(__AVX512F__)
     return (FloatV)_mm512_sqrt_ps((__m512)x);

@@ -20,9 +20,11 @@ def doctor_report() -> dict[str, Any]:
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     backends: dict[str, Any] = {}
     for name in backend.BACKENDS:
-        problems = {device: backend.problem(name, device) for device in devices}
-        usable = [device for device, problem in problems.items() if problem is None]
-        backends[name] = {"serves": usable} if usable else {"unusable": next(iter(problems.values()))}
+        usable = [device for device in devices if backend.problem(name, device) is None]
+        # of a GPU's backend: what would keep it from serving a GPU, before that there is none
+        wanted = "cuda" if name == "cuda" else devices[0]
+        reason = backend.problem(name, wanted) or "torch sees no GPU"
+        backends[name] = {"serves": usable} if usable else {"unusable": reason}
     versions = {name: _version(name) for name in ("flowdppo_fast", "torch", *_OPTIONAL)}
     return {
         "python": platform.python_version(),
@@ -31,10 +33,22 @@ def doctor_report() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
         "cpu_isa": torch.ops.flowdppo.cpu_isa() if backend.problem("cpu", "cpu") is None else None,
+        "cuda_kernels": _cuda_kernels(),
         "build": backend.build_info(),
         "backends": backends,
         "auto": {device: backend.resolve("auto", device) for device in devices},
     }
+
+
+def _cuda_kernels() -> str | None:
+    """For which GPUs the CUDA library was compiled, and what the GPU here is; None where it cannot be loaded."""
+    if backend.problem("cuda", "cuda") is not None:
+        return None
+    built = f"compiled for sm_{torch.ops.flowdppo_cuda.architectures().replace(';', ', sm_')}"
+    if not torch.cuda.is_available():
+        return built
+    major, minor = torch.cuda.get_device_capability()
+    return f"{built}; the GPU here is sm_{major}{minor}"
 
 
 def _version(name: str) -> str | None:
@@ -51,10 +65,12 @@ def _print_doctor(report: dict[str, Any]) -> None:
     print(f"  {'gpu':<14} {report['gpu'] or 'none visible to torch'}")
     if report["cpu_isa"]:
         print(f"  {'cpu kernels':<14} {report['cpu_isa']}")
+    if report["cuda_kernels"]:
+        print(f"  {'cuda kernels':<14} {report['cuda_kernels']}")
     if report["build"]:
-        print("C++ library built with:")
+        print("C++ and CUDA libraries built with:")
         for key, value in report["build"].items():
-            print(f"  {key:<14} {value}")
+            print(f"  {key:<18} {value}")
     print("backends:")
     for name, state in report["backends"].items():
         serves = state.get("serves")

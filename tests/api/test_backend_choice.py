@@ -14,7 +14,7 @@ from support.problems import make_problem
 
 import flowdppo_fast as fast
 from flowdppo_fast import backend as backends
-from flowdppo_fast import ops, reference
+from flowdppo_fast import cli, ops, reference
 
 
 @pytest.fixture
@@ -171,6 +171,56 @@ def test_unfit_library_says_so(monkeypatch, tmp_path):
     assert "cannot be loaded under torch" in backends._load_cpu_library()
     monkeypatch.setattr(backends, "_LIBRARY", tmp_path / "missing.so")
     assert "not built" in backends._load_cpu_library()
+
+
+def test_cuda_by_name_says_what_is_missing(monkeypatch, tmp_path):
+    with pytest.raises(RuntimeError, match=r"backend='cuda' cannot run: it serves NVIDIA GPU tensors .* 'cpu'"):
+        fast.resolve("cuda", "cpu")
+    monkeypatch.setattr(backends, "_CUDA_LIBRARY", tmp_path / "missing.so")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "was built without CUDA; install a torch that has it" in backends._load_cuda_library()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert "the CUDA library is not built; install with CUDA's compiler nvcc" in backends._load_cuda_library()
+    monkeypatch.setattr(backends, "_CUDA_LIBRARY", tmp_path / "broken.so")
+    (tmp_path / "broken.so").write_bytes(b"not a library")
+    assert "cannot be loaded under torch" in backends._load_cuda_library()
+
+
+def test_both_gpu_backends_have_operators_of_their_own():
+    assert backends.operator("row_stats", "cuda", "cuda") is torch.ops.flowdppo_cuda.row_stats.default
+    assert backends.operator("row_stats", "triton", "cuda") is torch.ops.flowdppo.row_stats.default
+    for op in ops.SCHEMAS:
+        schemas = [str(getattr(space, op).default._schema) for space in (torch.ops.flowdppo, torch.ops.flowdppo_cuda)]
+        assert schemas[1].replace("flowdppo_cuda", "flowdppo") == schemas[0]
+
+
+def test_the_cuda_library_loads_without_a_gpu():
+    """It brings a kernel for every operator, and none for tensors of a CPU."""
+    if not backends._CUDA_LIBRARY.exists():
+        pytest.skip("the CUDA library is not built")
+    code = (
+        "import torch; from flowdppo_fast import backend, ops; torch.ops.load_library(str(backend._CUDA_LIBRARY)); "
+        "has = torch._C._dispatch_has_kernel_for_dispatch_key; "
+        "print(torch.ops.flowdppo_cuda.architectures()); "
+        "print(all(has(f'flowdppo_cuda::{op}', 'CUDA') for op in ops.SCHEMAS)); "
+        "print(any(has(f'flowdppo_cuda::{op}', 'CPU') for op in ops.SCHEMAS))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    architectures, on_gpu, on_cpu = run.stdout.splitlines()[-3:]
+    assert architectures.split(";") == fast.build_info()["cuda_architectures"]
+    assert (on_gpu, on_cpu) == ("True", "False")
+
+
+def test_doctor_says_why_cuda_cannot_run(monkeypatch):
+    monkeypatch.setattr(backends, "_CUDA_PROBLEM", "the CUDA library is not built")
+    report = cli.doctor_report()
+    assert report["backends"]["cuda"] == {"unusable": "the CUDA library is not built"}
+    assert report["cuda_kernels"] is None
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(backends, "_CUDA_PROBLEM", None)
+        monkeypatch.setattr(cli, "_cuda_kernels", lambda: "compiled for sm_90a")
+        assert cli.doctor_report()["backends"]["cuda"] == {"unusable": "torch sees no GPU"}
 
 
 def test_import_is_light():

@@ -294,7 +294,7 @@ TABLE: dict[str, Wrong] = {
             "log_prob": ("'gaussian'", "'unnormalized'"),
             "reference_kl": ("'gaussian'", "'without_dt'"),
             "trust_region": ("'kl'", "'mean_drift'", "'velocity_drift'"),
-            "backend": ("'auto'", "'reference'", "'cpu'", "'triton'"),
+            "backend": ("'auto'", "'reference'", "'cpu'", "'triton'", "'cuda'"),
         }.items()
     },
     "guard bias unknown": Wrong(lambda: fast.GRPOGuard(bias="all"), ValueError, ("bias", "'all'", "'row'", "'batch'")),

@@ -19,6 +19,7 @@ case "$*" in
     *find_spec*diffusers*) exit ${STUB_DIFFUSERS:-1} ;;
     *find_spec*peft*) exit ${STUB_PEFT:-0} ;;
     *find_spec*) exit 0 ;;
+    *'"a" *'*) echo 90a ;;
     *get_device_capability*) echo 90 ;;
     *sys.prefix*) echo /opt/python ;;
     "-m bench.ops folder"*) echo "bench/results/stub-gpu/2026-01-01-0123456789" ;;
@@ -28,9 +29,15 @@ case "$*" in
     "-m bench.train run"*) echo "$*"; eval "${STUB_TRAIN:-true}" ;;
     "-m bench.ops plot"*) eval "${STUB_PLOTS:-true}" ;;
     "-m pytest"*) echo "$*"; eval "${STUB_TESTS:-true}" ;;
+    *cuda_code.py*--is-current*) exit ${STUB_CURRENT:-1} ;;
+    *cuda_code.py*) echo "| cuda kernel |"; eval "${STUB_CUDA_CODEGEN:-true}" ;;
+    "setup.py build_ext"*) echo "$* $FLOWDPPO_CUDA_ARCHS"; eval "${STUB_BUILD:-true}" ;;
     *aot.py*) echo "| kernel |"; eval "${STUB_CODEGEN:-true}" ;;
     *) echo "stub: got $*" >&2; exit 64 ;;
 esac
+"""
+NVCC = """#!/usr/bin/env bash
+exit 0
 """
 SANITIZER = """#!/usr/bin/env bash
 echo "$*"; eval "${STUB_MEMORY:-true}"
@@ -41,15 +48,19 @@ echo "$*"; eval "${STUB_MEMORY:-true}"
 def run(tmp_path):
     """Runs gpu.sh with the stub; returns the process, the steps' verdicts and the result folder."""
 
-    def call(*arguments, sanitizer=True, **steps):
+    def call(*arguments, sanitizer=True, nvcc=True, **steps):
         tools = tmp_path / "tools"
         tools.mkdir(exist_ok=True)
         scripts = {"python": STUB} | ({"compute-sanitizer": SANITIZER} if sanitizer else {})
+        scripts |= {"nvcc": NVCC} if nvcc else {}
         for name, text in scripts.items():
             (tools / name).write_text(text)
             (tools / name).chmod(0o755)
         out = tmp_path / "out"
         env = dict(os.environ, PYTHON=str(tools / "python"), PATH=f"{tools}:{os.environ['PATH']}")
+        if not nvcc:
+            # what else the machine has, this one has not
+            env |= {"PATH": f"{tools}:/usr/bin:/bin", "CUDA_HOME": str(tmp_path)}
         env |= {f"STUB_{name.upper()}": command for name, command in steps.items()}
         done = subprocess.run(
             [SCRIPT, *arguments, "--output", out], env=env, capture_output=True, text=True, timeout=100, cwd=tmp_path
@@ -65,22 +76,25 @@ def test_all_green(run):
     done, steps, out = run()
     assert done.returncode == 0, done.stdout + done.stderr
     assert "all checks that ran are green" in done.stdout
-    ran = ("environment", "gpu-tests", "memcheck", "racecheck", "codegen", "bench", "plots")
+    ran = ("build", "environment", "gpu-tests", "memcheck", "racecheck", "codegen", "cuda-codegen", "bench", "plots")
     assert {name: steps[name][0] for name in ran} == dict.fromkeys(ran, "ok")
     assert steps["end-to-end"] == ("skipped", "not installed here: diffusers")
     assert steps["trainer-tests"] == ("skipped", "diffusers is not installed here")
     assert "--tool memcheck --error-exitcode 9" in (out / "logs" / "memcheck.log").read_text()
     assert "--tool racecheck" in (out / "logs" / "racecheck.log").read_text()
-    assert (out / "codegen.md").read_text() == "| kernel |\n"
+    assert (out / "codegen.md").read_text() == "| kernel |\n\n| cuda kernel |\n"
+    assert (out / "logs" / "build.log").read_text() == "setup.py build_ext --inplace 90a\n"
     bench = (out / "logs" / "bench.log").read_text()
     assert "--device cuda" in bench
     assert "--quick" not in bench
 
 
-@pytest.mark.parametrize("step", ["environment", "tests", "smoke", "codegen", "bench", "plots"])
+@pytest.mark.parametrize(
+    "step", ["build", "environment", "tests", "smoke", "codegen", "cuda-codegen", "bench", "plots"]
+)
 def test_a_failed_check_fails_the_run_which_still_goes_on(run, step):
     arguments = ["--dry-run"] if step == "smoke" else []
-    done, steps, out = run(*arguments, **{step: "echo went wrong in $PWD; false"})
+    done, steps, out = run(*arguments, **{step.replace("-", "_"): "echo went wrong in $PWD; false"})
     name = "gpu-tests" if step == "tests" else step
     assert done.returncode == 1
     assert "A CHECK FAILED" in done.stdout
@@ -104,6 +118,21 @@ def test_the_end_to_end_benchmark_runs_where_its_packages_are(run):
     assert done.returncode == 1
     assert steps["end-to-end"][0] == "FAILED"
     assert steps["bench"][0] == "ok", "the script stopped at the failure"
+
+
+def test_a_library_that_is_there_is_not_built_again(run):
+    done, steps, out = run(current="0")
+    assert done.returncode == 0
+    assert steps["build"] == ("ok", "the CUDA library is there, made from these sources")
+    assert "setup.py" not in (out / "logs" / "build.log").read_text()
+
+
+def test_without_nvcc_there_is_no_cuda_backend_and_the_rest_goes_on(run):
+    done, steps, out = run(nvcc=False, tests="echo required $FLOWDPPO_REQUIRE_CUDA")
+    assert done.returncode == 0, done.stdout
+    assert steps["build"] == ("skipped", "nvcc is not installed here, so there is no CUDA backend")
+    assert "required 0" in (out / "logs" / "gpu-tests.log").read_text()
+    assert "cuda-codegen" not in steps
 
 
 def test_a_step_is_stopped_when_the_time_is_up(run):

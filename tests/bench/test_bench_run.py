@@ -84,9 +84,14 @@ def test_missing_backends_are_listed_with_the_reason(oracle, monkeypatch):
     entries = case_of(oracle, contender("cpu/velocity"), contender("cuda/velocity"), contender("triton/means"))
     assert entries["cpu/velocity"]["status"] == "missing"
     assert "not built" in entries["cpu/velocity"]["reason"]
-    assert "no backend 'cuda'" in entries["cuda/velocity"]["reason"]
+    assert "serves NVIDIA GPU tensors" in entries["cuda/velocity"]["reason"]
     assert entries["triton/means"]["status"] == "missing"
     assert all("samples" not in entry for entry in entries.values())
+
+
+def test_a_backend_that_this_version_lacks_is_missing(monkeypatch):
+    monkeypatch.setattr(contenders.flowdppo_fast, "BACKENDS", ("reference", "cpu"))
+    assert "has no backend 'cuda'" in contender("cuda/velocity").missing("cuda")
 
 
 def test_a_contender_that_raises_is_an_error_and_spares_the_others(oracle, capfd):

@@ -8,6 +8,7 @@ from support.backends import CPU, require
 from support.layouts import trajectory_slice
 
 from flowdppo_fast import ops
+from flowdppo_fast.backend import operator
 from flowdppo_fast.objectives import DPPO, EpilogueOptions, GRPOGuard
 
 VELOCITY, MEAN = 0, 1
@@ -76,6 +77,15 @@ def arguments(op, dtype, layout, form, variant):
 )
 def test_opcheck(op, layout, dtype, form, variant):
     torch.library.opcheck(getattr(torch.ops.flowdppo, op).default, arguments(op, dtype, layout, form, variant))
+
+
+@pytest.mark.parametrize("op", ops.SCHEMAS)
+@pytest.mark.parametrize("layout", ["contiguous", "row_strided"])
+@pytest.mark.parametrize("variant", ["stored", "seeded"])
+def test_opcheck_on_the_device(gpu_backend, op, layout, variant):
+    values = arguments(op, torch.bfloat16, layout, VELOCITY, variant)
+    on_device = [x.cuda() if isinstance(x, torch.Tensor) else x for x in values]
+    torch.library.opcheck(operator(op, gpu_backend.name, "cuda"), tuple(on_device))
 
 
 @pytest.mark.parametrize("op", ops.SCHEMAS)

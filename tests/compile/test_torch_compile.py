@@ -6,11 +6,15 @@ import shutil
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from support.backends import CPU, REFERENCE, require
 from support.problems import make_problem
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import flowdppo_fast as fast
+from flowdppo_fast import backend as backends
+from flowdppo_fast import ops, reference
 
 PROBLEM = make_problem((4, 2), (3, 8, 8), index=[3, 5])
 STEP = PROBLEM.step
@@ -110,6 +114,32 @@ def check(function, compiled, arguments, backend):
 def test_one_graph_with_the_same_numbers(function, backend):
     compiled = torch.compile(function, fullgraph=True, dynamic=False, backend="aot_eager")
     check(function, compiled, inputs(), backend)
+
+
+@pytest.fixture
+def cuda_operators(monkeypatch):
+    """The operators of ``flowdppo_cuda`` on CPU tensors, with the reference behind them."""
+    stand_in = torch.library.Library("flowdppo_cuda", "IMPL")
+    for op in ops.SCHEMAS:
+        stand_in.impl(op, getattr(reference, op), "CPU")
+    monkeypatch.setattr(backends, "problem", lambda name, device_type: None)
+    yield
+    stand_in._destroy()
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
+def test_cuda_by_name_is_one_graph_of_its_own_operators(function, cuda_operators):
+    """What the compiler sees of the CUDA backend, its schemas and fakes, is there without a GPU."""
+    called = []
+
+    def keep(graph, arguments):
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=aot_autograd(fw_compiler=keep))
+    check(function, compiled, inputs(), "cuda")
+    used = {target.split(".")[0] for target in called if target.startswith("flowdppo")}
+    assert used == {"flowdppo_cuda"}
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
@@ -217,13 +247,9 @@ def test_inductor(function, backend):
         check(function, compiled, inputs(batch), name)
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
-def test_inductor_on_the_device(function):
-    from support.backends import TRITON
-
-    name = require(TRITON).name
+def test_inductor_on_the_device(gpu_backend, function):
     arguments = [x.detach().cuda() for x in inputs()]
     arguments[0].requires_grad_()
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="inductor")
-    check(function, compiled, arguments, name)
+    check(function, compiled, arguments, gpu_backend.name)

@@ -19,17 +19,18 @@ class Backend(NamedTuple):
     @property
     def float64(self) -> bool:
         """Whether float64 stays float64: the reference and the CPU library promise it."""
-        return self.name != "triton"
+        return self.device == "cpu"
 
 
 REFERENCE = Backend("reference", "cpu")
 CPU = Backend("cpu", "cpu")
 TRITON = Backend("triton", "cuda")
-BACKENDS = [
-    pytest.param(REFERENCE, id="reference"),
-    pytest.param(CPU, id="cpu"),
+CUDA = Backend("cuda", "cuda")
+GPU_BACKENDS = [
     pytest.param(TRITON, id="triton", marks=pytest.mark.gpu),
+    pytest.param(CUDA, id="cuda", marks=pytest.mark.gpu),
 ]
+BACKENDS = [pytest.param(REFERENCE, id="reference"), pytest.param(CPU, id="cpu"), *GPU_BACKENDS]
 
 
 def require(backend: Backend) -> Backend:
@@ -37,6 +38,7 @@ def require(backend: Backend) -> Backend:
     reason = problem(backend.name, backend.device)
     if reason is None:
         return backend
-    if backend == CPU and os.environ.get("FLOWDPPO_REQUIRE_CPU") == "1":
-        pytest.fail(f"FLOWDPPO_REQUIRE_CPU=1 and the cpu backend cannot run: {reason}")
+    variable = f"FLOWDPPO_REQUIRE_{backend.name.upper()}"
+    if os.environ.get(variable) == "1":
+        pytest.fail(f"{variable}=1 and the {backend.name} backend cannot run: {reason}")
     pytest.skip(f"backend {backend.name!r} cannot run: {reason}")

@@ -1,0 +1,388 @@
+// The CUDA implementations of the operators whose schemas flowdppo_fast/ops.py defines, on LibTorch's stable ABI and the
+// raw-pointer launchers of kernels/cuda. Nothing here waits for the device.
+
+#include <dlfcn.h>
+
+#include <map>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "../../kernels/cuda/launchers.h"
+#include "../arguments.h"
+
+namespace flowdppo {
+
+void binding::check_device(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.is_cuda(), name, ": got a tensor on another device, expected a CUDA GPU; move it there first");
+}
+
+namespace cuda {
+namespace {
+
+using namespace binding;
+using gpu::StreamPlan;
+using gpu::Work;
+
+void check(int code, const char* what) {
+  STD_TORCH_CHECK(
+      code == cudaSuccess, "flowdppo_cuda: ", what, " failed: ", cudaGetErrorString(static_cast<cudaError_t>(code)),
+      "; `flowdppo doctor` says for which GPUs the library was built");
+}
+
+// Part of torch's CUDA library. Looked up when first needed, so that this library builds and loads without it.
+cudaStream_t current_stream(int32_t device) {
+  using Function = AOTITorchError (*)(int32_t, void**);
+  static const Function function = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return reinterpret_cast<Function>(
+        dlsym(library != nullptr ? library : RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+  }();
+  STD_TORCH_CHECK(function != nullptr, "flowdppo_cuda: this torch was built without CUDA; install one with it");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(function(device, &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+// The tensors' device and torch's current stream on it; the device is current while this lives.
+class Place {
+ public:
+  explicit Place(const Tensor& tensor) : device_(tensor.get_device_index()) {
+    int current = -1;
+    check(cudaGetDevice(&current), "asking for the current device");
+    if (current != device_) guard_.emplace(device_);
+    stream_ = current_stream(device_);
+  }
+
+  int32_t device() const { return device_; }
+  cudaStream_t stream() const { return stream_; }
+
+ private:
+  int32_t device_;
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+  cudaStream_t stream_;
+};
+
+// Counters and scratch memory of a launch. Each stream of each device has its own, zeroed once and kept, for calls of
+// the usual size: what a stream runs, it runs one after the other. Under graph capture, where the graph may later run
+// beside anything, and for calls beyond that size, it is memory of the call's own, zeroed on the stream.
+class Scratch {
+ public:
+  Scratch(const Place& place, const Tensor& like, int64_t tickets, int64_t bytes) {
+    cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+    check(cudaStreamIsCapturing(place.stream(), &capture), "asking whether a graph is captured");
+    const bool kept = capture == cudaStreamCaptureStatusNone && tickets <= kKeptTickets && bytes <= kKeptBytes;
+    const int64_t ticket_bytes = kept ? kKeptTickets * kTicket : gpu::ceil_div(tickets * kTicket, 16) * 16;
+    char* data = kept ? kept_memory(place, like) : own_memory(place, like, ticket_bytes, bytes);
+    workspace_.tickets = reinterpret_cast<unsigned*>(data);
+    workspace_.scratch = reinterpret_cast<double*>(data + ticket_bytes);
+  }
+
+  const gpu::Workspace& workspace() const { return workspace_; }
+
+ private:
+  static constexpr int64_t kTicket = sizeof(unsigned);
+  // rows, and 32 bytes for each row and each block, of the largest call that needs no memory of its own
+  static constexpr int64_t kKeptTickets = 4096, kKeptBytes = 8192 * 32;
+
+  static char* kept_memory(const Place& place, const Tensor& like) {
+    // never freed: streams outlive whoever could do that
+    static std::mutex& mutex = *new std::mutex;
+    static auto& all = *new std::map<std::pair<int32_t, cudaStream_t>, Tensor>;
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto key = std::make_pair(place.device(), place.stream());
+    auto found = all.find(key);
+    if (found == all.end()) {
+      Tensor zeros = torch::stable::new_zeros(like, {kKeptTickets * kTicket + kKeptBytes}, ScalarType::Byte);
+      found = all.emplace(key, std::move(zeros)).first;
+    }
+    return static_cast<char*>(found->second.mutable_data_ptr());
+  }
+
+  char* own_memory(const Place& place, const Tensor& like, int64_t ticket_bytes, int64_t bytes) {
+    own_ = torch::stable::new_empty(like, {ticket_bytes + bytes}, ScalarType::Byte);
+    char* data = static_cast<char*>(own_->mutable_data_ptr());
+    check(cudaMemsetAsync(data, 0, static_cast<size_t>(ticket_bytes), place.stream()), "clearing counters");
+    return data;
+  }
+
+  std::optional<Tensor> own_;
+  gpu::Workspace workspace_;
+};
+
+// What a device can do, asked once.
+const gpu::DeviceLimits& limits_of(int32_t device) {
+  static std::mutex& mutex = *new std::mutex;
+  static auto& all = *new std::map<int32_t, gpu::DeviceLimits>;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = all.find(device);
+  if (found != all.end()) return found->second;
+  gpu::DeviceLimits limits;
+  int major = 0;
+  check(cudaDeviceGetAttribute(&limits.processors, cudaDevAttrMultiProcessorCount, device), "a device query");
+  check(
+      cudaDeviceGetAttribute(&limits.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+      "a device query");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "a device query");
+  // whether clusters above the portable size fit depends on how a GPU's processors are grouped
+  for (int cluster : {16, 8}) {
+    if (major < 9 || limits.max_cluster > 1) break;
+    int count = 0;
+    const gpu::LaunchShape shape = {cluster, gpu::kMostHoldingThreads, cluster, limits.shared_per_block};
+    if (gpu::holding_clusters(shape, &count) != cudaSuccess) {
+      // the answer is no; the error must not be found by whoever asks next
+      static_cast<void>(cudaGetLastError());
+      count = 0;
+    }
+    if (count > 0) limits.max_cluster = cluster;
+  }
+  return all.emplace(device, limits).first->second;
+}
+
+void refuse_double(bool is_double, const char* name) {
+  STD_TORCH_CHECK(
+      !is_double, name, ": got dtype Double, but the cuda backend computes in float32; use backend='reference', or "
+      "backend='triton', for float64");
+}
+
+Tensor row_stats_op(
+    const Tensor& current,
+    const Tensor& old,
+    const OptionalTensor& noise,
+    const OptionalTensor& reference,
+    const OptionalTensor& streams,
+    const OptionalTensor& step,
+    const std::vector<double>& step_values,
+    int64_t seed,
+    int64_t first_stream,
+    int64_t form,
+    bool second_moment) {
+  const SourceArguments arguments{current, old, noise, reference, streams, step, step_values, seed, first_stream, form};
+  refuse_double(arguments.is_double(), "new");
+  const RowSource<float> source = arguments.unpack<float>();
+  const int64_t rows = source.shape.rows();
+  Tensor stats = torch::stable::new_empty(current, {4, rows}, ScalarType::Float);
+  if (rows == 0) return stats;
+  const Place place(current);
+  const StreamPlan plan = gpu::plan_forward(gpu::describe(source, nullptr), false);
+  const Scratch scratch(place, current, gpu::ticket_count(rows), gpu::scratch_bytes(plan, rows));
+  check(
+      gpu::row_stats(source, second_moment, stats.mutable_data_ptr<float>(), plan, scratch.workspace(), place.stream()),
+      "the launch of row_stats");
+  return stats;
+}
+
+Tensor row_grad_op(
+    const Tensor& current,
+    const Tensor& old,
+    const OptionalTensor& noise,
+    const OptionalTensor& reference,
+    const OptionalTensor& streams,
+    const OptionalTensor& step,
+    const std::vector<double>& step_values,
+    int64_t seed,
+    int64_t first_stream,
+    int64_t form,
+    const Tensor& coefficients,
+    const Tensor& upstream,
+    double factor) {
+  const SourceArguments arguments{current, old, noise, reference, streams, step, step_values, seed, first_stream, form};
+  refuse_double(arguments.is_double(), "new");
+  const RowSource<float> source = arguments.unpack<float>();
+  const int64_t rows = source.shape.rows();
+  const float* slopes = row_values<float>(coefficients, 3 * rows, "coefficients");
+  const Upstream<float> outer = upstream_of<float>(upstream, rows);
+  Tensor grad = torch::stable::new_empty(current, current.sizes());
+  if (rows == 0) return grad;
+  const Place place(current);
+  void* out = grad.mutable_data_ptr();
+  check(
+      gpu::row_grad(
+          source, slopes, outer.data, outer.stride, factor, out, gpu::plan_gradient(gpu::describe(source, out)),
+          place.stream()),
+      "the launch of row_grad");
+  return grad;
+}
+
+using LossTensors = std::tuple<Tensor, Tensor, Tensor>;
+
+// The summary of no rows, and the loss that it begins with.
+void write_nothing(const gpu::ObjectiveResults& results, cudaStream_t stream) {
+  static const std::vector<float>& summary = *[] {
+    auto* values = new std::vector<float>(kSummaryFields);
+    RowSummary().write(values->data());
+    return values;
+  }();
+  const auto copy = [&](float* to, int count) {
+    check(
+        cudaMemcpyAsync(to, summary.data(), count * sizeof(float), cudaMemcpyHostToDevice, stream),
+        "writing the summary of no rows");
+  };
+  copy(results.summary, kSummaryFields);
+  copy(results.loss, 1);
+}
+
+LossTensors run_policy_loss(
+    const SourceArguments& source_arguments, const ObjectiveArguments& objective, double factor, Tensor* grad) {
+  refuse_double(source_arguments.is_double(), "new");
+  const RowSource<float> source = source_arguments.unpack<float>();
+  const int64_t count = source.shape.rows();
+  const ObjectiveInputs<float> inputs = objective.unpack<float>(count);
+  const EpilogueOptions options = objective.options();
+  const Tensor& like = source_arguments.current;
+  Tensor loss = torch::stable::new_empty(like, std::vector<int64_t>(), ScalarType::Float);
+  Tensor rows = torch::stable::new_empty(like, {kRowFields, count}, ScalarType::Float);
+  Tensor summary = torch::stable::new_empty(like, {kSummaryFields}, ScalarType::Float);
+  if (grad != nullptr) *grad = torch::stable::new_empty(like, like.sizes());
+  const gpu::ObjectiveResults results = {
+      loss.mutable_data_ptr<float>(), rows.mutable_data_ptr<float>(), summary.mutable_data_ptr<float>()};
+  const Place place(like);
+  if (count == 0) {
+    write_nothing(results, place.stream());
+    return {loss, rows, summary};
+  }
+
+  void* out = grad != nullptr ? grad->mutable_data_ptr() : nullptr;
+  const Work work = gpu::describe(source, out);
+  if (grad != nullptr) {
+    const gpu::HoldingPlan plan =
+        gpu::plan_single_pass(work, options.couples_rows(), limits_of(place.device()));
+    if (plan.possible) {
+      const Scratch scratch(place, like, gpu::ticket_count(count), gpu::scratch_bytes({}, count));
+      check(
+          gpu::policy_loss_and_grad(
+              source, inputs, options, results, factor, out, plan, scratch.workspace(), place.stream()),
+          "the launch of policy_loss_and_grad");
+      return {loss, rows, summary};
+    }
+  }
+  const StreamPlan plan = gpu::plan_forward(work, true);
+  const Scratch scratch(place, like, gpu::ticket_count(count), gpu::scratch_bytes(plan, count));
+  check(
+      gpu::policy_loss(source, inputs, options, results, plan, scratch.workspace(), place.stream()),
+      "the launch of policy_loss");
+  if (grad != nullptr) {
+    check(
+        gpu::row_grad(
+            source, results.rows + kGradP * count, nullptr, 0, factor, out, gpu::plan_gradient(work), place.stream()),
+        "the launch of row_grad");
+  }
+  return {loss, rows, summary};
+}
+
+LossTensors policy_loss_op(
+    const Tensor& current,
+    const Tensor& old,
+    const OptionalTensor& noise,
+    const OptionalTensor& reference,
+    const OptionalTensor& streams,
+    const OptionalTensor& step,
+    const std::vector<double>& step_values,
+    int64_t seed,
+    int64_t first_stream,
+    int64_t form,
+    const Tensor& advantages,
+    const OptionalTensor& row_weights,
+    const OptionalTensor& old_log_prob,
+    const std::vector<int64_t>& ints,
+    const std::vector<double>& floats) {
+  return run_policy_loss(
+      {current, old, noise, reference, streams, step, step_values, seed, first_stream, form},
+      {advantages, row_weights, old_log_prob, ints, floats}, 0.0, nullptr);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss_and_grad_op(
+    const Tensor& current,
+    const Tensor& old,
+    const OptionalTensor& noise,
+    const OptionalTensor& reference,
+    const OptionalTensor& streams,
+    const OptionalTensor& step,
+    const std::vector<double>& step_values,
+    int64_t seed,
+    int64_t first_stream,
+    int64_t form,
+    const Tensor& advantages,
+    const OptionalTensor& row_weights,
+    const OptionalTensor& old_log_prob,
+    const std::vector<int64_t>& ints,
+    const std::vector<double>& floats,
+    double factor) {
+  Tensor grad;
+  auto [loss, rows, summary] = run_policy_loss(
+      {current, old, noise, reference, streams, step, step_values, seed, first_stream, form},
+      {advantages, row_weights, old_log_prob, ints, floats}, factor, &grad);
+  return {loss, rows, summary, grad};
+}
+
+std::tuple<Tensor, Tensor, Tensor> sde_step_op(
+    const Tensor& sample,
+    const Tensor& velocity,
+    const OptionalTensor& noise,
+    const OptionalTensor& prev_sample,
+    const OptionalTensor& streams,
+    const OptionalTensor& step,
+    const std::vector<double>& step_values,
+    int64_t seed,
+    int64_t first_stream,
+    ScalarType dtype,
+    bool with_mean,
+    bool with_log_prob,
+    bool unnormalized) {
+  const SampleArguments arguments{
+      sample, velocity, noise, prev_sample, streams, step, step_values, seed, first_stream, dtype, unnormalized};
+  refuse_double(arguments.is_double(), "sample");
+  refuse_double(dtype == ScalarType::Double, "dtype");
+  SampleSource<float> source = arguments.unpack<float>();
+  const int64_t rows = source.shape.rows();
+  const bool draws = !prev_sample.has_value();
+  const auto empty = [&](bool wanted, ScalarType type) {
+    return wanted ? torch::stable::new_empty(sample, sample.sizes(), type) : torch::stable::new_empty(sample, {0}, type);
+  };
+  Tensor next = empty(draws, dtype), mean = empty(with_mean, ScalarType::Float);
+  Tensor log_prob = torch::stable::new_empty(sample, {with_log_prob ? rows : 0}, ScalarType::Float);
+  if (rows == 0) return {next, mean, log_prob};
+  if (draws) source.next = next.mutable_data_ptr();
+  if (with_mean) source.mean = mean.mutable_data_ptr<float>();
+  if (with_log_prob) source.log_prob = log_prob.mutable_data_ptr<float>();
+
+  const Place place(sample);
+  const StreamPlan plan = gpu::plan_step(gpu::describe(source));
+  std::optional<Scratch> scratch;
+  if (with_log_prob) scratch.emplace(place, sample, gpu::ticket_count(rows), gpu::scratch_bytes(plan, rows));
+  check(
+      gpu::sde_step(source, plan, scratch.has_value() ? scratch->workspace() : gpu::Workspace(), place.stream()),
+      "the launch of sde_step");
+  return {next, mean, log_prob};
+}
+
+// The architectures that the library was compiled for.
+std::string architectures_op() { return FLOWDPPO_CUDA_ARCHS; }
+
+}  // namespace
+}  // namespace cuda
+}  // namespace flowdppo
+
+STABLE_TORCH_LIBRARY_FRAGMENT(flowdppo_cuda, library) {
+  library.def("architectures() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(flowdppo_cuda, CompositeExplicitAutograd, library) {
+  library.impl("architectures", TORCH_BOX(&flowdppo::cuda::architectures_op));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(flowdppo_cuda, CUDA, library) {
+  library.impl("row_stats", TORCH_BOX(&flowdppo::cuda::row_stats_op));
+  library.impl("row_grad", TORCH_BOX(&flowdppo::cuda::row_grad_op));
+  library.impl("policy_loss", TORCH_BOX(&flowdppo::cuda::policy_loss_op));
+  library.impl("policy_loss_and_grad", TORCH_BOX(&flowdppo::cuda::policy_loss_and_grad_op));
+  library.impl("sde_step", TORCH_BOX(&flowdppo::cuda::sde_step_op));
+}
