@@ -115,6 +115,8 @@ class FlowDPPOTrainer:
         self.iteration = 0
         self.skipped_updates = 0
         self.replay_check: ReplayCheck | None = None
+        # kind, images and captions of the present iteration, for the output folder
+        self._pages: list[tuple[str, Any, list[str]]] = []
         if o.updates_per_rollout * o.inner_epochs == 1:
             logger.warning("one update per rollout: every ratio is 1, so %s bounds nothing", config.objective.name)
 
@@ -147,11 +149,13 @@ class FlowDPPOTrainer:
             log.start(history)
             ended = self.iteration >= run.iterations or bool(history and self._over_budget(history[-1]))
             while not ended:
-                metrics = self._iterate(log)
+                metrics = self._iterate()
                 ended = self.iteration == run.iterations or self._over_budget(metrics)
                 if ended and self.evaluation is not None:
-                    metrics |= self._evaluate("eval_final", log)
+                    metrics |= self._evaluate("eval_final")
                 history.append(metrics)
+                for kind, images, texts in self._pages:
+                    self.workers.attempt(log.images, kind, self.iteration, images, texts)
                 self.workers.attempt(log.iteration, metrics)
                 if self.iteration % run.checkpoint_every == 0 or ended:
                     self.save_checkpoint()
@@ -343,11 +347,12 @@ class FlowDPPOTrainer:
         images = self._generate(source, entries, *how)
         return images, self._score(images, entries)()
 
-    def _iterate(self, log: RunLog) -> dict[str, float]:
+    def _iterate(self) -> dict[str, float]:
         """One rollout and its updates; metrics are read from the device once, at the end."""
         o, seed = self.config.optimizer, self.config.run.seed
+        self._pages = []
         every = self.config.evaluation.every
-        evaluated = self._evaluate("eval", log) if every is not None and self.iteration % every == 0 else {}
+        evaluated = self._evaluate("eval") if every is not None and self.iteration % every == 0 else {}
         started = time.perf_counter()
         state = random_state()
         try:
@@ -378,7 +383,7 @@ class FlowDPPOTrainer:
         metrics["seconds_sampling"], metrics["seconds_updates"] = sampled - started, ended - sampled
         metrics["samples_per_second"] = len(rollout.advantages) / (ended - started)
         if rollout.page is not None:
-            log.images("rollout", self.iteration, *rollout.page)
+            self._pages.append(("rollout", *rollout.page))
         return metrics
 
     def _verify(self, trajectory: Trajectory) -> None:
@@ -440,10 +445,10 @@ class FlowDPPOTrainer:
         stored = trajectory_bytes(rollout.trajectories)
         return {**metrics, "skipped_updates": self.skipped_updates, "trajectory_bytes": stored}
 
-    def _evaluate(self, prefix: str, log: RunLog) -> dict[str, float]:
+    def _evaluate(self, prefix: str) -> dict[str, float]:
         metrics, images, texts = self.evaluate()
         if self.config.sampling.output_type != "latent":
-            log.images("eval", self.iteration, images, texts)
+            self._pages.append((prefix, images, texts))
         return {f"{prefix}/{name}": value for name, value in metrics.items()}
 
     def _shows(self, iteration: int) -> bool:

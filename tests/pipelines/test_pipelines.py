@@ -96,7 +96,7 @@ def test_loss_and_mask_are_the_textbooks(name):
     for module in recorder.modules.values():
         nudge(module, 0.02)
     rows = [2, 0, 3]
-    old, noise = trajectory.select(rows)
+    old, noise, _ = trajectory.select(rows)
     steps, latent = len(trajectory.steps), old.shape[2:]
     advantages = torch.tensor([1.3, -0.4, 0.9])[:, None].expand(-1, steps)
     velocity = recorder.replay(trajectory, rows)
