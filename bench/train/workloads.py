@@ -63,7 +63,7 @@ class Workload:
     def build_transformer(self, device: torch.device | str) -> torch.nn.Module:
         """The transformer with its own random initialisation, made where it lives."""
         kind = SD3Transformer2DModel if self.pipeline == "sd3" else FluxTransformer2DModel
-        with torch.device(device), _default_dtype(self.dtype):
+        with torch.device(device), default_dtype(self.dtype):
             torch.manual_seed(0)
             return kind(**self.transformer).to(self.dtype)
 
@@ -217,7 +217,8 @@ def select(names: list[str], device: str) -> list[Workload]:
 
 
 @contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Within this context new floating-point tensors have this dtype."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
