@@ -266,7 +266,7 @@ def _estimate(
     rest = sum(p.numel() for p in module.parameters()) - linear
     config = FlowDPPOConfig.from_dict(
         {
-            "model": {"lora_rank": 32, **setting.model},
+            "model": {"lora_rank": 32, "mixed_precision": "bf16", **setting.model},
             "sampling": {"sde_steps": list(_STEPS), "prompts_per_rollout": 2, "group_size": 8, **setting.sampling},
             "optimizer": {"micro_batch_size": 1, **setting.optimizer},
         }

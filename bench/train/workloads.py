@@ -98,7 +98,12 @@ class Workload:
         """Settings of the trainer."""
         return FlowDPPOConfig.from_dict(
             {
-                "model": {"train": "lora", "lora_rank": 32, "gradient_checkpointing": self.checkpointing},
+                "model": {
+                    "train": "lora",
+                    "lora_rank": 32,
+                    "gradient_checkpointing": self.checkpointing,
+                    "mixed_precision": "bf16" if self.dtype == torch.bfloat16 else "no",
+                },
                 "sampling": {
                     "num_steps": _NUM_STEPS,
                     "sde_steps": list(_SDE_STEPS),

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 # entries of float32 per trained weight: the weight, its gradient and AdamW's two moments
 _TRAINED_COPIES = 4
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def stored_bytes(values: Iterable[Any]) -> int:
@@ -134,7 +135,7 @@ def estimate(
 
     The replay of one micro-batch, forward and backward, is walked through on the meta device and everything is counted
     that is alive at the same time. Attention counts as a fused kernel does: inputs, output and a number per query, no
-    scores. Not in it: the allocator's rounding, kernels' workspace, CUDA's context (about half a gigabyte), reward
+    scores, and autocast as if all weights were in its dtype. Not in it: the allocator's rounding, kernels' workspace, CUDA's context (about half a gigabyte), reward
     models, and what an image's decoding takes.
 
     Args:
@@ -163,6 +164,11 @@ def estimate(
         rank = m.lora_rank or 32
         add_lora(module, rank, 2.0 * rank if m.lora_alpha is None else m.lora_alpha, m.lora_targets, 0)
     trained = [p for p in module.parameters() if p.requires_grad]
+    for parameter in trained:
+        # adapters in float32 keep a float32 copy of what goes into them, unless autocast is on
+        parameter.data = parameter.data.to(_AUTOCAST.get(m.mixed_precision, torch.float32))
+    if m.mixed_precision != "no":
+        module.to(_AUTOCAST[m.mixed_precision])
     size = 4 * sum(p.numel() for p in trained)
     steps = s.sde_steps_per_rollout or len(s.candidate_steps)
     width = min(o.steps_per_micro_batch or steps, steps)

@@ -62,11 +62,17 @@ def result(measured):
     }
     return copy.deepcopy(
         {
-            "schema": results.SCHEMA, "kind": results.KIND, "device": "cpu", "command": "python -m bench.train run",
-            "quick": False, "threads": 1, "environment": {**environment, "date": "2026-01-01", "load_average": 1.0}, "workloads": [measured],
+            "schema": results.SCHEMA,
+            "kind": results.KIND,
+            "device": "cpu",
+            "command": "python -m bench.train run",
+            "quick": False,
+            "threads": 1,
+            "environment": {**environment, "date": "2026-01-01", "load_average": 1.0},
+            "workloads": [measured],
             "left_out": [{"workload": "other", "reason": "too large"}],
         }
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("name", CONTENDERS)
