@@ -179,11 +179,12 @@ SMALL_SD3 = {
     "pos_embed_max_size": 96,
     "dual_attention_layers": (),
 }
-_CPU = {"device": "cpu", "pipeline": "sd3", "dtype": torch.float32, "options": {"guidance_scale": 1.0}}
+_CPU = {"device": "cpu", "pipeline": "sd3", "options": {"guidance_scale": 1.0}}
 _GPU = {"device": "cuda", "dtype": torch.bfloat16, "side": 512}
 WORKLOADS = (
     Workload(
-        "sd3-small", transformer=SMALL_SD3, side=512, tokens=77, prompts=2, group_size=2, micro_batch_size=2, **_CPU
+        "sd3-small", transformer=SMALL_SD3, dtype=torch.bfloat16, side=512, tokens=77, prompts=2, group_size=2,
+        micro_batch_size=2, **_CPU,
     ),
     Workload(
         "sd35-medium", pipeline="sd3", transformer=SD35_MEDIUM, tokens=333, prompts=2, group_size=4,
@@ -201,7 +202,7 @@ TINY = Workload(
         **SMALL_SD3, "num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": 16,
         "caption_projection_dim": 16, "pooled_projection_dim": 8, "dual_attention_layers": (0,),
     },
-    side=64, tokens=5, prompts=2, group_size=2, micro_batch_size=2, **_CPU,
+    dtype=torch.float32, side=64, tokens=5, prompts=2, group_size=2, micro_batch_size=2, **_CPU,
 )  # fmt: skip
 
 

@@ -135,8 +135,8 @@ def estimate(
 
     The replay of one micro-batch, forward and backward, is walked through on the meta device and everything is counted
     that is alive at the same time. Attention counts as a fused kernel does: inputs, output and a number per query, no
-    scores, and autocast as if all weights were in its dtype. Not in it: the allocator's rounding, kernels' workspace, CUDA's context (about half a gigabyte), reward
-    models, and what an image's decoding takes.
+    scores; autocast as if all weights were in its dtype. Not in it: the allocator's rounding, kernels' workspace, the
+    CUDA context (about half a gigabyte), reward models, and what an image's decoding takes.
 
     Args:
         config: settings; of ``model`` and ``optimizer``, and the number of trained steps.

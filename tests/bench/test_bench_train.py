@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -18,7 +19,7 @@ from bench.ops.devices import CpuDevice
 from bench.train import published, results, run, table
 from bench.train.__main__ import main
 from bench.train.names import CONTENDERS, EAGER, ITEMS, MEANS, OURS, THEIRS
-from bench.train.workloads import TINY, WORKLOADS, select
+from bench.train.workloads import FLUX1_DEV, TINY, WORKLOADS, select
 
 UPDATES, STEPS, ROLLOUT_CALLS, ROWS = 2, 3, 10, 4
 LATENT = 16 * 8 * 8
@@ -139,6 +140,28 @@ def test_all_contenders_are_timed_in_every_round(measured):
         for sample in entry["rounds"]:
             assert 0 < sample["loss"] < sample["cpu_seconds"]
             assert 0 < sample["sampling"] + sample["updates"] <= sample["seconds"]
+
+
+@pytest.mark.parametrize("pipeline", ["sd3", "flux"])
+def test_in_bfloat16_half_of_the_bytes_are_kept_and_nobody_is_refused(pipeline):
+    # as on a GPU: bfloat16 weights under autocast, FLUX with checkpointing
+    small = {
+        "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2,
+        "joint_attention_dim": 16, "pooled_projection_dim": 16, "axes_dims_rope": (4, 4, 8),
+    }  # fmt: skip
+    changes = {"dtype": torch.bfloat16}
+    if pipeline == "flux":
+        options = {"guidance_scale": 3.5}
+        changes |= {
+            "pipeline": "flux",
+            "transformer": {**FLUX1_DEV, **small},
+            "options": options,
+            "checkpointing": True,
+        }
+    measured = run.measure(dataclasses.replace(TINY, **changes), CpuDevice(), lambda line: None, rounds=1)
+    entries = {entry["name"]: entry for entry in measured["contenders"]}
+    assert {entry["status"] for entry in entries.values()} == {"ok"}
+    assert entries[OURS]["trajectory_bytes"] <= results.BYTES_GOAL * entries[THEIRS]["trajectory_bytes"]
 
 
 def test_a_contender_with_another_gradient_is_refused(monkeypatch):
