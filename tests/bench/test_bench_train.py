@@ -184,11 +184,15 @@ def test_goals_are_judged_by_paired_rounds_and_stored_bytes(result, factor, shar
     # the machine is slower in the second round, for everybody
     for name, times in ((OURS, (1.0, 3.0)), (THEIRS, (factor, 3 * factor))):
         for sample, seconds in zip(entries[name]["rounds"], times):
-            sample["seconds"] = seconds
+            sample["seconds"] = sample["cpu_seconds"] = seconds
     entries[OURS]["trajectory_bytes"], entries[THEIRS]["trajectory_bytes"] = share, 1.0
     goals = results.goals(result)
     assert [goal.verdict for goal in goals] == verdicts
     assert goals[0].measured.startswith(f"{factor:.2f} [{factor:.2f}, {factor:.2f}]x")
+    for sample in entries[THEIRS]["rounds"]:
+        # slow by the neighbours only: the CPU was as busy as before
+        sample["seconds"] *= 2
+    assert results.goals(result)[0].verdict == verdicts[0]
     entries[THEIRS]["rounds"] = []
     assert {goal.verdict for goal in results.goals(result)} == {"not yet measured"}
 
