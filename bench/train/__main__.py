@@ -56,6 +56,12 @@ def _parser() -> argparse.ArgumentParser:
     page.add_argument("--check", action="store_true", help="only fail if the page differs")
     page.add_argument("--page", type=Path, default=_PAGE)
     page.set_defaults(run=_page)
+
+    memory = commands.add_parser("memory", help="write the computed tables of docs/memory.md; some minutes")
+    memory.add_argument("--check", action="store_true", help="only fail if the page differs")
+    memory.add_argument("--page", type=Path, default=Path("docs") / "memory.md")
+    memory.add_argument("--tables", nargs="+", choices=("trajectories", "peak"), default=["trajectories", "peak"])
+    memory.set_defaults(run=_memory)
     return parser
 
 
@@ -126,17 +132,33 @@ def _plot(options: argparse.Namespace, arguments: list[str]) -> int:
     return 0
 
 
-def _page(options: argparse.Namespace, arguments: list[str]) -> int:
-    from bench.ops.table import PageError, place
+def _memory(options: argparse.Namespace, arguments: list[str]) -> int:
+    from . import published
 
+    status = 0
+    for name in options.tables:
+        if name == "trajectories":
+            content = published.trajectories_table()
+        else:
+            content = published.peak_table(say=lambda line: print(line, file=sys.stderr, flush=True))
+        status = max(status, _place(options, f"memory:{name}", content))
+    return status
+
+
+def _page(options: argparse.Namespace, arguments: list[str]) -> int:
     from . import results, table
 
     result = results.load(options.folder)
     if result["quick"]:
         raise ValueError(f"{options.folder}: a quick run is nothing to put into a page")
-    name = f"train:{result['device']}"
+    return _place(options, f"train:{result['device']}", table.page(result, _relative(options.folder)))
+
+
+def _place(options: argparse.Namespace, name: str, content: str) -> int:
+    from bench.ops.table import PageError, place
+
     try:
-        changed = place(options.page, name, table.page(result, _relative(options.folder)), check=options.check)
+        changed = place(options.page, name, content, check=options.check)
     except PageError as error:
         print(f"bench.train: {error}", file=sys.stderr)
         return 1

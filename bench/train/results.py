@@ -86,7 +86,11 @@ def ratios(workload: Mapping[str, Any], name: str, clock: str = "seconds") -> Sp
 
 
 def goals(result: Mapping[str, Any]) -> list[Goal]:
-    """The two goals of each workload."""
+    """The two goals of each workload.
+
+    On a CPU the speedup is judged by wall time and by CPU time, the smaller of which counts: neighbours on a busy
+    machine disturb the one and hardly the other.
+    """
     judged = []
     for workload in result["workloads"]:
         found = {entry["name"]: entry for entry in timed(workload)}
@@ -99,13 +103,12 @@ def goals(result: Mapping[str, Any]) -> list[Goal]:
         if speedup is None:
             judged += [Goal(f"{workload['name']}: {text}", "-", NOT_MEASURED) for text in (speed, size)]
             continue
-        judged.append(
-            Goal(
-                f"{workload['name']}: {speed}",
-                f"{speedup.show(2)}x{note}",
-                MET if speedup.median >= SPEEDUP_GOAL else MISSED,
-            )
-        )
+        measured, judge = f"{speedup.show(2)}x", speedup.median
+        busy = ratios(workload, THEIRS, "cpu_seconds")
+        if result["device"] == "cpu" and busy is not None:
+            measured, judge = f"{measured}, CPU time {busy.show(2)}x", min(judge, busy.median)
+        verdict = MET if judge >= SPEEDUP_GOAL else MISSED
+        judged.append(Goal(f"{workload['name']}: {speed}", measured + note, verdict))
         share = found[OURS]["trajectory_bytes"] / found[THEIRS]["trajectory_bytes"]
         judged.append(
             Goal(f"{workload['name']}: {size}", f"{100 * share:.0f} %{note}", MET if share <= BYTES_GOAL else MISSED)

@@ -63,7 +63,7 @@ class Workload:
     def build_transformer(self, device: torch.device | str) -> torch.nn.Module:
         """The transformer with its own random initialisation, made where it lives."""
         kind = SD3Transformer2DModel if self.pipeline == "sd3" else FluxTransformer2DModel
-        with torch.device(device), _default_dtype(self.dtype):
+        with torch.device(device), default_dtype(self.dtype):
             torch.manual_seed(0)
             return kind(**self.transformer).to(self.dtype)
 
@@ -98,7 +98,12 @@ class Workload:
         """Settings of the trainer."""
         return FlowDPPOConfig.from_dict(
             {
-                "model": {"train": "lora", "lora_rank": 32, "gradient_checkpointing": self.checkpointing},
+                "model": {
+                    "train": "lora",
+                    "lora_rank": 32,
+                    "gradient_checkpointing": self.checkpointing,
+                    "mixed_precision": "bf16" if self.dtype == torch.bfloat16 else "no",
+                },
                 "sampling": {
                     "num_steps": _NUM_STEPS,
                     "sde_steps": list(_SDE_STEPS),
@@ -174,11 +179,12 @@ SMALL_SD3 = {
     "pos_embed_max_size": 96,
     "dual_attention_layers": (),
 }
-_CPU = {"device": "cpu", "pipeline": "sd3", "dtype": torch.float32, "options": {"guidance_scale": 1.0}}
+_CPU = {"device": "cpu", "pipeline": "sd3", "options": {"guidance_scale": 1.0}}
 _GPU = {"device": "cuda", "dtype": torch.bfloat16, "side": 512}
 WORKLOADS = (
     Workload(
-        "sd3-small", transformer=SMALL_SD3, side=512, tokens=77, prompts=2, group_size=2, micro_batch_size=2, **_CPU
+        "sd3-small", transformer=SMALL_SD3, dtype=torch.bfloat16, side=512, tokens=77, prompts=2, group_size=2,
+        micro_batch_size=2, **_CPU,
     ),
     Workload(
         "sd35-medium", pipeline="sd3", transformer=SD35_MEDIUM, tokens=333, prompts=2, group_size=4,
@@ -196,7 +202,7 @@ TINY = Workload(
         **SMALL_SD3, "num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": 16,
         "caption_projection_dim": 16, "pooled_projection_dim": 8, "dual_attention_layers": (0,),
     },
-    side=64, tokens=5, prompts=2, group_size=2, micro_batch_size=2, **_CPU,
+    dtype=torch.float32, side=64, tokens=5, prompts=2, group_size=2, micro_batch_size=2, **_CPU,
 )  # fmt: skip
 
 
@@ -217,7 +223,8 @@ def select(names: list[str], device: str) -> list[Workload]:
 
 
 @contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Within this context new floating-point tensors have this dtype."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
