@@ -85,7 +85,7 @@ FLOWDPPO_DEVICE void copy16(void* to, const void* from) {
 }
 
 FLOWDPPO_DEVICE Bytes16 load16(const void* address) {
-  host::check_global(address, 16, host::Access::kLoad);
+  host::check_global(address, 16, host::Access::kReadOnlyLoad);
   Bytes16 out;
   copy16(&out, address);
   return out;

@@ -157,7 +157,8 @@ void begin_copy(void* to, const void* from);
 Copy* due_copies(int groups, int& count);
 void forget_copies(int count);
 
-enum class Access { kLoad, kStore };
+// a read-only load may not see what the launch itself has written
+enum class Access { kLoad, kReadOnlyLoad, kStore };
 // 16 aligned bytes of this block's shared memory, or of another's in its cluster
 void check_shared(const void* address, int64_t bytes);
 // global memory: aligned to its size, inside a registered buffer, and stores only where they are allowed
