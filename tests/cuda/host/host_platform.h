@@ -210,7 +210,8 @@ int clusters_at_once(const LaunchShape& shape, int* count) {
   return 0;
 }
 
-#define FLOWDPPO_LAUNCH(kernel, shape, stream, arguments) ::flowdppo::gpu::launch<kernel>(#kernel, shape, stream, arguments)
+#define FLOWDPPO_LAUNCH(kernel, shape, stream, arguments) \
+  ::flowdppo::gpu::launch<kernel>(#kernel, shape, stream, arguments)
 #define FLOWDPPO_CLUSTERS_AT_ONCE(kernel, shape, count) ::flowdppo::gpu::clusters_at_once<kernel>(shape, count)
 
 }  // namespace flowdppo::gpu

@@ -1,6 +1,7 @@
-// What the CUDA kernels' host twins are made of: threads of a grid, their meeting points, their memory, and the checks on
-// all of it. Two schedulers implement the meeting points: fibers.cpp (one OS thread, order from a seed) and threads.cpp
-// (one OS thread per CUDA thread). Compiled without sanitizers; sanitize.h tells the sanitizers what they cannot see.
+// What the CUDA kernels' host twins are made of: threads of a grid, their meeting points, their memory, and the
+// checks on all of it. Two schedulers implement the meeting points: fibers.cpp (one OS thread, order from a seed) and
+// threads.cpp (one OS thread per CUDA thread). Compiled without sanitizers; sanitize.h tells the sanitizers what they
+// cannot see.
 #pragma once
 
 #include <stdint.h>
