@@ -92,7 +92,8 @@ def test_a_fault_is_noticed(fault):
     site = fault.rsplit(" ", 1)[0]
     where = [name for name, sites in visited().items() if site in sites]
     assert where, f"no scenario gets to {site}"
-    for seed in SEEDS:
+    # a race is one in any order; what is only a wrong number may need its own
+    for seed in (0, 4, 8):
         for scenario in where:
             code = run_program(driver("thread"), [str(seed), scenario, fault], "thread").returncode
             assert code in (0, *CAUGHT), f"ended with {code}"

@@ -163,6 +163,17 @@ def test_memory_that_is_not_the_kernels_is_an_error(layer):
         layer.check(layer.library.toy_reverse(pointer(given), 1, 64, pointer(out)))
 
 
+def test_what_a_launch_writes_is_not_loaded_as_read_only(layer):
+    given, sums = layer.buffer(torch.zeros(1, 8), "w"), layer.buffer(torch.zeros(1), "w")
+    counters = layer.buffer(torch.zeros(1, dtype=torch.int32), "w")
+    rows, numel = ctypes.c_int64(1), ctypes.c_int64(8)
+    code = layer.library.toy_row_sum(
+        pointer(given), rows, numel, 1, 64, 132, pointer(sums), pointer(counters), pointer(sums)
+    )
+    with pytest.raises(HostError, match="took a read-only load from a buffer that the launch writes"):
+        layer.check(code)
+
+
 def test_bytes_beside_a_buffer_are_watched(layer):
     sums = layer.buffer(torch.zeros(3), "w", "the sums")
     layer.check(0)

@@ -95,10 +95,12 @@ void check_range(const void* address, int64_t bytes, Access access) {
     if (at < buffer.begin || at + bytes > buffer.end) continue;
     if (buffer.access == 'x') fail("touched a buffer that it has no business with");
     if (access == Access::kStore && buffer.access == 'r') fail("stored to a buffer that it may only read");
-    if (access == Access::kLoad) __atomic_fetch_add(&buffer.loaded, bytes, __ATOMIC_RELAXED);
+    if (access == Access::kReadOnlyLoad && buffer.access == 'w')
+      fail("took a read-only load from a buffer that the launch writes");
+    if (access != Access::kStore) __atomic_fetch_add(&buffer.loaded, bytes, __ATOMIC_RELAXED);
     return;
   }
-  fail(std::string(access == Access::kLoad ? "loaded " : "stored ") + std::to_string(bytes) +
+  fail(std::string(access == Access::kStore ? "stored " : "loaded ") + std::to_string(bytes) +
        " bytes that are not inside one buffer");
 }
 

@@ -31,7 +31,8 @@ void host_limits(int64_t shared_bytes, int cluster);
 const char* host_error();
 void host_reset();
 int64_t host_launches();
-// A buffer that kernels may use: 'r' read once or more, 'w' read and written, 'x' not touched by 16-byte loads and stores.
+// A buffer that kernels may use: 'r' read once or more, 'w' read and written, 'x' not touched by 16-byte loads and
+// stores.
 void host_buffer(const void* data, int64_t bytes, char access);
 // Bytes of the buffer that 16-byte loads took.
 int64_t host_loaded(const void* data);

@@ -1,5 +1,5 @@
-// Scheduler of fibers: every CUDA thread runs until it has to wait, on one OS thread. Who goes next comes from a seed, so
-// that a hidden dependence on an order shows, and shows again.
+// Scheduler of fibers: every CUDA thread runs until it has to wait, on one OS thread. Who goes next comes from a
+// seed, so that a hidden dependence on an order shows, and shows again.
 #include <sys/mman.h>
 
 #include <algorithm>

@@ -85,7 +85,7 @@ FLOWDPPO_DEVICE void copy16(void* to, const void* from) {
 }
 
 FLOWDPPO_DEVICE Bytes16 load16(const void* address) {
-  host::check_global(address, 16, host::Access::kLoad);
+  host::check_global(address, 16, host::Access::kReadOnlyLoad);
   Bytes16 out;
   copy16(&out, address);
   return out;
@@ -210,7 +210,8 @@ int clusters_at_once(const LaunchShape& shape, int* count) {
   return 0;
 }
 
-#define FLOWDPPO_LAUNCH(kernel, shape, stream, arguments) ::flowdppo::gpu::launch<kernel>(#kernel, shape, stream, arguments)
+#define FLOWDPPO_LAUNCH(kernel, shape, stream, arguments) \
+  ::flowdppo::gpu::launch<kernel>(#kernel, shape, stream, arguments)
 #define FLOWDPPO_CLUSTERS_AT_ONCE(kernel, shape, count) ::flowdppo::gpu::clusters_at_once<kernel>(shape, count)
 
 }  // namespace flowdppo::gpu

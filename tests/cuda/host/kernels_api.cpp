@@ -1,4 +1,5 @@
-// The CUDA kernels' launchers and plans behind a C interface of plain fields, for ctypes and for the sanitizers' driver.
+// The CUDA kernels' launchers and plans behind a C interface of plain fields, for ctypes and for the sanitizers'
+// driver.
 #include "kernels_api.h"
 
 #include "launchers.h"

@@ -67,6 +67,10 @@ void check_fence_after_ticket(const Thread& thread) {
          " goes on with the last ticket without a device_fence() behind it");
 }
 
+int fences_of(const Block& block) {
+  return __atomic_load_n(&block.fences, __ATOMIC_ACQUIRE) + __atomic_load_n(&block.fences_before, __ATOMIC_ACQUIRE);
+}
+
 std::string shared_range(const Block& block) {
   return std::to_string(block.shared->bytes()) + " bytes of shared memory of block " + std::to_string(block.index);
 }
@@ -215,8 +219,9 @@ unsigned take_ticket(unsigned* counter, unsigned last, const std::source_locatio
       release(counter);
     });
     __atomic_store_n(&block.publishing, false, __ATOMIC_RELEASE);
-  } else if (__atomic_load_n(&block.fences, __ATOMIC_ACQUIRE) + __atomic_load_n(&block.fences_before, __ATOMIC_ACQUIRE) == 0) {
-    fail(name_of(site) + ": block " + std::to_string(block.index) + " takes a ticket without a device_fence() before it");
+  } else if (fences_of(block) == 0) {
+    fail(name_of(site) + ": block " + std::to_string(block.index) +
+         " takes a ticket without a device_fence() before it");
   }
   unsigned before = __atomic_load_n(counter, __ATOMIC_RELAXED), after;
   do {

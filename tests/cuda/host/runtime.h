@@ -1,6 +1,7 @@
-// What the CUDA kernels' host twins are made of: threads of a grid, their meeting points, their memory, and the checks on
-// all of it. Two schedulers implement the meeting points: fibers.cpp (one OS thread, order from a seed) and threads.cpp
-// (one OS thread per CUDA thread). Compiled without sanitizers; sanitize.h tells the sanitizers what they cannot see.
+// What the CUDA kernels' host twins are made of: threads of a grid, their meeting points, their memory, and the
+// checks on all of it. Two schedulers implement the meeting points: fibers.cpp (one OS thread, order from a seed) and
+// threads.cpp (one OS thread per CUDA thread). Compiled without sanitizers; sanitize.h tells the sanitizers what they
+// cannot see.
 #pragma once
 
 #include <stdint.h>
@@ -157,7 +158,8 @@ void begin_copy(void* to, const void* from);
 Copy* due_copies(int groups, int& count);
 void forget_copies(int count);
 
-enum class Access { kLoad, kStore };
+// a read-only load may not see what the launch itself has written
+enum class Access { kLoad, kReadOnlyLoad, kStore };
 // 16 aligned bytes of this block's shared memory, or of another's in its cluster
 void check_shared(const void* address, int64_t bytes);
 // global memory: aligned to its size, inside a registered buffer, and stores only where they are allowed

@@ -1,5 +1,5 @@
-// What the thread and address sanitizers have to be told about fibers and meeting points. Weak symbols: absent where the
-// program is not linked with a sanitizer.
+// What the thread and address sanitizers have to be told about fibers and meeting points. Weak symbols: absent where
+// the program is not linked with a sanitizer.
 #pragma once
 
 #include <stddef.h>

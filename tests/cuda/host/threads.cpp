@@ -1,5 +1,6 @@
-// Scheduler of OS threads: every CUDA thread is one, a few clusters run at the same time. For the thread sanitizer and for
-// what only shows when things truly happen at once; slow, and the order is not repeatable. Errors end the process.
+// Scheduler of OS threads: every CUDA thread is one, a few clusters run at the same time. For the thread sanitizer
+// and for what only shows when things truly happen at once; slow, and the order is not repeatable. Errors end the
+// process.
 #include <errno.h>
 #include <linux/futex.h>
 #include <stdio.h>
@@ -62,7 +63,8 @@ BlockState& state_of(const Thread& thread) {
 }
 
 void rest(ClusterState& cluster, const char* where) {
-  if (__atomic_sub_fetch(&cluster.active, 1, __ATOMIC_ACQ_REL) == 0 && __atomic_load_n(&cluster.live, __ATOMIC_ACQUIRE) > 0)
+  const bool last = __atomic_sub_fetch(&cluster.active, 1, __ATOMIC_ACQ_REL) == 0;
+  if (last && __atomic_load_n(&cluster.live, __ATOMIC_ACQUIRE) > 0)
     fail(std::string("deadlock: all threads of the cluster wait or have ended, the last one at ") + where);
 }
 

@@ -8,7 +8,8 @@ extern "C" int toy_row_sum(
     const float* in, int64_t rows, int64_t numel, int splits, int threads, int shared_bytes, float* partials,
     unsigned* counters, float* sums) {
   const toys::RowSum arguments = {in, numel, splits, partials, counters, sums};
-  return FLOWDPPO_LAUNCH(toys::row_sum, (gpu::LaunchShape{rows * splits, threads, 1, shared_bytes}), nullptr, arguments);
+  const gpu::LaunchShape shape = {rows * splits, threads, 1, shared_bytes};
+  return FLOWDPPO_LAUNCH(toys::row_sum, shape, nullptr, arguments);
 }
 
 extern "C" int toy_cluster_sum(const float* in, int64_t blocks, int cluster, int threads, float* out) {
