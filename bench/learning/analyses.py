@@ -55,11 +55,11 @@ def crossing(along: np.ndarray, measured: np.ndarray, level: float) -> float | N
     return None
 
 
-def best_at_drift(runs: Sequence[Run], budget: float) -> dict[str, Seeds]:
-    """Per method and seed the highest reward that any run of its sweep had when its drift reached ``budget`` nats, or
-    before, if that run never drifted so far. Every method has as many runs to choose from."""
+def best_at_drift(runs: Sequence[Run], budget: float, count: int) -> dict[str, Seeds]:
+    """Per method and seed the highest reward that any of its ``count`` runs had when its drift reached ``budget`` nats,
+    or at the last evaluation within it, if that run never drifted so far."""
     found: dict[str, Seeds] = {}
-    for method, seeds in _by_seed(runs).items():
+    for method, seeds in _by_seed(runs, count).items():
         for seed, members in seeds.items():
             rewards = []
             for run in members:
@@ -72,14 +72,14 @@ def best_at_drift(runs: Sequence[Run], budget: float) -> dict[str, Seeds]:
 
 
 def at_reward(
-    runs: Sequence[Run], level: float, value: Callable[[Mapping], float], *, least: bool = True
+    runs: Sequence[Run], level: float, value: Callable[[Mapping], float], count: int, *, least: bool = True
 ) -> dict[str, Seeds]:
-    """Per method and seed a measure where the reward first reaches ``level``: the best over the method's sweep.
+    """Per method and seed a measure where the reward first reaches ``level``: the best of its ``count`` runs.
 
     Runs that never reach the level are left out; a method and seed without any has no entry.
     """
     found: dict[str, Seeds] = {}
-    for method, seeds in _by_seed(runs).items():
+    for method, seeds in _by_seed(runs, count).items():
         for seed, members in seeds.items():
             values = []
             for run in members:
@@ -93,14 +93,13 @@ def at_reward(
     return found
 
 
-def _by_seed(runs: Iterable[Run]) -> dict[str, dict[int, list[Run]]]:
-    """Runs by method and seed, only for seeds whose sweep is complete, so that nobody chooses from fewer."""
+def _by_seed(runs: Iterable[Run], count: int) -> dict[str, dict[int, list[Run]]]:
+    """Runs by method and seed, only where there are ``count`` of them, so that nobody chooses from fewer."""
     found: dict[str, dict[int, list[Run]]] = {}
     for run in runs:
         found.setdefault(run.cell.method, {}).setdefault(run.cell.seed, []).append(run)
-    full = {method: max(len(members) for members in seeds.values()) for method, seeds in found.items()}
     ordered = sorted(found, key=list(METHODS).index)
-    return {m: {s: found[m][s] for s in sorted(found[m]) if len(found[m][s]) == full[m]} for m in ordered}
+    return {m: {s: found[m][s] for s in sorted(found[m]) if len(found[m][s]) == count} for m in ordered}
 
 
 def by_seed(runs: Iterable[Run], value: Callable[[Run], float], **cell: object) -> Seeds:

@@ -14,9 +14,10 @@ import torch
 
 from bench.ops.devices import CpuDevice
 from bench.ops.environment import collect
+from flowdppo_fast.row_data import read_rows
 from flowdppo_fast.trainer import FlowDPPOConfig, FlowDPPOTrainer
 
-from .decisions import read_rows, summary
+from .decisions import summary
 from .evaluate import Pretrained, evaluate
 from .tasks import NamedRewards, load_task
 
