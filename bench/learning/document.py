@@ -7,9 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import analyses, figures, paths, plan, tables
+from . import analyses, figures, plan, tables
 from .methods import METHODS
-from .requests import load_settings
 from .results import Run, load
 from .tasks import load_task
 
@@ -25,29 +24,36 @@ def filled(text: str, runs: Sequence[Run], settings: Mapping[str, Any]) -> str:
     names = [name for _, name, _ in _BLOCK.findall(text)]
     if sorted(names) != sorted(tables.TABLES):
         raise ValueError(f"tables: got {names} in the page, expected each of {list(tables.TABLES)} once")
-    return _BLOCK.sub(lambda found: found[1] + tables.TABLES[found[2]](runs, settings) + "\n" + found[3], text)
+    whole = [run for run in runs if not run.failed]
+
+    def table(found: re.Match[str]) -> str:
+        made = tables.TABLES[found[2]](runs if found[2] == "progress" else whole, settings)
+        return f"{found[1]}{made}\n{found[3]}"
+
+    return _BLOCK.sub(table, text)
 
 
-def update(folder: Path, *, check: bool) -> int:
+def update(folder: Path, settings: Mapping[str, Any], page: Path, pictures: Path, *, check: bool) -> int:
     """Writes tables and figures; with ``check`` only looks at the tables. Returns the exit status."""
-    runs, settings = load(folder), load_settings()
-    before = paths.PAGE.read_text()
+    runs = load(folder)
+    before = page.read_text()
     after = filled(before, runs, settings)
     if check:
         if before != after:
-            print(f"{paths.PAGE.name}: tables are not those of the run files; run `python -m bench.learning document`")
+            print(f"{page.name}: tables are not those of the run files; run `python -m bench.learning document`")
             return 1
-        print(f"{paths.PAGE.name}: tables are those of {len(runs)} run files")
+        print(f"{page.name}: tables are those of {len(runs)} run files")
         return 0
-    paths.PAGE.write_text(after)
-    for path in draw(runs, settings, paths.FIGURES):
+    page.write_text(after)
+    for path in draw(runs, settings, pictures):
         print(path)
     return 0
 
 
 def draw(runs: Sequence[Run], settings: Mapping[str, Any], folder: Path) -> list[Path]:
     """All figures for which there are runs."""
-    made = [figure(runs, settings, folder / f"{name}.png") for name, figure in _FIGURES.items()]
+    whole = [run for run in runs if not run.failed]
+    made = [figure(whole, settings, folder / f"{name}.png") for name, figure in _FIGURES.items()]
     return [path for path in made if path is not None]
 
 

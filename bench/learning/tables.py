@@ -6,10 +6,10 @@ import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from . import analyses, plan
+from . import analyses, paths, plan
 from .analyses import Contrast, Seeds, by_seed, difference, show
 from .methods import METHODS
-from .results import Run
+from .results import Run, load
 from .statistics import verdict
 from .tasks import load_task
 
@@ -55,6 +55,7 @@ def progress(runs: Sequence[Run], settings: Mapping[str, Any]) -> str:
         rows.append([study, str(len(seeds)), f"{count} of {len(cells) // len(seeds)}"])
     done = len(have & set(everything))
     rows.append(["all, each run once", str(len(everything)), f"{done} runs done"])
+    rows.append(["stopped without finite numbers", "-", str(sum(run.failed for run in runs))])
     return markdown(["study", "cells", "seeds per cell"], rows)
 
 
@@ -71,6 +72,22 @@ def choices(runs: Sequence[Run], settings: Mapping[str, Any]) -> str:
         per = [f"{bound / load_task(task).elements:.2g}" for task in ("digits", "shapes")]
         rows.append([about.label, f"{about.bound}, nats", swept, f"{bound:g}", *per])
     return markdown(["method", "varied", "swept", "chosen", "per element, digits", "per element, shapes"], rows)
+
+
+def tuning(runs: Sequence[Run], settings: Mapping[str, Any]) -> str:
+    """The tuning runs, from which values were chosen: rewards and drifts of each seed. Not among ``runs``."""
+    found = load(paths.TUNING)
+    rows = []
+    for method, about in METHODS.items():
+        cells = sorted({(run.cell.bound or 0, run.cell.rate) for run in found if run.cell.method == method})
+        for bound, rate in cells:
+            members = [r for r in found if (r.cell.method, r.cell.bound or 0, r.cell.rate) == (method, bound, rate)]
+            members.sort(key=lambda run: run.cell.seed)
+            value = f"{bound:g}" if about.bound else f"rate x {rate:g}"
+            rewards = ", ".join(f"{run.reward():.2f}" for run in members)
+            drifts = ", ".join(f"{run.drift:.0f}" for run in members)
+            rows.append([about.label, value, rewards, drifts])
+    return markdown(["method", "value", "final reward, by seed", "drift, nats, by seed"], rows)
 
 
 def pretrained(runs: Sequence[Run], settings: Mapping[str, Any]) -> str:
@@ -363,6 +380,7 @@ _ORDER = (
 TABLES: dict[str, Callable[[Sequence[Run], Mapping[str, Any]], str]] = {
     "progress": progress,
     "choices": choices,
+    "tuning": tuning,
     "pretrained": pretrained,
     "claims": claims,
     "end": at_the_end,

@@ -160,3 +160,23 @@ def test_the_sweep_skips_what_is_there_and_says_what_is_missing(settings, tmp_pa
     assert sweep.run_all(cells, settings, tmp_path / "other", shard=1, shards=2) == 2
     assert done == [1, 3]
     assert sweep.run_all(cells, settings, tmp_path / "late", until=0.0) == 0
+
+
+def test_a_run_that_lost_its_numbers_is_a_result_and_other_errors_are_not(settings, monkeypatch):
+    from bench.learning.tasks import load_task
+
+    task = load_task("digits")
+    request = requests.request(Cell("digits", "flow_dppo", 0.01), settings)
+    request["trainer"]["run"]["iterations"] = 4
+    monkeypatch.setitem(task.rewards, "judge", lambda pages, classes: torch.full((len(pages),), torch.nan))
+    result = runs.run(request)
+    assert "not finite" in result["failed"]
+    assert result["history"]["reward"][0] is None
+    assert result["evaluations"][-1]["iteration"] == len(result["history"]["reward"])
+
+    def broken(trainer, **options):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(runs.FlowDPPOTrainer, "train", broken)
+    with pytest.raises(RuntimeError, match="something else"):
+        runs.run(request)

@@ -171,3 +171,13 @@ def test_every_method_has_a_style():
     assert set(figures.STYLES) == set(METHODS)
     assert len({style[0] for style in figures.STYLES.values()}) == len(METHODS)
     assert len({style[1] for style in figures.STYLES.values()}) == len(METHODS)
+
+
+def test_runs_without_numbers_are_counted_and_not_averaged(settings):
+    runs = sweep_runs(settings, lambda cell: 2.0, seeds=range(3))
+    lost = Run({**runs[0].result, "failed": "4 updates were skipped"})
+    text = paths.PAGE.read_text()
+    with_it = document.filled(text, [lost, *runs[1:]], settings)
+    assert "| stopped without finite numbers | - | 1 |" in with_it
+    without = document.filled(text, runs[1:], settings)
+    assert with_it.split("## The two tasks")[1] == without.split("## The two tasks")[1]

@@ -122,15 +122,15 @@ def test_every_check_has_a_case():
 
 
 def test_spurious_clips_are_counted_by_the_exact_kl():
-    """Four rows that move away: by log-ratio the second and third are largest, by KL the third and fourth."""
+    """Five rows that move away and one that comes back. Log-ratios pick the 2nd, 3rd and 5th, KLs the 3rd to 5th."""
     rows = row_data.Rows(
-        iteration=np.ones(5, int), update=np.ones(5, int), step=np.zeros(5, int),
-        advantage=np.array([1.0, 1.0, -1.0, -1.0, 1.0]), log_ratio=np.array([0.1, 2.0, -3.0, -0.2, -9.0]),
-        kl=np.array([0.1, 0.2, 2.0, 1.0, 9.0]), kept=np.ones(5, bool), elements=ELEMENTS,
+        iteration=np.ones(6, int), update=np.ones(6, int), step=np.zeros(6, int),
+        advantage=np.array([1.0, 1.0, -1.0, -1.0, 1.0, 1.0]), log_ratio=np.array([0.1, 2.0, -3.0, -0.2, 4.0, -9.0]),
+        kl=np.array([0.1, 0.2, 2.0, 1.0, 5.0, 9.0]), kept=np.ones(6, bool), elements=ELEMENTS,
     )  # fmt: skip
     found = row_data.clip_against_mask(rows, 1.0)
     assert found == {
-        "dropped": 2 / 5, "threshold": 1.0, "spurious": 0.5, "kl_of_clipped_median": 1.1, "kl_of_masked_median": 1.5,
+        "dropped": 3 / 6, "threshold": 1.0, "spurious": 1 / 3, "kl_of_clipped_median": 2.0, "kl_of_masked_median": 2.0,
     }  # fmt: skip
     assert row_data.clip_against_mask(rows, 5.0) is None
 
