@@ -55,6 +55,7 @@ class Evaluation:
             made, rewards = self.generate(self.source, entries, seeds, e.num_steps or s.num_steps, self.options)
             images += list(made)
             parts.append(rewards)
+        self.workers.agree()
         named = {name: self.workers.gather(torch.cat([part[name] for part in parts]))[:total] for name in parts[0]}
         named["reward"] = weighted_reward(named, self.config.advantage.reward_weights)
         metrics = {name: float(value.mean()) for name, value in named.items()}

@@ -20,7 +20,7 @@ class PolicyOptimizer:
     once the mean KL from the rollout's policy exceeds it. Both are decided on the device.
 
     Args:
-        parameters: float32 weights.
+        parameters: float32 weights, or this process's shards of them.
         settings: of the optimizer.
         workers: processes to sum gradients over.
         scaled: multiply losses by :attr:`scale`, for float16 autocast; it is halved when a gradient overflows and
@@ -54,11 +54,16 @@ class PolicyOptimizer:
             0-d device tensors: ``grad_norm`` before clipping, ``skipped`` (not finite) and ``stopped`` (too far).
         """
         s = self.settings
-        self.workers.sum_gradients(self.parameters)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if not self.workers.sharded:
+            self.workers.sum_gradients(gradients)
         loss, kl = self.workers.sum(torch.stack([loss, kl])).unbind()
         if self.scaled:
-            torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], 1.0 / self.scale)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, s.max_grad_norm or float("inf"), foreach=True)
+            torch._foreach_mul_(gradients, 1.0 / self.scale)
+        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        if self.workers.sharded:
+            norm = self.workers.sum(norm.square()).sqrt()
+        torch.nn.utils.clip_grads_with_norm_(self.parameters, s.max_grad_norm or float("inf"), norm, foreach=True)
         bad = ~(torch.isfinite(norm) & torch.isfinite(loss))
         if s.target_kl is not None:
             self.stopped |= kl > s.target_kl

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,21 +66,27 @@ def row_lines(
                 values = numbers[start : start + width]
                 line[name].append([int(x) for x in values] if name == "kept" else list(values))
                 start += width
-    for (update, steps), line in lines.items():
+    # processes are gathered one after the other
+    for (update, steps), line in sorted(lines.items(), key=lambda item: item[0][0]):
         head = {"iteration": iteration, "update": update, "steps": list(steps), "elements": elements}
         yield json.dumps({**head, "advantage": [advantages[row] for row in line["rows"]], **line})
 
 
 def drop_later_lines(path: Path, iteration: int) -> None:
-    """Removes lines of iterations after ``iteration``, and one that was cut off by a kill, from a ``rows.jsonl``."""
-    if path.exists():
-        kept = []
-        for line in path.read_text().splitlines():
+    """Cuts lines of iterations after ``iteration``, and one that was torn by a kill, off a log such as ``rows.jsonl``.
+
+    Iterations are written in order, so what stays is a beginning of the file.
+    """
+    if not path.exists():
+        return
+    end = 0
+    with open(path, "rb") as log:
+        for line in log:
             try:
-                number = json.loads(line)["iteration"]
+                later = not line.endswith(b"\n") or json.loads(line)["iteration"] > iteration
             except ValueError:
-                # iterations are written in order: whatever follows a torn line is later than it
+                later = True
+            if later:
                 break
-            if number <= iteration:
-                kept.append(line)
-        path.write_text("".join(line + "\n" for line in kept))
+            end += len(line)
+    os.truncate(path, end)

@@ -24,10 +24,11 @@ from .advantages import RewardHistory, advantages_of
 from .config import FlowDPPOConfig
 from .distributed import Workers
 from .evaluation import Evaluation
+from .memory import offload, trajectory_bytes
 from .metrics import METRICS, micro_vector, read_iteration
 from .optimization import PolicyOptimizer
 from .recorder import ReplayCheck, Trajectory, TrajectoryRecorder, row_index
-from .resume import begin_run, save_run
+from .resume import append_lines, begin_run, save_run
 from .rewards import Reward, score
 from .rollout import PromptSource, Rollout, derive_seed
 from .row_log import row_part
@@ -79,14 +80,24 @@ class FlowDPPOTrainer:
         self.workers = Workers(self.accelerator)
         self.updates = self._plan_updates()
         self.device = self.accelerator.device
+        self._check_sharding()
         # reading a tensor on the CPU waits for nothing, so a gradient that is zero is worth looking for
-        self._looks = self.device.type == "cpu" or o.skip_dropped_backward
-        for component in pipeline.components.values():
+        self._looks = not self.workers.sharded and (self.device.type == "cpu" or o.skip_dropped_backward)
+        for name, component in pipeline.components.items():
             if isinstance(component, torch.nn.Module):
                 component.requires_grad_(False)
-        pipeline.to(self.device)
+                # what is sharded may be too large for one device
+                if self.workers.sharded and name not in self.recorder.modules:
+                    component.to(self.device)
+        if not self.workers.sharded:
+            pipeline.to(self.device)
         self.weights = PolicyWeights(
-            self.recorder.modules, config.model, config.run.seed, self.device, config.objective.needs_reference
+            self.recorder.modules,
+            config.model,
+            config.run.seed,
+            self.device,
+            config.objective.needs_reference,
+            self.workers,
         )
         scaled = config.model.mixed_precision == "fp16"
         self.optimizer = PolicyOptimizer(self.weights.parameters, o, self.workers, scaled=scaled)
@@ -120,10 +131,9 @@ class FlowDPPOTrainer:
         run = self.config.run
         history = begin_run(self, resume)
         self.pipeline.set_progress_bar_config(disable=True)
-        bar = tqdm(
-            total=run.iterations, initial=self.iteration, disable=not run.progress, unit="it", dynamic_ncols=True
-        )
-        with bar, open(self.output / "metrics.jsonl", "a") as log:
+        shown = run.progress and self.workers.is_main
+        bar = tqdm(total=run.iterations, initial=self.iteration, disable=not shown, unit="it", dynamic_ncols=True)
+        with bar:
             ended = self.iteration >= run.iterations or bool(history and self._over_budget(history[-1]))
             while not ended:
                 metrics = self._iterate()
@@ -131,8 +141,7 @@ class FlowDPPOTrainer:
                 if ended and self.evaluation is not None:
                     metrics |= self._evaluate("eval_final")
                 history.append(metrics)
-                log.write(json.dumps(metrics) + "\n")
-                log.flush()
+                self._log("metrics.jsonl", [json.dumps(metrics)])
                 bar.update()
                 bar.set_postfix(
                     reward=f"{metrics['reward']:.3f}",
@@ -171,9 +180,12 @@ class FlowDPPOTrainer:
             seeds = [derive_seed(seed, iteration, "latents", row) for row in rows]
             with self.recorder.recording(chosen, seed=noise_seed, first_row=rows[0]) as trajectory:
                 images = self._generate(self.prompts, entries, seeds, s.num_steps, s.pipeline_kwargs)
+            if s.offload_trajectories:
+                offload(trajectory, self.device)
             trajectories.append(trajectory)
             numbers.append(rows)
             rewards.append(self._score(images, entries))
+        self.workers.agree()
         own = {name: torch.cat([part[name] for part in rewards]) for name in rewards[0]}
         table = self.workers.collect(torch.stack(list(own.values())), self.updates)
         named = dict(zip(own, table))
@@ -234,9 +246,8 @@ class FlowDPPOTrainer:
     def save_pretrained(self, folder: str | Path) -> None:
         """Trained weights (the moving average if there is one) as diffusers loads them: LoRA adapters by
         ``load_lora_adapter``, full transformers by ``from_pretrained``; one folder per transformer."""
-        if self.workers.is_main:
-            self.weights.save_pretrained(Path(folder))
-        self.workers.wait()
+        self.weights.save_pretrained(Path(folder))
+        self.workers.agree()
 
     def _plan_updates(self) -> list[range]:
         """Rows of each update of a pass over a rollout."""
@@ -249,6 +260,16 @@ class FlowDPPOTrainer:
                 f"expected equal shares that are a multiple or a divisor of sampling.group_size={s.group_size}"
             )
         return [range(start, start + size) for start in range(0, size * o.updates_per_rollout, size)]
+
+    def _check_sharding(self) -> None:
+        """All processes of a sharded run make the same calls: what each would decide for itself is refused."""
+        if self.workers.sharded and self.config.optimizer.skip_dropped_backward:
+            raise ValueError("optimizer.skip_dropped_backward: got True, expected False in a sharded run (FSDP2)")
+        if self.workers.sharded and self.config.sampling.per_group_steps and len(self.recorder.modules) > 1:
+            raise ValueError(
+                f"sampling.per_group_steps: got True with {len(self.recorder.modules)} transformers, expected False in "
+                "a sharded run (FSDP2)"
+            )
 
     def _calls(self) -> list[range]:
         """Rows of each pipeline call that this process makes for a rollout."""
@@ -281,7 +302,9 @@ class FlowDPPOTrainer:
 
     def _score(self, images: Any, entries: list[dict]) -> dict[str, Tensor]:
         texts = [entry.get("text", entry.get("prompt")) for entry in entries]
-        return score(self.reward, images, texts, [entry.get("metadata", {}) for entry in entries], self.device)
+        metadata = [entry.get("metadata", {}) for entry in entries]
+        # a reward may fail on one process alone
+        return self.workers.attempt(score, self.reward, images, texts, metadata, self.device)
 
     def _generate_and_score(
         self, source: PromptSource, entries: list[dict], *how: Any
@@ -333,34 +356,50 @@ class FlowDPPOTrainer:
                 with torch.no_grad(), self.weights.reference():
                     reference = self.recorder.replay(trajectory, rows, steps)
             velocity = self.recorder.replay(trajectory, rows, steps)
-        old, noise, step = trajectory.select(rows, steps)
-        out = fused_velocity_policy_loss(
-            self.objective,
-            velocity,
-            old,
-            noise,
-            step,
-            advantages[:, None].expand(-1, len(steps)),
-            reference_velocity=reference,
-            advantage_clip=self.config.advantage.clip,
-            kl_weight=objective.kl_weight,
-            reference_kl=objective.reference_kl,
-            single_pass=True,
-        )
+        out = self._loss(trajectory, rows, steps, velocity, reference, advantages[:, None].expand(-1, len(steps)))
         assert out.grad is not None
         # on a GPU looking for a gradient costs a sync
         if not (self._looks and not out.grad.any()):
             velocity.backward(out.grad * (share * self.optimizer.scale))
         return out
 
+    def _loss(
+        self,
+        trajectory: Trajectory,
+        rows: Sequence[int],
+        steps: range,
+        velocity: Tensor,
+        reference: Tensor | None,
+        advantages: Tensor,
+    ) -> LossOutput:
+        """Loss, metrics and gradient of replayed velocities ``[b, S, *latent]`` with advantages ``[b, S]``."""
+        old, noise, step = trajectory.select(rows, steps)
+        return fused_velocity_policy_loss(
+            self.objective,
+            velocity,
+            old,
+            noise,
+            step,
+            advantages,
+            reference_velocity=reference,
+            advantage_clip=self.config.advantage.clip,
+            kl_weight=self.config.objective.kl_weight,
+            reference_kl=self.config.objective.reference_kl,
+            single_pass=True,
+        )
+
     def _read(self, rollout: Rollout, results: dict[str, list]) -> dict[str, float]:
         """Metrics of the iteration that just ended, as floats: read from the device once."""
         metrics, lines = read_iteration(self.iteration, rollout, results, self.config, self.workers, self._metric_names)
         self.skipped_updates += int(metrics["skipped_updates"])
-        if lines and self.workers.is_main:
-            with open(self.output / "rows.jsonl", "a") as log:
-                log.writelines(line + "\n" for line in lines)
-        return {**metrics, "skipped_updates": self.skipped_updates}
+        if lines:
+            self._log("rows.jsonl", lines)
+        stored = trajectory_bytes(rollout.trajectories)
+        return {**metrics, "skipped_updates": self.skipped_updates, "trajectory_bytes": stored}
+
+    def _log(self, name: str, lines: list[str]) -> None:
+        if self.workers.is_main:
+            self.workers.attempt(append_lines, self.output / name, lines)
 
     def _evaluate(self, prefix: str) -> dict[str, float]:
         metrics, _, _ = self.evaluate()
