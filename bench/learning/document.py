@@ -119,11 +119,11 @@ def _reuse(runs: Sequence[Run], settings: Mapping[str, Any], path: Path) -> Path
                     if members:
                         groups.setdefault(method, {})[epochs] = [value(run) for run in members]
             groups = {method: points for method, points in groups.items() if len(points) > 1}
-            figures.against(groups, axis, "inner epochs per rollout", logarithmic=True)
+            figures.against(groups, axis, "inner epochs per rollout")
             axis.set_xticks(plan.EPOCHS, [str(epochs) for epochs in plan.EPOCHS])
             axis.minorticks_off()
             axis.set(ylabel=label, title=task)
-    axes[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+    figures.legend_beside(figure, axes[0])
     return figures.save(figure, path)
 
 
@@ -184,9 +184,9 @@ def _thresholds(runs: Sequence[Run], settings: Mapping[str, Any], path: Path) ->
                 for run in plain:
                     if run.cell.method == method:
                         groups.setdefault(method, {}).setdefault(run.cell.bound, []).append(value(run))
-            figures.against(groups, axis, "threshold of the mask [nats per step]", logarithmic=True)
+            figures.against(groups, axis, "threshold of the mask [nats per step]")
             axis.set(ylabel=label, title=task)
-    axes[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+    figures.legend_beside(figure, axes[0])
     return figures.save(figure, path)
 
 

@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from . import analyses
 from .methods import METHODS
@@ -38,10 +39,21 @@ def save(figure: Figure, path: Path) -> Path:
 
 
 def panels(count: int, width: float = 5.2, height: float = 4.2) -> tuple[Figure, Sequence[Axes]]:
-    figure, axes = plt.subplots(1, count, figsize=(width * count, height), squeeze=False, layout="constrained")
-    for axis in axes[0]:
+    """A figure with ``count`` plots, two to a row."""
+    columns = min(count, 2)
+    rows = -(-count // columns)
+    size = (width * columns, height * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for axis in axes.flat[:count]:
         axis.grid(alpha=0.3)
-    return figure, axes[0]
+    for axis in axes.flat[count:]:
+        axis.set_axis_off()
+    return figure, axes.flat[:count]
+
+
+def legend_beside(figure: Figure, axis: Axes) -> None:
+    """The legend of ``axis`` to the right of all plots."""
+    figure.legend(*axis.get_legend_handles_labels(), fontsize=9, loc="outside right upper", frameon=False)
 
 
 def along_training(
@@ -68,27 +80,26 @@ def along_training(
                 label = f"{METHODS[method].label} (n={len(members)})"
                 axis.plot(*middle.T, color=colour, marker=marker, linestyle=line, label=label)
         axis.set(xlabel=labels[0], ylabel=labels[1], title=task)
-    axes[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+    legend_beside(figure, axes[-1])
     return save(figure, path)
 
 
-def against(
-    groups: Mapping[str, Mapping[float, Sequence[float]]], axis: Axes, label: str, *, logarithmic: bool = False
-) -> None:
-    """Median and 95 % interval against a setting, one line per method."""
-    for method, points in groups.items():
+def against(groups: Mapping[str, Mapping[float, Sequence[float]]], axis: Axes, label: str) -> None:
+    """Median and 95 % interval against a setting on a logarithmic axis, one line per method."""
+    for number, (method, points) in enumerate(groups.items()):
         colour, marker, line = STYLES[method]
         xs = sorted(points)
         found = [estimate(points[x]) for x in xs]
         middle = np.array([e.median for e in found])
         low = np.array([e.median - e.low if e.low == e.low else 0 for e in found])
         high = np.array([e.high - e.median if e.high == e.high else 0 for e in found])
+        # a little beside each other, or the intervals would hide one another
+        places = [x * 1.04 ** (number - len(groups) / 2) for x in xs]
         axis.errorbar(
-            xs, middle, yerr=[low, high], color=colour, marker=marker, linestyle=line, capsize=3,
+            places, middle, yerr=[low, high], color=colour, marker=marker, linestyle=line, capsize=3,
             label=METHODS[method].label,
         )  # fmt: skip
-    if logarithmic:
-        axis.set_xscale("log")
+    axis.set_xscale("log")
     axis.set_xlabel(label)
 
 
@@ -105,8 +116,13 @@ def bars(values: Mapping[str, Mapping[str, Sequence[float]]], axis: Axes, label:
                 axis.bar(
                     number + (place - (len(names) - 1) / 2) * width, found.median, width, yerr=error, capsize=2,
                     color=STYLES[method][0], hatch=hatches[place % 4], edgecolor="white",
-                    label=name if number == 0 else None,
                 )  # fmt: skip
     axis.set_xticks(range(len(values)), [METHODS[method].label for method in values], rotation=35, ha="right")
+    axis.axhline(0, color="black", linewidth=0.8)
     axis.set_ylabel(label)
-    axis.legend(fontsize=8, frameon=False)
+    shown = [
+        Patch(facecolor="#595959", edgecolor="white", hatch=hatch, label=name) for hatch, name in zip(hatches, names)
+    ]
+    axis.legend(
+        handles=shown, fontsize=8, ncols=len(names), loc="upper center", bbox_to_anchor=(0.5, -0.28), frameon=False
+    )

@@ -20,7 +20,8 @@ RATES = (1.0, 0.5, 0.25, 0.125)
 STAGES = (
     ("digits", ("tuned",), range(0, 3)),
     ("shapes", ("pair",), range(0, 3)),
-    ("digits", ("pair_four_epochs", "pair_three_rewards"), range(0, 3)),
+    ("digits", ("pair",), range(3, 6)),
+    ("digits", ("pair_three_rewards", "pair_four_epochs"), range(0, 3)),
     ("shapes", ("tuned",), range(0, 3)),
     ("digits", ("reuse_pair", "three_rewards", "masks"), range(0, 3)),
     ("digits", ("tuned",), range(3, 8)),

@@ -110,7 +110,8 @@ def test_the_drift_is_the_kl_of_the_path(settings):
     assert found == pytest.approx(expected, rel=1e-4)
     with pretrained.restored():
         assert drift_nats(pipeline, pretrained, task.trained, 4, num_steps=5, guidance=1.0) == 0
-    assert float(pipeline.transformer.proj_out.bias.detach().abs().max()) > 0
+    # and afterwards the present weights are back
+    assert drift_nats(pipeline, pretrained, task.trained, 4, num_steps=5, guidance=1.0) == found
 
 
 def test_every_method_is_tuned_and_swept_over_as_many_values():

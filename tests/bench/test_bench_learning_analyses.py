@@ -77,7 +77,9 @@ def test_verdicts_need_an_interval_beside_zero():
     assert statistics.verdict(statistics.paired(more, seeds)) == "shown"
     assert statistics.verdict(statistics.paired(seeds, more)) == "opposite"
     assert statistics.verdict(statistics.paired(mixed, seeds)) == "not shown"
-    assert statistics.verdict(statistics.paired(more, {0: 1.0})) == "not measured"
+    assert statistics.verdict(statistics.paired(more, {0: 1.0})) == "too few seeds"
+    few = dict.fromkeys(range(5), 1.0)
+    assert statistics.verdict(statistics.paired(more, few)) == "too few seeds"
     assert statistics.verdict(statistics.paired({1: 1.0}, {2: 1.0})) == "not measured"
     # seeds that only one has do not count
     assert statistics.paired({0: 5.0, 1: 2.0}, {1: 1.0}).median == 1.0
