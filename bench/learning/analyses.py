@@ -154,6 +154,13 @@ def pooled_noise(runs: Iterable[Run]) -> list[dict[str, float]]:
     return table
 
 
+def noise_over_signal(run: Run) -> float:
+    """Spread of the log-ratio over the KL that is its mean, averaged over rows: above 1, one ratio says little of the
+    distance."""
+    bins = run.result["rows"]["noise"]
+    return sum(b["rows"] * b["log_ratio_std"] for b in bins) / sum(b["rows"] * b["kl"] for b in bins)
+
+
 def spurious(runs: Iterable[Run], clip: float) -> tuple[Seeds, Seeds, Seeds]:
     """By seed, over runs: share dropped by the clip, share of it that is spurious, and the matched threshold (nats)."""
     dropped, wrong, threshold = {}, {}, {}

@@ -10,7 +10,7 @@ from . import analyses, paths, plan
 from .analyses import Contrast, Seeds, by_seed, difference, show
 from .methods import METHODS
 from .results import Run, load
-from .statistics import verdict
+from .statistics import estimate, verdict
 from .tasks import load_task
 
 # drift budgets (nats per image) and reward levels at which methods are compared; set after tuning, before the sweep
@@ -349,6 +349,16 @@ def contrasts(runs: Sequence[Run], settings: Mapping[str, Any]) -> list[tuple[st
             again = functools.partial(reused, runs, task, epochs=epochs, settings=settings)
             compare("stable reuse", f"final reward, {epochs} inner epochs", over(again, _reward))
             compare("stable reuse", f"largest fall less, {epochs} inner epochs", over(again, analyses.fall), sign=-1)
+        clipping = chosen("flow_grpo")
+        above = {seed: value - 1 for seed, value in by_seed(clipping, analyses.noise_over_signal).items()}
+        _, wrong, _ = analyses.spurious(clipping, settings["tuned"]["flow_grpo"]["bound"])
+        for text, values in (
+            ("spread of log r over its mean, above 1: Flow-GRPO", above),
+            ("share of clipped rows that a mask dropping as many keeps: Flow-GRPO", wrong),
+        ):
+            found.append(
+                (task, Contrast("clipping is noisy", text, estimate(list(values.values())) if values else None))
+            )
         for bound in settings["bounds"]["flow_dppo"]:
             rewards = over(
                 lambda m, b=bound, p=plain: [r for r in p if (r.cell.method, r.cell.bound) == (m, b)], _reward
@@ -373,6 +383,7 @@ _ORDER = (
     "less forgetting",
     "balanced objectives",
     "stable reuse",
+    "clipping is noisy",
     "asymmetry matters",
 )
 

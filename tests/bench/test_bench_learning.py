@@ -64,7 +64,9 @@ def test_a_run_is_repeated_bit_for_bit_from_its_file_alone(short_run, tmp_path, 
 
 def test_another_seed_is_another_run(short_run, settings):
     other = runs.run(requests.request(Cell("digits", "flow_dppo", 0.01, seed=1), settings))
-    assert runs.differences(short_run, other)
+    assert short_run["history"]["reward"] != other["history"]["reward"]
+    # the pretrained model and its measuring are the same
+    assert short_run["evaluations"][0] == other["evaluations"][0]
 
 
 def test_run_files_are_small_and_load_again(short_run, tmp_path):

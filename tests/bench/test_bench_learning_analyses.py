@@ -43,13 +43,13 @@ def make(
     return Run(result)
 
 
-def sweep_runs(settings, final, seeds=range(8), task="digits"):
-    """The whole sweep; ``final(cell)`` is the last reward."""
+def sweep_runs(settings, final, seeds=range(8), task="digits", drift=lambda cell: 100.0):
+    """The whole sweep; ``final(cell)`` is the last reward, ``drift(cell)`` the last drift."""
     runs = []
     for cell in {cell.group: cell for cells in plan.studies(task, settings).values() for cell in cells}.values():
         for seed in seeds:
             own = Cell(**{**asdict(cell), "seed": seed})
-            runs.append(make(own, rewards=(1.0, 1.5, final(own) + 0.01 * seed)))
+            runs.append(make(own, rewards=(1.0, 1.5, final(own) + 0.01 * seed), drifts=(0.0, 50.0, drift(own))))
     return runs
 
 
@@ -132,6 +132,10 @@ def test_claims_follow_the_runs(settings):
     assert found["less drift", "nats less at the end: Flow-DPPO - Flow-GRPO"] == "not shown"
     assert {verdict for (claim, _), verdict in found.items() if claim == "balanced objectives"} == {"shown"}
     assert {verdict for (claim, _), verdict in found.items() if claim == "asymmetry matters"} == {"shown"}
+    nearer = sweep_runs(settings, lambda cell: 2.0, drift=lambda cell: 90.0 if cell.method == "flow_dppo" else 100.0)
+    found = {one.text: statistics.verdict(one.difference) for _, one in tables.contrasts(nearer, settings)}
+    assert found["nats less at the end: Flow-DPPO - Flow-GRPO"] == "shown"
+    assert found["final reward: Flow-DPPO - Flow-GRPO"] == "not shown"
     worse = sweep_runs(settings, lambda cell: -better.get(cell.method, 2.0))
     found = {one.text: statistics.verdict(one.difference) for _, one in tables.contrasts(worse, settings)}
     assert found["final reward: Flow-DPPO - Flow-GRPO"] == "opposite"
