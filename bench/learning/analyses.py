@@ -34,6 +34,12 @@ def plain(runs: Iterable[Run], task: str) -> list[Run]:
     return chosen
 
 
+def alike(run: Run) -> list[Mapping]:
+    """The evaluations between start and end, which draw equally many pages: a Frechet distance shrinks with more."""
+    ends = (0, run.result["request"]["trainer"]["run"]["iterations"])
+    return [place for place in run.result["evaluations"] if place["iteration"] not in ends]
+
+
 def curve(run: Run, value: Callable[[Mapping], float]) -> tuple[np.ndarray, np.ndarray]:
     """A measure of all evaluations of a run against its drift, nats."""
     places = run.result["evaluations"]
@@ -76,16 +82,17 @@ def at_reward(
 ) -> dict[str, Seeds]:
     """Per method and seed a measure where the reward first reaches ``level``: the best of its ``count`` runs.
 
-    Runs that never reach the level are left out; a method and seed without any has no entry.
+    Only evaluations of equally many pages count (:func:`alike`). Runs that do not reach the level among them, or start
+    beyond it, are left out; a method and seed without any has no entry.
     """
     found: dict[str, Seeds] = {}
     for method, seeds in _by_seed(runs, count).items():
         for seed, members in seeds.items():
             values = []
             for run in members:
-                _, reward = curve(run, reward_of)
-                _, measured = curve(run, value)
-                at = crossing(reward, measured, level)
+                places = alike(run)
+                reward = np.array([reward_of(place) for place in places])
+                at = crossing(reward, np.array([value(place) for place in places]), level)
                 if at is not None:
                     values.append(at)
             if values:

@@ -64,21 +64,25 @@ def _drift(place: Mapping) -> float:
     return place["drift_nats"]
 
 
+def _all(run: Run) -> Sequence[Mapping]:
+    return run.result["evaluations"]
+
+
 def _frontier(runs: Sequence[Run], settings: Mapping[str, Any], path: Path) -> Path | None:
     axes = (_drift, analyses.reward_of), (figures.DRIFT, _REWARD)
-    return figures.along_training(runs, tables.present_tasks(runs), *axes, path, settings["tuned"])
+    return figures.along_training(runs, tables.present_tasks(runs), *axes, path, settings["tuned"], _all)
 
 
 def _forgetting(runs: Sequence[Run], settings: Mapping[str, Any], path: Path) -> Path | None:
     label = "Frechet distance on held-out prompts\n[feature variances]"
     axes = (analyses.reward_of, analyses.held_out("frechet")), (_REWARD, label)
-    return figures.along_training(runs, tables.present_tasks(runs), *axes, path, settings["tuned"])
+    return figures.along_training(runs, tables.present_tasks(runs), *axes, path, settings["tuned"], analyses.alike)
 
 
 def _hacking(runs: Sequence[Run], settings: Mapping[str, Any], path: Path) -> Path | None:
     label = "held-out prompts that an independent\njudge reads as asked [share]"
     axes = (analyses.reward_of, analyses.held_out("accuracy")), (_REWARD, label)
-    return figures.along_training(runs, tables.present_tasks(runs), *axes, path, settings["tuned"])
+    return figures.along_training(runs, tables.present_tasks(runs), *axes, path, settings["tuned"], _all)
 
 
 def _balance(runs: Sequence[Run], settings: Mapping[str, Any], path: Path) -> Path | None:
@@ -123,7 +127,7 @@ def _reuse(runs: Sequence[Run], settings: Mapping[str, Any], path: Path) -> Path
             axis.set_xticks(plan.EPOCHS, [str(epochs) for epochs in plan.EPOCHS])
             axis.minorticks_off()
             axis.set(ylabel=label, title=task)
-    figures.legend_beside(figure, axes[0])
+    figures.legend_beside(figure, axes)
     return figures.save(figure, path)
 
 
@@ -146,7 +150,7 @@ def _noise(runs: Sequence[Run], settings: Mapping[str, Any], path: Path) -> Path
     left.set_xlim(span)
     left.set(xlabel="KL of a row, per element: D", ylabel="standard deviation of log r, per element")
     left.legend(fontsize=8, frameon=False)
-    for task, colour, marker in zip(tasks, ("#0072B2", "#D55E00"), "os"):
+    for task, colour, marker, place_of_text in zip(tasks, ("#0072B2", "#D55E00"), "os", ((4, 6), (-14, -14))):
         members = analyses.tuned(analyses.plain(runs, task), "flow_grpo", settings["tuned"])
         points: dict[float, tuple[float, float]] = {}
         for clip in settings["clips"]:
@@ -156,7 +160,7 @@ def _noise(runs: Sequence[Run], settings: Mapping[str, Any], path: Path) -> Path
                 points[clip] = tuple(100 * value for value in pair)  # type: ignore[assignment]
         right.plot(*zip(*points.values()), color=colour, marker=marker, label=task)
         for clip, place in points.items():
-            right.annotate(f"{clip:g}", place, textcoords="offset points", xytext=(5, 5), fontsize=8)
+            right.annotate(f"{clip:g}", place, textcoords="offset points", xytext=place_of_text, fontsize=8)
     right.set(
         xlabel="rows that the clip drops [%]", ylabel="of these: spurious, near by the exact KL [%]", ylim=(0, 105)
     )
@@ -186,7 +190,7 @@ def _thresholds(runs: Sequence[Run], settings: Mapping[str, Any], path: Path) ->
                         groups.setdefault(method, {}).setdefault(run.cell.bound, []).append(value(run))
             figures.against(groups, axis, "threshold of the mask [nats per step]")
             axis.set(ylabel=label, title=task)
-    figures.legend_beside(figure, axes[0])
+    figures.legend_beside(figure, axes)
     return figures.save(figure, path)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -51,9 +52,13 @@ def panels(count: int, width: float = 5.2, height: float = 4.2) -> tuple[Figure,
     return figure, axes.flat[:count]
 
 
-def legend_beside(figure: Figure, axis: Axes) -> None:
-    """The legend of ``axis`` to the right of all plots."""
-    figure.legend(*axis.get_legend_handles_labels(), fontsize=9, loc="outside right upper", frameon=False)
+def legend_beside(figure: Figure, axes: Iterable[Axes]) -> None:
+    """One legend of all ``axes`` to the right of the plots."""
+    named: dict[str, Any] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels()):
+            named.setdefault(label, handle)
+    figure.legend(list(named.values()), list(named), fontsize=9, loc="outside right upper", frameon=False)
 
 
 def along_training(
@@ -63,6 +68,7 @@ def along_training(
     labels: tuple[str, str],
     path: Path,
     chosen: Mapping[str, Mapping],
+    evaluations: Callable[[Run], Sequence[Mapping]],
 ) -> Path | None:
     """Medians of two measures (x, y) over the tuned runs' evaluations; a line per method, a panel per task."""
     x, y = measures
@@ -74,13 +80,13 @@ def along_training(
         for method, (colour, marker, line) in STYLES.items():
             members = analyses.tuned(analyses.plain(runs, task), method, chosen)
             if members:
-                grid = np.array([[(x(e), y(e)) for e in run.result["evaluations"]] for run in members])
+                grid = np.array([[(x(e), y(e)) for e in evaluations(run)] for run in members])
                 middle = np.median(grid, axis=0)
-                axis.plot(grid[:, 1:, 0].T, grid[:, 1:, 1].T, color=colour, alpha=0.15, linewidth=0.7)
-                label = f"{METHODS[method].label} (n={len(members)})"
+                axis.plot(grid[:, :, 0].T, grid[:, :, 1].T, color=colour, alpha=0.15, linewidth=0.7)
+                label = METHODS[method].label
                 axis.plot(*middle.T, color=colour, marker=marker, linestyle=line, label=label)
         axis.set(xlabel=labels[0], ylabel=labels[1], title=task)
-    legend_beside(figure, axes[-1])
+    legend_beside(figure, axes)
     return save(figure, path)
 
 

@@ -75,8 +75,8 @@ def kernel_difference(name: str) -> float:
     """Largest relative difference between the KL of the backend in use and the float64 reference's, after an update.
 
     Raises:
-        AssertionError: more than 16 units in the last place of float32. The velocities are the same numbers, so only the
-            rounding of difference, square and sum is left; the log-ratio may in addition be off by as much of
+        AssertionError: more than 16 units in the last place of float32. The velocities are the same numbers, so only
+            the rounding of difference, square and sum is left; the log-ratio may in addition be off by as much of
             ``sqrt(2*KL)``, the size of the terms that cancel in it.
     """
     task = load_task(name)

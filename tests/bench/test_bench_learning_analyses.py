@@ -29,13 +29,13 @@ def make(
         scores = dict.fromkeys(names, rewards[number])
         quality = {"accuracy": 1.0, "frechet": frechet[number], "diversity": 3.0}
         part = {"rewards": scores, "reward_std": dict.fromkeys(names, 0.5), **quality}
-        return {"iteration": number, "trained": part, "held_out": part, "drift_nats": drifts[number]}
+        return {"iteration": number + 1, "trained": part, "held_out": part, "drift_nats": drifts[number]}
 
     noise = {"rows": 5000, "kl": 0.1, "log_ratio_mean": -0.1, "log_ratio_std": 0.45, "z_mean": 0.0, "z_std": 1.0}
     decision = {"clip": 0.36, "dropped": 0.2, "threshold": 0.05, "spurious": 0.3, "kl_of_clipped_median": 0.1,
                 "kl_of_masked_median": 0.2}  # fmt: skip
     result = {
-        "request": {"cell": asdict(cell)},
+        "request": {"cell": asdict(cell), "trainer": {"run": {"iterations": 99}}},
         "history": {"reward": list(history or np.linspace(1, 2, 12)), "masked_fraction": [0.25] * 12},
         "evaluations": [place(number) for number in range(len(rewards))],
         "rows": {"noise": [noise], "decisions": [decision]},
@@ -102,6 +102,10 @@ def test_best_at_equal_drift_takes_as_many_runs_from_each_method():
     # half a sweep is nobody's
     assert analyses.best_at_drift(runs[:1], 75.0, 2) == {}
     assert analyses.at_reward(runs, 1.75, analyses.held_out("frechet"), 2)["flow_dppo"][0] == pytest.approx(2 + 1 / 6)
+    ended = make(Cell("digits", "flow_dppo", 0.1))
+    ended.result["request"]["trainer"]["run"]["iterations"] = 2
+    # the evaluations of the start and the end draw other numbers of pages
+    assert [place["iteration"] for place in analyses.alike(ended)] == [1, 3]
     assert analyses.at_reward(runs, 9.0, analyses.held_out("frechet"), 2) == {}
 
 
