@@ -107,7 +107,7 @@ def check_folder(recipe: Recipe, *, resume: bool) -> None:
     from ..trainer.checkpoint import checkpoints
     from ..trainer.export import RECIPE_FILE
     from ..trainer.recipe import Recipe
-    from ..trainer.resume import _FREE_SETTINGS
+    from ..trainer.resume import FREE_SETTINGS
 
     folder = Path(recipe.config.run.output_dir)
     saved = checkpoints(folder / "checkpoints")
@@ -116,7 +116,7 @@ def check_folder(recipe: Recipe, *, resume: bool) -> None:
     if not (saved and (folder / RECIPE_FILE).is_file()):
         return
     before, now = Recipe.from_yaml(folder / RECIPE_FILE).portable(), recipe.portable()
-    free = {"run": _FREE_SETTINGS, "pipeline": _FREE_PIPELINE_SETTINGS}
+    free = {"run": FREE_SETTINGS, "pipeline": _FREE_PIPELINE_SETTINGS}
     differing = [
         f"{section}.{key}"
         for section in (section for section in now if section != "rewards")

@@ -59,9 +59,7 @@ def save_checkpoint(
             final.rename(folder / f"{_REPLACED}{final.name}")
         os.replace(temporary, final)
         _sync(folder)
-        for old in checkpoints(folder)[:-keep]:
-            old.rename(folder / f"{_REMOVING}{old.name}")
-        remove_leftovers(folder)
+        remove_old(final, keep)
     except (OSError, SafetensorError) as cause:
         shutil.rmtree(temporary, ignore_errors=True)
         kept = checkpoints(folder)
@@ -88,6 +86,14 @@ def remove_leftovers(folder: Path) -> None:
     for prefix in (_WRITING, _REMOVING):
         for leftover in folder.glob(f"{prefix}*"):
             shutil.rmtree(leftover)
+
+
+def remove_old(newest: Path, keep: int) -> None:
+    """Removes what is older than ``newest`` and the ``keep - 1`` checkpoints before it."""
+    # one that is newer is damaged, and no reason to remove a good one
+    for old in [path for path in checkpoints(newest.parent) if path.name <= newest.name][:-keep]:
+        old.rename(old.with_name(f"{_REMOVING}{old.name}"))
+    remove_leftovers(newest.parent)
 
 
 def checkpoints(folder: Path) -> list[Path]:

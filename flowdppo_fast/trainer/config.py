@@ -275,8 +275,8 @@ class FlowDPPOConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> FlowDPPOConfig:
         """Sections as nested mappings; unknown sections and keys are errors."""
         sections = typing.get_type_hints(cls)
-        _check_known("section", values, sections)
-        return cls(**{name: _build(sections[name], name, entries or {}) for name, entries in values.items()})
+        check_known("section", values, sections)
+        return cls(**{name: build_section(sections[name], name, entries or {}) for name, entries in values.items()})
 
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: Iterable[str] = ()) -> FlowDPPOConfig:
@@ -289,13 +289,13 @@ class FlowDPPOConfig:
             section, dot, key = name.strip().partition(".")
             if not (equals and dot and section and key):
                 raise ValueError(f"override: got {override!r}, expected section.key=value, as in sampling.eta=0.5")
-            _check_known("section", [section], typing.get_type_hints(cls))
+            check_known("section", [section], typing.get_type_hints(cls))
             values[section] = {**(values.get(section) or {}), key: yaml.safe_load(text)}
         return cls.from_dict(values)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dictionaries of plain values; :meth:`from_dict` is the inverse."""
-        return _plain(dataclasses.asdict(self))
+        return plain(dataclasses.asdict(self))
 
     def save(self, path: str | Path) -> None:
         """Writes the settings as YAML."""
@@ -310,7 +310,7 @@ class FlowDPPOConfig:
         for section in dataclasses.fields(self):
             value = getattr(self, section.name)
             for name, hint in typing.get_type_hints(type(value)).items():
-                setattr(value, name, _convert(getattr(value, name), hint, f"{section.name}.{name}"))
+                setattr(value, name, convert(getattr(value, name), hint, f"{section.name}.{name}"))
         self._check_ranges()
         self._check_sampling()
         self._check_objective()
@@ -337,7 +337,7 @@ class FlowDPPOConfig:
             ("run.checkpoint_every", r.checkpoint_every),
             ("run.keep_checkpoints", r.keep_checkpoints),
         ):
-            _require(value is None or value >= 1, name, value, "an integer >= 1")
+            require(value is None or value >= 1, name, value, "an integer >= 1")
         positive: tuple[tuple[str, float | None], ...] = (
             ("model.lora_alpha", self.model.lora_alpha),
             ("sampling.eta", s.eta),
@@ -350,28 +350,28 @@ class FlowDPPOConfig:
             ("objective.drift_budget", self.objective.drift_budget),
         )
         for name, number in positive:
-            _require(number is None or number > 0, name, number, "a number > 0")
-        _require(o.weight_decay >= 0, "optimizer.weight_decay", o.weight_decay, "a number >= 0")
-        _require(o.max_skipped_updates >= 0, "optimizer.max_skipped_updates", o.max_skipped_updates, "an integer >= 0")
-        _require(all(0 <= beta < 1 for beta in o.betas), "optimizer.betas", o.betas, "two numbers in [0, 1)")
+            require(number is None or number > 0, name, number, "a number > 0")
+        require(o.weight_decay >= 0, "optimizer.weight_decay", o.weight_decay, "a number >= 0")
+        require(o.max_skipped_updates >= 0, "optimizer.max_skipped_updates", o.max_skipped_updates, "an integer >= 0")
+        require(all(0 <= beta < 1 for beta in o.betas), "optimizer.betas", o.betas, "two numbers in [0, 1)")
         decay = self.model.ema_decay
-        _require(decay is None or 0 < decay < 1, "model.ema_decay", decay, "a number in (0, 1)")
+        require(decay is None or 0 < decay < 1, "model.ema_decay", decay, "a number in (0, 1)")
 
     def _check_sampling(self) -> None:
         s, o = self.sampling, self.optimizer
-        _require(s.num_steps >= 2, "sampling.num_steps", s.num_steps, "at least 2: the last step is not trained")
-        _require(s.sampler != "cps" or s.eta <= 1, "sampling.eta", s.eta, "at most 1 for 'cps'")
-        _require(
+        require(s.num_steps >= 2, "sampling.num_steps", s.num_steps, "at least 2: the last step is not trained")
+        require(s.sampler != "cps" or s.eta <= 1, "sampling.eta", s.eta, "at most 1 for 'cps'")
+        require(
             s.sde_fraction is None or 0 < s.sde_fraction <= 1, "sampling.sde_fraction", s.sde_fraction,
             "a number in (0, 1]",
         )  # fmt: skip
-        _require(
+        require(
             s.sde_fraction is None or s.sde_steps is None, "sampling.sde_fraction", s.sde_fraction,
             "none where sampling.sde_steps names the steps",
         )  # fmt: skip
         if s.sde_steps_per_rollout is None:
-            _require(s.step_choice == "random", "sampling.step_choice", s.step_choice, "sampling.sde_steps_per_rollout")
-        _require(
+            require(s.step_choice == "random", "sampling.step_choice", s.step_choice, "sampling.sde_steps_per_rollout")
+        require(
             not s.per_group_steps or (s.sde_steps_per_rollout is not None and s.step_choice != "window"),
             "sampling.per_group_steps",
             s.per_group_steps,
@@ -379,7 +379,7 @@ class FlowDPPOConfig:
         )
         steps = s.candidate_steps
         last = s.num_steps - 1
-        _require(
+        require(
             len(steps) > 0 and len(set(steps)) == len(steps) and all(0 <= step < last for step in steps),
             "sampling.sde_steps",
             s.sde_steps,
@@ -387,9 +387,9 @@ class FlowDPPOConfig:
             "too small to train on (none at all for 'cps')",
         )
         count = s.sde_steps_per_rollout
-        _require(count is None or count <= len(steps), "sampling.sde_steps_per_rollout", count, f"at most {len(steps)}")
+        require(count is None or count <= len(steps), "sampling.sde_steps_per_rollout", count, f"at most {len(steps)}")
         batch = s.batch_size
-        _require(
+        require(
             batch is None or batch % s.group_size == 0 or s.group_size % batch == 0,
             "sampling.batch_size",
             batch,
@@ -397,71 +397,71 @@ class FlowDPPOConfig:
         )
         for section, given in (("sampling", s), ("evaluation", self.evaluation)):
             reserved = sorted(set(given.pipeline_kwargs) & set(_RESERVED_ARGUMENTS))
-            _require(not reserved, f"{section}.pipeline_kwargs", reserved, "no argument that the trainer sets itself")
-        _require(
+            require(not reserved, f"{section}.pipeline_kwargs", reserved, "no argument that the trainer sets itself")
+        require(
             s.prompts_per_rollout % o.updates_per_rollout == 0,
             "optimizer.updates_per_rollout",
             o.updates_per_rollout,
             f"a divisor of sampling.prompts_per_rollout={s.prompts_per_rollout}: updates split the groups",
         )
         if self.advantage.std == "group" or s.group_size == 1:
-            _require(s.group_size > 1, "sampling.group_size", s.group_size, "at least 2, or all advantages are 0")
+            require(s.group_size > 1, "sampling.group_size", s.group_size, "at least 2, or all advantages are 0")
 
     def _check_objective(self) -> None:
         o = self.objective
         if not o.name.startswith("dppo"):
-            _require(o.threshold is None, "objective.threshold", o.threshold, f"none: {o.name!r} has no KL mask")
+            require(o.threshold is None, "objective.threshold", o.threshold, f"none: {o.name!r} has no KL mask")
         if o.name not in ("ratio_clip", "grpo_guard"):
             for name in ("clip_low", "clip_high"):
                 value = getattr(o, name)
-                _require(value is None, f"objective.{name}", value, f"none: {o.name!r} does not clip")
-        _require(o.kl_weight >= 0, "objective.kl_weight", o.kl_weight, "a number >= 0")
+                require(value is None, f"objective.{name}", value, f"none: {o.name!r} does not clip")
+        require(o.kl_weight >= 0, "objective.kl_weight", o.kl_weight, "a number >= 0")
         if self.model.train == "full":
             for name in ("lora_rank", "lora_alpha", "lora_targets"):
                 value = getattr(self.model, name)
-                _require(value is None, f"model.{name}", value, "none with model.train='full'")
+                require(value is None, f"model.{name}", value, "none with model.train='full'")
         try:
             o.build()
         except ValueError as error:
             raise ValueError(f"objective.{error}") from None
 
 
-def _build(section: type, name: str, entries: Any) -> Any:
+def build_section(section: type, name: str, entries: Any) -> Any:
     if not isinstance(entries, Mapping):
         raise TypeError(f"{name}: got {type(entries).__name__}, expected settings of that section")
-    _check_known(name, entries, typing.get_type_hints(section))
+    check_known(name, entries, typing.get_type_hints(section))
     return section(**entries)
 
 
-def _check_known(where: str, keys: Iterable[str], known: Iterable[str]) -> None:
+def check_known(where: str, keys: Iterable[str], known: Iterable[str]) -> None:
     unknown = [key for key in keys if key not in known]
     if unknown:
         raise ValueError(f"{where}: got unknown {', '.join(map(repr, unknown))}, expected some of {', '.join(known)}")
 
 
-def _require(condition: bool, name: str, value: Any, expected: str) -> None:
+def require(condition: bool, name: str, value: Any, expected: str) -> None:
     if not condition:
         raise ValueError(f"{name}: got {value!r}, expected {expected}")
 
 
-def _convert(value: Any, hint: Any, name: str) -> Any:
+def convert(value: Any, hint: Any, name: str) -> Any:
     """``value`` as the annotated type: ints become floats, lists tuples, and ``1e-5`` (text for YAML) a number."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         if value is None:
             return None
-        return _convert(value, next(a for a in arguments if a is not type(None)), name)
+        return convert(value, next(a for a in arguments if a is not type(None)), name)
     if origin is Literal:
         # YAML reads a bare no as False
         value = "no" if value is False and "no" in arguments else value
-        _require(value in arguments, name, value, f"one of {', '.join(map(repr, arguments))}")
+        require(value in arguments, name, value, f"one of {', '.join(map(repr, arguments))}")
         return value
     if origin is tuple and isinstance(value, (list, tuple)):
         if arguments[-1] is not Ellipsis:
-            _require(len(value) == len(arguments), name, value, f"{len(arguments)} values")
-        return tuple(_convert(entry, arguments[0], name) for entry in value)
+            require(len(value) == len(arguments), name, value, f"{len(arguments)} values")
+        return tuple(convert(entry, arguments[0], name) for entry in value)
     if origin is dict and isinstance(value, Mapping):
-        return {key: _convert(entry, arguments[1], f"{name}.{key}") for key, entry in value.items()}
+        return {key: convert(entry, arguments[1], f"{name}.{key}") for key, entry in value.items()}
     if hint is Any:
         return value
     if hint is float:
@@ -478,7 +478,7 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     raise TypeError(f"{name}: got {value!r}, expected {expected}")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    return [_plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+        return {key: plain(entry) for key, entry in value.items()}
+    return [plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value

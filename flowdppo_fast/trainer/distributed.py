@@ -45,6 +45,8 @@ class Workers:
         self._plugin = _sharding_plugin(accelerator)
         self.sharded = self._plugin is not None
         self._error: Exception | None = None
+        # an error that all processes were told of: they may still do things together
+        self.agreed = False
 
     def rows_of(self, rank: int, updates: Sequence[range]) -> list[range]:
         """Rows of process ``rank``: an equal, contiguous share of each update's."""
@@ -113,6 +115,7 @@ class Workers:
         error, self._error = self._error, None
         if not self.sum(torch.tensor(float(error is not None), device=self._accelerator.device)).item():
             return
+        self.agreed = True
         told = self.gather_objects([None if error is None else f"{type(error).__name__}: {error}"])
         if error is not None:
             raise error
@@ -120,12 +123,12 @@ class Workers:
         raise RuntimeError(f"process {rank} of {self.count} failed: {told[rank]}")
 
     def check_same(self, value: Any, name: str) -> None:
-        """Raises ``ValueError`` where ``value``, which goes by ``name``, is not the same on all processes."""
+        """Raises ``ValueError`` where ``value``, called ``name`` (a plural), is not the same on all processes."""
         values = self.gather_objects([value])
         odd = next((rank for rank, other in enumerate(values) if other != values[0]), None)
         if odd is not None:
             raise ValueError(
-                f"{name}: process {odd} has others than process 0, expected the same on all {self.count} processes"
+                f"{name} of process {odd} are others than those of process 0, expected the same on all {self.count}"
             )
 
     def shard(self, module: nn.Module) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from .advantages import weighted_reward
 from .config import FlowDPPOConfig
 from .distributed import Workers
-from .rollout import PromptSource, derive_seed
+from .rollout import PromptSource, captions, derive_seed
 
 
 class Evaluation:
@@ -48,17 +48,15 @@ class Evaluation:
         batch = s.batch_size or s.prompts_per_rollout * s.group_size
         images: list[Any] = []
         parts: list[dict[str, Tensor]] = []
-        for start in range(0, each, batch):
-            part = rows[start : start + batch]
-            entries = [self.source.entries[row // count] for row in part]
-            seeds = [derive_seed(self.config.run.seed, "evaluation", row) for row in part]
+        for part in self.source.calls([self.source.entries[row // count] for row in rows], batch):
+            entries = [self.source.entries[row // count] for row in rows[part.start : part.stop]]
+            seeds = [derive_seed(self.config.run.seed, "evaluation", row) for row in rows[part.start : part.stop]]
             made, rewards = self.generate(self.source, entries, seeds, e.num_steps or s.num_steps, self.options)
             images += list(made)
             parts.append(rewards)
         self.workers.agree()
-        named = {name: self.workers.gather(torch.cat([part[name] for part in parts]))[:total] for name in parts[0]}
+        own = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        named = {name: self.workers.gather(value)[:total] for name, value in own.items()}
         named["reward"] = weighted_reward(named, self.config.advantage.reward_weights)
         metrics = {name: float(value.mean()) for name, value in named.items()}
-        shown = [self.source.entries[row // count] for row in rows]
-        captions = [str(entry.get("text", entry.get("prompt"))) for entry in shown]
-        return metrics, images, captions
+        return metrics, images, captions([self.source.entries[row // count] for row in rows], own)

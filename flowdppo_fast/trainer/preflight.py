@@ -15,9 +15,9 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from torch import nn
 
 from .adapters import ATTENTION_TARGETS
-from .config import _require
+from .config import require
 from .recipe import PipelineConfig, QuantizationConfig, Recipe, resolve_callable
-from .rollout import _REWARD_KEYS
+from .rollout import REWARD_KEYS
 
 _PACKAGES = {"bitsandbytes_4bit": "bitsandbytes", "bitsandbytes_8bit": "bitsandbytes", "torchao": "torchao"}
 # first word of an attention backend's name: what it imports, and what pip calls it
@@ -100,11 +100,11 @@ def inspect_pipeline(recipe: Recipe) -> PipelinePlan:
         ("pipeline.quantization.components", settings.quantization.components if settings.quantization else ()),
     ):
         unknown = [entry for entry in names if entry not in listed]
-        _require(not unknown, name, unknown, f"components of {kind.__name__}: {', '.join(sorted(entries))}")
+        require(not unknown, name, unknown, f"components of {kind.__name__}: {', '.join(sorted(entries))}")
     trained = [name for name in entries if name.startswith("transformer")]
-    _require(bool(trained), "pipeline.pretrained", settings.pretrained, "a pipeline with a transformer to train")
+    require(bool(trained), "pipeline.pretrained", settings.pretrained, "a pipeline with a transformer to train")
     if settings.vae_tiling or settings.vae_slicing:
-        _require("vae" in entries, "pipeline.vae_tiling", True, f"False: {kind.__name__} has no VAE")
+        require("vae" in entries, "pipeline.vae_tiling", True, f"False: {kind.__name__} has no VAE")
     _check_call(recipe, kind)
     targets = recipe.config.model.lora_targets or ATTENTION_TARGETS
     rank = recipe.config.model.lora_rank or 32
@@ -114,7 +114,7 @@ def inspect_pipeline(recipe: Recipe) -> PipelinePlan:
     }
     if recipe.config.model.train == "lora":
         empty = [name for name in trained if not components[name].adapted]
-        _require(not empty, "model.lora_targets", list(targets), f"names of linear layers; {empty} have none of them")
+        require(not empty, "model.lora_targets", list(targets), f"names of linear layers; {empty} have none of them")
     return PipelinePlan(kind, components, absent)
 
 
@@ -228,7 +228,7 @@ def _pipeline_class(settings: PipelineConfig, index: dict[str, Any]) -> type:
         name, where = settings.class_name or str(index.get("_class_name")), "pipeline.class_name"
         kind = getattr(diffusers, name, None)
     expected = "a pipeline class of diffusers; pipeline.callable=package.module:Class names one of your own"
-    _require(inspect.isclass(kind) and issubclass(kind, diffusers.DiffusionPipeline), where, name, expected)
+    require(inspect.isclass(kind) and issubclass(kind, diffusers.DiffusionPipeline), where, name, expected)
     return kind
 
 
@@ -247,9 +247,9 @@ def _check_call(recipe: Recipe, kind: type) -> None:
     train, evaluation = recipe.load_prompts()
     for source, prompts in (("prompts.train", train), ("prompts.eval", evaluation or [])):
         keys: Iterable[str] = ["prompt"] if prompts and isinstance(prompts[0], str) else prompts[0] if prompts else []
-        given |= {name: f"{source}: {name}" for name in keys if name not in _REWARD_KEYS}
+        given |= {name: f"{source}: {name}" for name in keys if name not in REWARD_KEYS}
     for name, setting in given.items():
-        _require(name in known, setting, name, f"an argument of {kind.__name__}'s call: {', '.join(known)}")
+        require(name in known, setting, name, f"an argument of {kind.__name__}'s call: {', '.join(known)}")
 
 
 def _measure(

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import yaml
 
-from .config import FlowDPPOConfig, _build, _check_known, _convert, _plain, _require
+from .config import FlowDPPOConfig, build_section, check_known, convert, plain, require
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _CALLABLE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
@@ -138,7 +138,7 @@ class Recipe:
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
         """Sections as nested mappings, as in the YAML file."""
         trainer = typing.get_type_hints(FlowDPPOConfig)
-        _check_known("section", values, [*trainer, "pipeline", "prompts", "rewards"])
+        check_known("section", values, [*trainer, "pipeline", "prompts", "rewards"])
         pipeline = dict(values.get("pipeline") or {})
         if isinstance(pipeline.get("quantization"), Mapping):
             pipeline["quantization"] = _section(QuantizationConfig, "pipeline.quantization", pipeline["quantization"])
@@ -168,7 +168,7 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Nested dictionaries of plain values; :meth:`from_dict` is the inverse."""
         own = {"pipeline": dataclasses.asdict(self.pipeline), "prompts": dataclasses.asdict(self.prompts)}
-        return _plain({**own, "rewards": list(self.rewards), **self.config.to_dict()})
+        return plain({**own, "rewards": list(self.rewards), **self.config.to_dict()})
 
     def portable(self) -> dict[str, Any]:
         """Like :meth:`to_dict`, with local folders and files by their full names, so it means the same anywhere."""
@@ -211,33 +211,33 @@ class Recipe:
 
     def _check_pipeline(self) -> None:
         p, quantization = self.pipeline, self.pipeline.quantization
-        _require(bool(p.pretrained), "pipeline.pretrained", p.pretrained, "a name on the Hub or a local folder")
-        _require(
+        require(bool(p.pretrained), "pipeline.pretrained", p.pretrained, "a name on the Hub or a local folder")
+        require(
             p.class_name is None or p.class_name.isidentifier(), "pipeline.class_name", p.class_name,
             "the name of a class in diffusers; a class of your own is named by pipeline.callable",
         )  # fmt: skip
         if p.callable is not None:
-            _require(p.class_name is None, "pipeline.class_name", p.class_name, "none beside pipeline.callable")
+            require(p.class_name is None, "pipeline.class_name", p.class_name, "none beside pipeline.callable")
             _check_callable(p.callable, "pipeline.callable")
         if quantization is not None:
-            _require(
+            require(
                 self.config.model.train == "lora", "pipeline.quantization", quantization.backend,
                 f"none with model.train={self.config.model.train!r}: only LoRA adapters train on quantised weights",
             )  # fmt: skip
             where = "pipeline.quantization"
-            _require(len(quantization.components) > 0, f"{where}.components", (), "at least one component")
+            require(len(quantization.components) > 0, f"{where}.components", (), "at least one component")
             both = sorted(set(quantization.components) & set(p.without))
-            _require(not both, f"{where}.components", both, "no component that pipeline.without leaves out")
-            _require(
+            require(not both, f"{where}.components", both, "no component that pipeline.without leaves out")
+            require(
                 quantization.backend == "torchao" or self.config.run.device != "cpu", f"{where}.backend",
                 quantization.backend, "torchao with run.device='cpu': bitsandbytes needs a GPU",
             )  # fmt: skip
             fixed = sorted(key for key in quantization.options if key.startswith("load_in_"))
-            _require(not fixed, f"{where}.options", fixed, "no load_in_*: the backend's name says it")
+            require(not fixed, f"{where}.options", fixed, "no load_in_*: the backend's name says it")
             if quantization.backend == "torchao":
-                _require(p.dtype == "bfloat16", "pipeline.dtype", p.dtype, "'bfloat16' with torchao, as diffusers asks")
+                require(p.dtype == "bfloat16", "pipeline.dtype", p.dtype, "'bfloat16' with torchao, as diffusers asks")
                 kind = quantization.options.get("type")
-                _require(
+                require(
                     isinstance(kind, str) and kind.isidentifier(), f"{where}.options.type", kind,
                     "the name of a class in torchao.quantization, such as Int8WeightOnlyConfig",
                 )  # fmt: skip
@@ -245,30 +245,30 @@ class Recipe:
     def _check_precision(self) -> None:
         p, precision = self.pipeline, self.config.model.mixed_precision
         clash = _CLASHES.get(precision)
-        _require(p.dtype != clash, "pipeline.dtype", p.dtype, f"another one with model.mixed_precision={precision!r}")
+        require(p.dtype != clash, "pipeline.dtype", p.dtype, f"another one with model.mixed_precision={precision!r}")
         # full weights are trained in float32, and the rest of the pipeline hands them its own dtype
-        _require(
+        require(
             not (self.config.model.train == "full" and precision == "no" and p.dtype != "float32"),
             "pipeline.dtype", p.dtype,
             "'float32' with model.train='full' and model.mixed_precision='no'; or choose mixed precision",
         )  # fmt: skip
 
     def _check_prompts_and_rewards(self) -> None:
-        _require(self.prompts.train is not None, "prompts.train", None, "a .txt or .jsonl file, or a list")
+        require(self.prompts.train is not None, "prompts.train", None, "a .txt or .jsonl file, or a list")
         # inline prompts are checked here, files when they are read
         for name, source in (("prompts.train", self.prompts.train), ("prompts.eval", self.prompts.eval)):
             if source is not None and not isinstance(source, str):
                 load_prompts(source, name)
         every, held_out = self.config.evaluation.every, self.prompts.eval
-        _require(every is None or held_out is not None, "evaluation.every", every, "none without prompts.eval")
-        _require(held_out is None or every is not None, "prompts.eval", held_out, "none without evaluation.every")
-        _require(len(self.rewards) > 0, "rewards", [], "at least one")
+        require(every is None or held_out is not None, "evaluation.every", every, "none without prompts.eval")
+        require(held_out is None or every is not None, "prompts.eval", held_out, "none without evaluation.every")
+        require(len(self.rewards) > 0, "rewards", [], "at least one")
         for position, entry in enumerate(self.rewards):
             where = f"rewards[{position}]"
-            _require(("name" in entry) or ("callable" in entry), where, entry, "name (built in) or callable (your own)")
+            require(("name" in entry) or ("callable" in entry), where, entry, "name (built in) or callable (your own)")
             if "callable" in entry:
                 _check_callable(entry["callable"], f"{where}.callable")
-            _require(
+            require(
                 not ("weight" in entry and self.config.advantage.reward_weights), f"{where}.weight",
                 entry.get("weight"), "none beside advantage.reward_weights: weights stand in one place",
             )  # fmt: skip
@@ -334,9 +334,9 @@ def search_working_directory() -> None:
 
 
 def _section(kind: type, name: str, entries: Any) -> Any:
-    built = _build(kind, name, entries)
+    built = build_section(kind, name, entries)
     for key, hint in typing.get_type_hints(kind).items():
-        setattr(built, key, _convert(getattr(built, key), hint, f"{name}.{key}"))
+        setattr(built, key, convert(getattr(built, key), hint, f"{name}.{key}"))
     return built
 
 

@@ -131,7 +131,7 @@ class TrajectoryRecorder:
             )
         FlowMatchSDEScheduler.from_config(pipeline.scheduler, **self.options)
         # rules that were found, the newest first: scales may change with the step and come back
-        self._rules: list[GuidanceRule] = []
+        self.rules: list[GuidanceRule] = []
         # stacked steps by their parts: a step keeps its tables on the device, so rollouts share them
         self._stacked: dict[tuple[SDEStep, ...], SDEStep] = {}
 
@@ -262,10 +262,10 @@ class TrajectoryRecorder:
         if not branches:
             raise ValueError(f"pipeline: {self.name} made no transformer call before step {transition.index}")
         try:
-            rule, error = find_rule(branches, transition.velocity, self._rules)
+            rule, error = find_rule(branches, transition.velocity, self.rules)
         except ValueError as cause:
             raise ValueError(f"pipeline: {self.name}, step {transition.index}: {cause}") from None
-        self._rules = [rule, *(other for other in self._rules if other != rule)]
+        self.rules = [rule, *(other for other in self.rules if other != rule)]
         device = branches[0].device.type
         autocast = [torch.get_autocast_dtype(device)] if torch.is_autocast_enabled(device) else []
         eps = max(torch.finfo(dtype).eps for dtype in (branches[0].dtype, *autocast))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
-import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,8 @@ from torch import Tensor
 
 from . import checkpoint
 from .config import FlowDPPOConfig
-from .row_log import drop_later_lines
+from .guidance import GuidanceRule
+from .logs import ADVICE, METRICS_FILE, ROWS_FILE, drop_later_lines
 
 if TYPE_CHECKING:
     from .trainer import FlowDPPOTrainer
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 # settings that may differ between a run and its continuation
-_FREE_SETTINGS = (
+FREE_SETTINGS = (
     "checkpoint_every", "device", "iterations", "keep_checkpoints", "output_dir", "plot_every", "progress", "project",
     "row_log", "trackers",
 )  # fmt: skip
@@ -48,6 +48,8 @@ def save_run(trainer: FlowDPPOTrainer) -> Path:
     }
     state = {
         "version": _version(),
+        # tried first: where several rules fit, the run goes on with the one it had
+        "rules": [dataclasses.asdict(rule) for rule in trainer.recorder.rules],
         "random": [state for _, state in randoms],
         "skipped_updates": trainer.skipped_updates,
         "config": trainer.config.to_dict(),
@@ -80,28 +82,10 @@ def begin_run(trainer: FlowDPPOTrainer, resume: bool) -> list[dict[str, float]]:
     return [json.loads(line) for line in workers.from_main(lines)]
 
 
-def append_lines(path: Path, lines: Iterable[str]) -> None:
-    """Appends ``lines`` to a log of the run; they are on the disk when this returns.
-
-    Raises:
-        RuntimeError: they cannot be written.
-    """
-    try:
-        with open(path, "a") as log:
-            log.writelines(line + "\n" for line in lines)
-            log.flush()
-            os.fsync(log.fileno())
-    except OSError as cause:
-        raise RuntimeError(f"run.output_dir: {path} could not be written ({cause}); {_ADVICE}") from cause
-
-
-_ADVICE = "the last checkpoint is as it was; mend this and continue with resume=True"
-
-
 def _find(trainer: FlowDPPOTrainer, resume: bool) -> Path | None:
     """The checkpoint to continue from."""
     output, folder = trainer.output, trainer.output / "checkpoints"
-    begun = (output / "metrics.jsonl").exists() or checkpoint.checkpoints(folder)
+    begun = (output / METRICS_FILE).exists() or checkpoint.checkpoints(folder)
     if not resume and trainer.iteration == 0 and begun:
         raise ValueError(
             f"run.output_dir: {output} holds a run already, expected a new folder; pass resume=True to continue it"
@@ -109,12 +93,14 @@ def _find(trainer: FlowDPPOTrainer, resume: bool) -> Path | None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.remove_leftovers(folder)
+        path = checkpoint.newest_checkpoint(folder) if resume else None
+        if path is not None:
+            state = checkpoint.load_state(path)
+            _check_settings(trainer.config, state["config"], f"{path}, written by version {state.get('version')},")
+            # a kill may have come between writing this one and removing another
+            checkpoint.remove_old(path, trainer.config.run.keep_checkpoints)
     except OSError as cause:
         raise RuntimeError(f"run.output_dir: {output} cannot be written to ({cause})") from cause
-    path = checkpoint.newest_checkpoint(folder) if resume else None
-    if path is not None:
-        state = checkpoint.load_state(path)
-        _check_settings(trainer.config, state["config"], f"{path}, written by version {state.get('version')},")
     return path
 
 
@@ -129,7 +115,7 @@ def _check_settings(config: FlowDPPOConfig, saved: dict[str, dict[str, Any]], pa
     differing, absent = [], []
     for section, entries in own.items():
         for key, value in entries.items():
-            if section == "run" and key in _FREE_SETTINGS:
+            if section == "run" and key in FREE_SETTINGS:
                 continue
             if key not in saved.get(section, {}):
                 absent.append(f"{section}.{key}")
@@ -163,6 +149,9 @@ def _restore(trainer: FlowDPPOTrainer, path: Path) -> None:
             len(state["random"]),
             trainer.workers.count,
         )
+    trainer.recorder.rules = [
+        GuidanceRule(**{**rule, "terms": tuple(map(tuple, rule["terms"]))}) for rule in state["rules"]
+    ]
     trainer.iteration, trainer.skipped_updates = state["iteration"], state["skipped_updates"]
     logger.info("continuing from %s", path)
 
@@ -177,16 +166,16 @@ def _version() -> str:
 def _begin_logs(trainer: FlowDPPOTrainer) -> list[str]:
     """Logs end where the checkpoint does: what came after it will be done, and logged, again."""
     output = trainer.output
-    path = output / "metrics.jsonl"
+    path = output / METRICS_FILE
     try:
-        for log in (path, output / "rows.jsonl"):
+        for log in (path, output / ROWS_FILE):
             drop_later_lines(log, trainer.iteration)
         copy = output / ".config.yaml"
         trainer.config.save(copy)
         copy.rename(output / "config.yaml")
         lines = path.read_text().splitlines() if path.exists() else []
     except OSError as cause:
-        raise RuntimeError(f"run.output_dir: {output} cannot be written to ({cause}); {_ADVICE}") from cause
+        raise RuntimeError(f"run.output_dir: {output} cannot be written to ({cause}); {ADVICE}") from cause
     if len(lines) != trainer.iteration:
         logger.warning("%s has %d lines, expected %d: some were lost", path, len(lines), trainer.iteration)
     return lines

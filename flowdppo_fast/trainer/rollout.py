@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .grids import caption
 from .recorder import Trajectory
 
 _COUNT_ARGUMENTS = ("num_images_per_prompt", "num_videos_per_prompt")
 # keys of a prompt that go to the reward and not to the pipeline
-_REWARD_KEYS = ("text", "metadata")
+REWARD_KEYS = ("text", "metadata")
 
 
 def derive_seed(*keys: Any) -> int:
@@ -34,12 +35,14 @@ class Rollout:
         rows: numbers of each trajectory's rows in the rollout.
         rewards: by name, ``[R]`` each, of all processes.
         advantages: ``[R]``.
+        page: images to show, with their captions; None in most iterations.
     """
 
     trajectories: list[Trajectory]
     rows: list[range]
     rewards: dict[str, Tensor]
     advantages: Tensor
+    page: tuple[Any, list[str]] | None = None
 
     def locate(self, rows: range) -> Iterator[tuple[Trajectory, list[int], list[int]]]:
         """Trajectories that hold some of ``rows``, with those rows numbered in the trajectory and in the rollout."""
@@ -47,6 +50,20 @@ class Rollout:
             mine = range(max(own.start, rows.start), min(own.stop, rows.stop))
             if mine:
                 yield trajectory, [row - own.start for row in mine], list(mine)
+
+
+def text_of(entry: Mapping[str, Any]) -> Any:
+    """What the reward and a reader are told of a prompt."""
+    return entry.get("text", entry.get("prompt"))
+
+
+def captions(entries: Sequence[Mapping[str, Any]], rewards: Mapping[str, Tensor]) -> list[str]:
+    """A text per image: its prompt, and its rewards ``[B]`` by name; those beyond the last entry are left out."""
+    values = {name: value[: len(entries)].tolist() for name, value in rewards.items()}
+    return [
+        caption(text_of(entry), {name: value[place] for name, value in values.items()})
+        for place, entry in enumerate(entries)
+    ]
 
 
 class PromptSource:
@@ -151,7 +168,7 @@ class PromptSource:
 
     @staticmethod
     def _given(entry: Mapping[str, Any]) -> list[str]:
-        return [key for key in entry if key not in _REWARD_KEYS]
+        return [key for key in entry if key not in REWARD_KEYS]
 
     def _differing(self, first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
         if first is second:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -70,23 +68,3 @@ def row_lines(
     for (update, steps), line in sorted(lines.items(), key=lambda item: item[0][0]):
         head = {"iteration": iteration, "update": update, "steps": list(steps), "elements": elements}
         yield json.dumps({**head, "advantage": [advantages[row] for row in line["rows"]], **line})
-
-
-def drop_later_lines(path: Path, iteration: int) -> None:
-    """Cuts lines of iterations after ``iteration``, and one that was torn by a kill, off a log such as ``rows.jsonl``.
-
-    Iterations are written in order, so what stays is a beginning of the file.
-    """
-    if not path.exists():
-        return
-    end = 0
-    with open(path, "rb") as log:
-        for line in log:
-            try:
-                later = not line.endswith(b"\n") or json.loads(line)["iteration"] > iteration
-            except ValueError:
-                later = True
-            if later:
-                break
-            end += len(line)
-    os.truncate(path, end)

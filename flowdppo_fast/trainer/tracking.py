@@ -7,13 +7,15 @@ import os
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, filter_trackers
 from tqdm.auto import tqdm
 
-METRICS_FILE, PLOT_FILE, IMAGES_FOLDER, WANDB_ID_FILE = "metrics.jsonl", "metrics.png", "images", "wandb_id.txt"
+from .logs import METRICS_FILE, append_lines
+
+PLOT_FILE, IMAGES_FOLDER, WANDB_ID_FILE = "metrics.png", "images", "wandb_id.txt"
 # metric: how the progress bar writes it
 _POSTFIX = {
     "reward": ("reward", "{:.3f}"),
@@ -21,25 +23,6 @@ _POSTFIX = {
     "masked_fraction": ("masked", "{:.1%}"),
     "samples_per_second": ("samples/s", "{:.3g}"),
 }
-
-
-def read_history(folder: str | Path, iterations: int) -> list[dict[str, Any]]:
-    """Metrics of the first ``iterations`` iterations of a run; a line that a kill cut off comes after them.
-
-    Raises:
-        ValueError: one of these lines is damaged.
-    """
-    path = Path(folder) / METRICS_FILE
-    lines = path.read_text(encoding="utf-8").splitlines()[:iterations] if path.exists() else []
-    history = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            history.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path}, line {number}: not JSON ({error}), expected the metrics of an iteration"
-            ) from None
-    return history
 
 
 class RunLog:
@@ -83,15 +66,13 @@ class RunLog:
         if missing:
             raise ValueError(f"trackers: {missing} not installed, expected: pip install {' '.join(missing)}")
         self.history: list[dict[str, Any]] = []
-        self._file: TextIO | None = None
         self._bar: tqdm | None = None
 
     def start(self, history: Sequence[Mapping[str, Any]] = ()) -> None:
         """Opens everything. To be called by all processes.
 
         Args:
-            history: metrics of the iterations that are done (:func:`read_history`); later lines of ``metrics.jsonl``
-                are dropped, those iterations will be done again.
+            history: metrics of the iterations that are done, those in ``metrics.jsonl``.
         """
         if self._trackers:
             self._start_trackers(len(history))
@@ -99,13 +80,6 @@ class RunLog:
             return
         self.history = [dict(metrics) for metrics in history]
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / METRICS_FILE
-        temporary = path.with_name(f".{path.name}.writing")
-        with open(temporary, "w", encoding="utf-8") as rewritten:
-            rewritten.writelines(json.dumps(metrics) + "\n" for metrics in self.history)
-            _sync(rewritten)
-        os.replace(temporary, path)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
         self._bar = tqdm(
             total=self.total, initial=len(history), disable=not self.progress, unit="it", dynamic_ncols=True
         )
@@ -114,16 +88,17 @@ class RunLog:
         """One iteration is done: ``metrics`` are numbers by name, with ``iteration`` (from 1).
 
         The line is on the disk when this returns; a checkpoint should be written after it.
+
+        Raises:
+            RuntimeError: the line cannot be written.
         """
         if self._trackers:
             numbers = {key: value for key, value in metrics.items() if key != "iteration"}
             self.accelerator.log(numbers, step=int(metrics["iteration"]))
-        if self._file is None or self._bar is None:
+        if self._bar is None:
             return
         self.history.append(dict(metrics))
-        # one write per line: what a kill leaves of it is at the end of the file
-        self._file.write(json.dumps(dict(metrics)) + "\n")
-        _sync(self._file)
+        append_lines(self.folder / METRICS_FILE, [json.dumps(dict(metrics))])
         shown = {name: form.format(metrics[key]) for key, (name, form) in _POSTFIX.items() if key in metrics}
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update()
@@ -168,12 +143,9 @@ class RunLog:
             for tracker in self.accelerator.trackers:
                 tracker.finish()
             self.accelerator.trackers = []
-        if self._file is not None:
+        if self._bar is not None:
             if self.history:
                 self._plot()
-            self._file.close()
-            self._file = None
-        if self._bar is not None:
             self._bar.close()
             self._bar = None
 
@@ -219,8 +191,3 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
     return flat
-
-
-def _sync(file: TextIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())

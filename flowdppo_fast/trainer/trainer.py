@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import math
 import random
 import time
@@ -16,27 +15,31 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..losses import fused_velocity_policy_loss
 from ..results import LossOutput
 from .advantages import RewardHistory, advantages_of
+from .checkpoint import load_random_state, random_state
 from .config import FlowDPPOConfig
 from .distributed import Workers
 from .evaluation import Evaluation
+from .logs import ROWS_FILE, append_lines
 from .memory import offload, trajectory_bytes
 from .metrics import METRICS, micro_vector, read_iteration
 from .optimization import PolicyOptimizer
 from .recorder import ReplayCheck, Trajectory, TrajectoryRecorder, row_index
-from .resume import append_lines, begin_run, save_run
-from .rewards import Reward, score
-from .rollout import PromptSource, Rollout, derive_seed
+from .resume import begin_run, save_run
+from .rewards import BackgroundScorer, Reward, score
+from .rollout import PromptSource, Rollout, captions, derive_seed, text_of
 from .row_log import row_part
 from .step_choice import choose_steps
+from .tracking import RunLog
 from .weights import PolicyWeights
 
 logger = get_logger(__name__)
 
+# images of a rollout that are shown in the output folder
+_SHOWN = 16
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -80,7 +83,7 @@ class FlowDPPOTrainer:
         self.workers = Workers(self.accelerator)
         self.updates = self._plan_updates()
         self.device = self.accelerator.device
-        self._check_sharding()
+        self._check_processes()
         # reading a tensor on the CPU waits for nothing, so a gradient that is zero is worth looking for
         self._looks = not self.workers.sharded and (self.device.type == "cpu" or o.skip_dropped_backward)
         for name, component in pipeline.components.items():
@@ -131,23 +134,25 @@ class FlowDPPOTrainer:
         run = self.config.run
         history = begin_run(self, resume)
         self.pipeline.set_progress_bar_config(disable=True)
-        shown = run.progress and self.workers.is_main
-        bar = tqdm(total=run.iterations, initial=self.iteration, disable=not shown, unit="it", dynamic_ncols=True)
-        with bar:
+        with RunLog(
+            self.accelerator,
+            self.output,
+            trackers=run.trackers,
+            project=run.project,
+            config=self.config.to_dict(),
+            total=run.iterations,
+            progress=run.progress,
+            plot_every=run.plot_every,
+        ) as log:
+            log.start(history)
             ended = self.iteration >= run.iterations or bool(history and self._over_budget(history[-1]))
             while not ended:
-                metrics = self._iterate()
+                metrics = self._iterate(log)
                 ended = self.iteration == run.iterations or self._over_budget(metrics)
                 if ended and self.evaluation is not None:
-                    metrics |= self._evaluate("eval_final")
+                    metrics |= self._evaluate("eval_final", log)
                 history.append(metrics)
-                self._log("metrics.jsonl", [json.dumps(metrics)])
-                bar.update()
-                bar.set_postfix(
-                    reward=f"{metrics['reward']:.3f}",
-                    kl=f"{metrics['kl_new_old_mean']:.1e}",
-                    masked=f"{metrics['masked_fraction']:.1%}",
-                )
+                self.workers.attempt(log.iteration, metrics)
                 if self.iteration % run.checkpoint_every == 0 or ended:
                     self.save_checkpoint()
                 if on_iteration is not None:
@@ -166,25 +171,19 @@ class FlowDPPOTrainer:
         """
         s, a, seed = self.config.sampling, self.config.advantage, self.config.run.seed
         groups = self.prompts.groups(iteration, s.prompts_per_rollout, seed)
-        trajectories, numbers, rewards = [], [], []
-        for rows in self._calls():
-            entries = [groups[row // s.group_size] for row in rows]
-            chosen = choose_steps(
-                s.candidate_steps,
-                s.sde_steps_per_rollout,
-                s.step_choice,
-                position=iteration // s.window_every,
-                seed=derive_seed(seed, iteration, "steps", rows[0] // s.group_size if s.per_group_steps else 0),
-            )
-            noise_seed = derive_seed(seed, iteration, "noise")
-            seeds = [derive_seed(seed, iteration, "latents", row) for row in rows]
-            with self.recorder.recording(chosen, seed=noise_seed, first_row=rows[0]) as trajectory:
-                images = self._generate(self.prompts, entries, seeds, s.num_steps, s.pipeline_kwargs)
-            if s.offload_trajectories:
-                offload(trajectory, self.device)
-            trajectories.append(trajectory)
-            numbers.append(rows)
-            rewards.append(self._score(images, entries))
+        calls = self._calls(groups)
+        trajectories, pending, shown = [], [], None
+        # nothing is sampled while the rewards of an only call are computed
+        background = s.background_rewards and len(calls) > 1
+        with BackgroundScorer(self.reward, self.device) if background else contextlib.nullcontext() as scorer:
+            for rows in calls:
+                entries = [groups[row // s.group_size] for row in rows]
+                trajectory, images = self._record(iteration, rows, entries)
+                trajectories.append(trajectory)
+                pending.append(self._score(images, entries, scorer))
+                if rows is calls[0] and self._shows(iteration + 1):
+                    shown = images[:_SHOWN], entries[:_SHOWN]
+            rewards = [result() for result in pending]
         self.workers.agree()
         own = {name: torch.cat([part[name] for part in rewards]) for name in rewards[0]}
         table = self.workers.collect(torch.stack(list(own.values())), self.updates)
@@ -195,7 +194,8 @@ class FlowDPPOTrainer:
             named, s.group_size, weights=a.reward_weights, std=a.std, eps=a.eps, per_reward=a.per_reward, past=past
         )
         self.history.add(named, places)
-        return Rollout(trajectories, numbers, named, advantages)
+        page = None if shown is None else (shown[0], captions(shown[1], rewards[0]))
+        return Rollout(trajectories, calls, named, advantages, page)
 
     def update(self, rollout: Rollout, rows: range, *, number: int) -> dict[str, list]:
         """One optimizer step on ``rows`` of a rollout, without a host sync on a GPU.
@@ -261,8 +261,10 @@ class FlowDPPOTrainer:
             )
         return [range(start, start + size) for start in range(0, size * o.updates_per_rollout, size)]
 
-    def _check_sharding(self) -> None:
-        """All processes of a sharded run make the same calls: what each would decide for itself is refused."""
+    def _check_processes(self) -> None:
+        """All processes do the same; what each of a sharded run would decide for itself is refused."""
+        texts = [text_of(entry) for entry in self.prompts.entries]
+        self.workers.check_same(derive_seed(self.config.to_dict(), texts), "settings or prompts")
         if self.workers.sharded and self.config.optimizer.skip_dropped_backward:
             raise ValueError("optimizer.skip_dropped_backward: got True, expected False in a sharded run (FSDP2)")
         if self.workers.sharded and self.config.sampling.per_group_steps and len(self.recorder.modules) > 1:
@@ -271,7 +273,7 @@ class FlowDPPOTrainer:
                 "a sharded run (FSDP2)"
             )
 
-    def _calls(self) -> list[range]:
+    def _calls(self, groups: Sequence[dict[str, Any]]) -> list[range]:
         """Rows of each pipeline call that this process makes for a rollout."""
         s = self.config.sampling
         batch = s.batch_size or s.prompts_per_rollout * s.group_size
@@ -282,7 +284,30 @@ class FlowDPPOTrainer:
             if calls and calls[-1].stop == rows.start:
                 rows = range(calls.pop().start, rows.stop)
             calls.append(rows)
-        return [rows[start : start + batch] for rows in calls for start in range(0, len(rows), batch)]
+        # prompts that differ in what a call has once, such as an image or a size, are sampled apart
+        return [
+            range(rows.start + part.start, rows.start + part.stop)
+            for rows in calls
+            for part in self.prompts.calls([groups[row // s.group_size] for row in rows], batch)
+        ]
+
+    def _record(self, iteration: int, rows: range, entries: list[dict]) -> tuple[Trajectory, Any]:
+        """Trajectory and images of one pipeline call."""
+        s, seed = self.config.sampling, self.config.run.seed
+        chosen = choose_steps(
+            s.candidate_steps,
+            s.sde_steps_per_rollout,
+            s.step_choice,
+            position=iteration // s.window_every,
+            seed=derive_seed(seed, iteration, "steps", rows[0] // s.group_size if s.per_group_steps else 0),
+        )
+        noise_seed = derive_seed(seed, iteration, "noise")
+        seeds = [derive_seed(seed, iteration, "latents", row) for row in rows]
+        with self.recorder.recording(chosen, seed=noise_seed, first_row=rows[0]) as trajectory:
+            images = self._generate(self.prompts, entries, seeds, s.num_steps, s.pipeline_kwargs)
+        if s.offload_trajectories:
+            offload(trajectory, self.device)
+        return trajectory, images
 
     def _generate(
         self, source: PromptSource, entries: list[dict], seeds: list[int], num_steps: int, options: Mapping[str, Any]
@@ -300,26 +325,40 @@ class FlowDPPOTrainer:
                 return_dict=False,
             )[0]
 
-    def _score(self, images: Any, entries: list[dict]) -> dict[str, Tensor]:
-        texts = [entry.get("text", entry.get("prompt")) for entry in entries]
+    def _score(self, images: Any, entries: list[dict], scorer: BackgroundScorer | None = None) -> Callable[[], Any]:
+        """Starts to score the images of a call; what is returned waits for the rewards."""
+        texts = [text_of(entry) for entry in entries]
         metadata = [entry.get("metadata", {}) for entry in entries]
         # a reward may fail on one process alone
-        return self.workers.attempt(score, self.reward, images, texts, metadata, self.device)
+        attempt = self.workers.attempt
+        if scorer is None:
+            rewards = attempt(score, self.reward, images, texts, metadata, self.device)
+            return lambda: rewards
+        handle = attempt(scorer.submit, images, texts, metadata)
+        return lambda: None if handle is None else attempt(handle.result)
 
     def _generate_and_score(
         self, source: PromptSource, entries: list[dict], *how: Any
     ) -> tuple[Any, dict[str, Tensor]]:
         images = self._generate(source, entries, *how)
-        return images, self._score(images, entries)
+        return images, self._score(images, entries)()
 
-    def _iterate(self) -> dict[str, float]:
+    def _iterate(self, log: RunLog) -> dict[str, float]:
         """One rollout and its updates; metrics are read from the device once, at the end."""
         o, seed = self.config.optimizer, self.config.run.seed
         every = self.config.evaluation.every
-        evaluated = self._evaluate("eval") if every is not None and self.iteration % every == 0 else {}
+        evaluated = self._evaluate("eval", log) if every is not None and self.iteration % every == 0 else {}
         started = time.perf_counter()
-        with self._everything_on_device():
-            rollout = self.sample(self.iteration)
+        state = random_state()
+        try:
+            with self._everything_on_device():
+                rollout = self.sample(self.iteration)
+        except Exception:
+            # a reward server that went away must not cost what was trained since the last checkpoint
+            if self.iteration and (self.workers.count == 1 or self.workers.agreed):
+                load_random_state(*state)
+                self.save_checkpoint()
+            raise
         sampled = time.perf_counter()
         if self.replay_check is None:
             self._verify(rollout.trajectories[0])
@@ -335,7 +374,11 @@ class FlowDPPOTrainer:
         self.iteration += 1
         metrics = self._read(rollout, results)
         metrics |= evaluated
-        metrics["seconds_sampling"], metrics["seconds_updates"] = sampled - started, time.perf_counter() - sampled
+        ended = time.perf_counter()
+        metrics["seconds_sampling"], metrics["seconds_updates"] = sampled - started, ended - sampled
+        metrics["samples_per_second"] = len(rollout.advantages) / (ended - started)
+        if rollout.page is not None:
+            log.images("rollout", self.iteration, *rollout.page)
         return metrics
 
     def _verify(self, trajectory: Trajectory) -> None:
@@ -392,18 +435,21 @@ class FlowDPPOTrainer:
         """Metrics of the iteration that just ended, as floats: read from the device once."""
         metrics, lines = read_iteration(self.iteration, rollout, results, self.config, self.workers, self._metric_names)
         self.skipped_updates += int(metrics["skipped_updates"])
-        if lines:
-            self._log("rows.jsonl", lines)
+        if lines and self.workers.is_main:
+            self.workers.attempt(append_lines, self.output / ROWS_FILE, lines)
         stored = trajectory_bytes(rollout.trajectories)
         return {**metrics, "skipped_updates": self.skipped_updates, "trajectory_bytes": stored}
 
-    def _log(self, name: str, lines: list[str]) -> None:
-        if self.workers.is_main:
-            self.workers.attempt(append_lines, self.output / name, lines)
-
-    def _evaluate(self, prefix: str) -> dict[str, float]:
-        metrics, _, _ = self.evaluate()
+    def _evaluate(self, prefix: str, log: RunLog) -> dict[str, float]:
+        metrics, images, texts = self.evaluate()
+        if self.config.sampling.output_type != "latent":
+            log.images("eval", self.iteration, images, texts)
         return {f"{prefix}/{name}": value for name, value in metrics.items()}
+
+    def _shows(self, iteration: int) -> bool:
+        """Whether images of this iteration go to the output folder."""
+        every = self.config.run.plot_every
+        return every is not None and iteration % every == 0 and self.config.sampling.output_type != "latent"
 
     def _over_budget(self, metrics: dict[str, float]) -> bool:
         budget = self.config.objective.drift_budget

@@ -64,7 +64,7 @@ class PolicyWeights:
                     where = None if workers.sharded else device
                     parameter.data = parameter.data.to(device=where, dtype=torch.float32)
             if workers.count > 1:
-                workers.check_same(_fingerprint(module), f"weights of {name}")
+                workers.check_same(_fingerprint(module), f"{name} weights")
             if workers.sharded:
                 workers.shard(module)
             if model.compile:

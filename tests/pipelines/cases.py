@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_map_only
 
 from flowdppo_fast.trainer.recorder import Trajectory, TrajectoryRecorder
 
-from .tiny import FAMILIES, Sizes
+from .families import FAMILIES
+from .tiny import Sizes
 
 PROMPTS, IMAGES = 2, 2
 
@@ -24,7 +25,7 @@ class Case:
     """One way to call a family's pipeline.
 
     Attributes:
-        family: name in ``FAMILIES``.
+        family: name in ``families.FAMILIES``.
         options: arguments of the call besides embeddings and sizes.
         rules: what is found on each chosen step; one for all if there is one.
         groups: positions of steps that are replayed together.
@@ -130,6 +131,7 @@ CASES = {
         ("b1 + 4*(b0 - b1)", "b1 + 3*(b0 - b1)", "b1 + 3*(b0 - b1)"),
         BOUNDARY,
     ),
+    "wan-i2v-clip-guided": Case("WanImageToVideo with image encoder", {"guidance_scale": 5.0}, ("b1 + 5*(b0 - b1)",)),
     "wan-i2v-per-token": Case("WanImageToVideo timestep per token", {"guidance_scale": 4.0}, ("b1 + 4*(b0 - b1)",)),
     "ltx-i2v": Case("LTXImageToVideo", OFF, ("b0",)),
     "ltx-i2v-guided": Case("LTXImageToVideo", {"guidance_scale": 3.0}, ("b0 + 3*(b1 - b0)",)),
@@ -214,7 +216,7 @@ def record(
 
 def hollow(case: Case) -> Recording:
     """The case at the published sizes, with transformers without blocks whose outputs are replaced by random numbers:
-    two images of one prompt on two steps."""
+    one image on two steps."""
     family = FAMILIES[case.family]
     pipeline = family.pipeline(family.published)
 
@@ -224,4 +226,4 @@ def hollow(case: Case) -> Recording:
     for name, component in pipeline.components.items():
         if name.startswith("transformer") and component is not None:
             component.register_forward_hook(scatter)
-    return record(replace(case, steps=(1, 2), num_steps=4), family.published, 1, 2, pipeline)
+    return record(replace(case, steps=(1, 2), num_steps=4), family.published, 1, 1, pipeline)

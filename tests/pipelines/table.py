@@ -13,7 +13,7 @@ from flowdppo_fast.trainer.arguments import tensors_of
 from flowdppo_fast.trainer.recorder import Trajectory
 
 from .cases import CASES, HALF, REFUSED, Case, Recording, hollow, record
-from .tiny import FAMILIES
+from .families import FAMILIES
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "pipelines.md"
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"

@@ -15,7 +15,7 @@ from flowdppo_fast.trainer.guidance import cut_to_latent
 
 from . import table
 from .cases import CASES, REFUSED, record
-from .tiny import FAMILIES
+from .families import FAMILIES
 
 # diffusers' own
 pytestmark = pytest.mark.filterwarnings(

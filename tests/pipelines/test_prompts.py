@@ -10,7 +10,8 @@ from flowdppo_fast.trainer import TrajectoryRecorder
 from flowdppo_fast.trainer.rollout import PromptSource
 
 from .cases import generators
-from .tiny import FAMILIES, photo
+from .families import FAMILIES
+from .tiny import photo
 
 # of the schedulers' own, on numpy 2
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

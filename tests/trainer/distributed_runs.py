@@ -11,6 +11,7 @@ import torch
 from digits_example import PROMPTS, ink
 from processes import builders
 from safetensors.torch import save_file
+from torch.distributed.fsdp import FSDPModule
 
 from flowdppo_fast.trainer import FlowDPPOConfig, FlowDPPOTrainer
 
@@ -24,6 +25,10 @@ def noisy(images, prompts, metadata):
     return ink(images, prompts, metadata) + 0.01 * torch.rand(len(prompts))
 
 
+def odd(images, prompts, metadata):
+    return ink(images, prompts, metadata) * torch.tensor([float(int(prompt) % 2) for prompt in prompts])
+
+
 def fails_on_process_1(images, prompts, metadata):
     import torch.distributed
 
@@ -35,7 +40,7 @@ def fails_on_process_1(images, prompts, metadata):
 
 fails_on_process_1.calls = 0
 
-REWARDS = {"one": ink, "two": two_rewards, "noisy": noisy, "fails": fails_on_process_1}
+REWARDS = {"one": ink, "two": two_rewards, "noisy": noisy, "odd": odd, "fails": fails_on_process_1}
 
 
 def settings(folder: str | Path, sections: dict[str, dict]) -> dict[str, dict]:
@@ -107,6 +112,9 @@ def train(
     trainer.save_pretrained(Path(folder) / "final")
     if trainer.workers.is_main:
         save_file(kept, str(Path(folder) / "kept.safetensors"))
+        parts = sum(isinstance(module, FSDPModule) for module in trainer.pipeline.transformer.modules())
+        facts = {"processes": trainer.workers.count, "parts": parts}
+        (Path(folder) / "facts.json").write_text(json.dumps(facts))
         (Path(folder) / "history.json").write_text(json.dumps(history))
 
 
@@ -125,21 +133,25 @@ def fail(folder: str, sections: dict[str, dict], expected: str, reward: str = "o
         raise AssertionError(text)
 
 
-def start_differently(folder: str, expected: str) -> None:
-    """Process 1 has a transformer of its own."""
+def start_differently(folder: str, what: str, expected: str) -> None:
+    """Process 1 has a transformer, or prompts, of its own."""
     import os
 
     made = builders()
     pipe = made.make_digits()
-    if os.environ["RANK"] == "1":
+    other = os.environ["RANK"] == "1"
+    prompts = PROMPTS[::-1] if other and "prompts" in what else PROMPTS
+    if other and "weights" in what:
         with torch.no_grad():
             pipe.transformer.proj_out.bias[0].add_(1e-3)
     try:
-        FlowDPPOTrainer(pipe, ink, PROMPTS, FlowDPPOConfig.from_dict(settings(folder, {})))
+        FlowDPPOTrainer(pipe, ink, prompts, FlowDPPOConfig.from_dict(settings(folder, {})))
     except ValueError as error:
-        assert expected in str(error), error
-        return
-    raise AssertionError("no error")
+        text = str(error)
+    else:
+        text = "no error"
+    if expected not in text:
+        raise AssertionError(text)
 
 
 def mortal(folder: str, sections: dict[str, dict], kind: str | None, at: int, counts: str | None) -> None:
@@ -180,7 +192,7 @@ def mortal(folder: str, sections: dict[str, dict], kind: str | None, at: int, co
         """A log whose line is cut off in the middle."""
 
         def __init__(self, path, mode):
-            self.file = open(path, mode)
+            self.file = open(path, mode)  # noqa: SIM115
 
         def __enter__(self):
             return self

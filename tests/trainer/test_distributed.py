@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,13 +14,18 @@ import distributed_runs
 import processes
 import pytest
 import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
+from digits_example import EXAMPLE
 from safetensors.torch import load_file
 
 from flowdppo_fast.trainer.distributed import Workers
 
 EPS = torch.finfo(torch.float32).eps
 
+ACCELERATE = EXAMPLE.parent / "accelerate"
+LAUNCHED = "lora, whole groups"
 # a call of the pipeline and a micro-batch have as many rows on one process as on two
 SETTINGS = {
     "lora, whole groups": {
@@ -53,7 +61,8 @@ SETTINGS = {
         "pipeline": "sd3",
         "reward": "one",
         "half_base": True,
-        "model": {"train": "lora", "lora_rank": 3, "mixed_precision": "bf16", "gradient_checkpointing": True},
+        # a matrix of one row is whole on one process and empty on the other
+        "model": {"train": "lora", "lora_rank": 1, "mixed_precision": "bf16", "gradient_checkpointing": True},
         "sampling": {"prompts_per_rollout": 2, "group_size": 4, "batch_size": 2, "noise": "stored"},
         "optimizer": {"updates_per_rollout": 2, "micro_batch_size": 2},
         "objective": {"threshold": 1e-6, "drift_budget": 1e-30},
@@ -61,7 +70,7 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def start(folder: Path, name: str, *, count: int = 1, sharded: bool = False, resume: bool = False, **changes) -> Path:
+def sections_of(name: str, **changes) -> dict[str, dict]:
     sections = {key: value for key, value in SETTINGS[name].items() if key not in ("pipeline", "reward")}
     sections["optimizer"] = {"learning_rate": 1e-2, "micro_batch_size": 4, "inner_epochs": 2, "max_grad_norm": 1e6} | (
         sections["optimizer"]
@@ -70,8 +79,17 @@ def start(folder: Path, name: str, *, count: int = 1, sharded: bool = False, res
     for key, values in changes.items():
         sections[key] = {**sections.get(key, {}), **values}
     run = {"iterations": 2, "checkpoint_every": 1, "progress": False, "device": "cpu", **changes.get("run", {})}
-    sections["run"] = run
-    arguments = (str(folder), sections, SETTINGS[name]["pipeline"], SETTINGS[name]["reward"], resume)
+    return {**sections, "run": run}
+
+
+def start(folder: Path, name: str, *, count: int = 1, sharded: bool = False, resume: bool = False, **changes) -> Path:
+    arguments = (
+        str(folder),
+        sections_of(name, **changes),
+        SETTINGS[name]["pipeline"],
+        SETTINGS[name]["reward"],
+        resume,
+    )
     processes.run(distributed_runs.train, *arguments, count=count, sharded=sharded)
     return folder
 
@@ -87,6 +105,16 @@ def alone(tmp_path_factory):
         return made[name]
 
     return get
+
+
+def launch(config: str, folder: Path, *fate: str) -> subprocess.CompletedProcess:
+    """``accelerate launch`` with one of the example configs, on two processes."""
+    # as it stands for GPUs: run.device is what puts the run on CPUs
+    options = ["--config_file", str(ACCELERATE / f"{config}.yaml"), "--num_processes", "2", "--main_process_port", "0"]
+    arguments = [str(Path(__file__).with_name("launched.py")), str(folder), json.dumps(sections_of(LAUNCHED)), *fate]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options, *arguments]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, env=env)
 
 
 def tensors(folder: Path, iteration: int) -> dict[str, torch.Tensor]:
@@ -113,12 +141,15 @@ def assert_same_run(a: Path, b: Path, *, iteration: int = 2, tolerance: float = 
         # what is zero but for rounding (a key's bias) has no scale of its own
         scale = max(float(value.abs().max()), EPS) if value.numel() else 1.0
         assert difference <= tolerance * scale, (name, difference, scale)
+    # diffusers reads the class from its config
+    configs = [{p.name: p.read_text() for p in (folder / "final").rglob("*config.json")} for folder in (a, b)]
+    assert configs[0] == configs[1]
     x, y = (json.loads((folder / "history.json").read_text()) for folder in (a, b))
     assert len(x) == len(y) == iteration
     for left, right in zip(x, y):
         assert left.keys() == right.keys()
         for key, value in left.items():
-            if not key.startswith("seconds"):
+            if not key.startswith(("seconds", "samples_per", "trajectory_bytes")):
                 # means over processes are summed in another order
                 assert right[key] == pytest.approx(value, rel=16 * EPS + 8 * tolerance, abs=16 * EPS), key
     # written by one process alone
@@ -154,7 +185,38 @@ def test_clipped_gradients_and_one_large_micro_batch(tmp_path):
         assert_same_run(one, two, tolerance=256 * EPS)
 
 
-@pytest.mark.parametrize(("before", "after"), [((2, False), (2, False)), ((2, True), (1, False)), ((1, False), (2, True))])
+def test_no_process_skips_a_backward_alone(tmp_path):
+    """Groups of even digits have no advantage: on one process nothing is to be done, on the other there is."""
+    sections = {**sections_of("lora, whole groups"), "advantage": {}, "evaluation": {}}
+    folders = [tmp_path / "one", tmp_path / "sharded"]
+    for folder, count in zip(folders, (1, 2)):
+        arguments = (str(folder), sections, "digits", "odd")
+        processes.run(distributed_runs.train, *arguments, count=count, sharded=count == 2)
+    assert_same_run(*folders)
+    idle = [[not any(line["advantage"][part : part + 4]) for part in (0, 4)] for line in rows(folders[0])]
+    assert [True, False] in idle or [False, True] in idle
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        (
+            "optimizer",
+            {"skip_dropped_backward": True},
+            "optimizer.skip_dropped_backward: got True, expected False in a",
+        ),
+        ("run", {"device": "cpu", "output_dir": "x"}, "no error"),
+    ],
+)
+def test_what_processes_would_decide_alone_is_refused_in_sharded_runs(tmp_path, section, values, message):
+    sections = {"sampling": {"num_steps": 4, "sde_steps": [0], "prompts_per_rollout": 2, "group_size": 2}}
+    sections = {**sections, section: values, "run": {"iterations": 1, "progress": False, "device": "cpu"}}
+    processes.run(distributed_runs.fail, str(tmp_path), sections, message, count=2, sharded=True)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [((2, False), (2, False)), ((2, True), (1, False)), ((1, False), (2, True))]
+)
 def test_resume_on_the_same_and_on_another_number_of_processes(alone, tmp_path, before, after):
     name = "lora, whole groups"
     folder = tmp_path / "run"
@@ -170,7 +232,9 @@ def test_resume_on_the_same_and_on_another_number_of_processes(alone, tmp_path, 
 
 @pytest.mark.parametrize("sharded", [False, True])
 def test_a_reward_that_fails_on_one_process_ends_the_run_on_all(tmp_path, sharded):
-    sections = {"sampling": {"num_steps": 5, "sde_steps": [0, 1], "prompts_per_rollout": 4, "group_size": 4, "batch_size": 4}}
+    sections = {
+        "sampling": {"num_steps": 5, "sde_steps": [0, 1], "prompts_per_rollout": 4, "group_size": 4, "batch_size": 4}
+    }
     started = time.monotonic()
     expected = "the reward server is gone"
     codes = processes.join(
@@ -192,15 +256,20 @@ def test_settings_that_processes_cannot_share(tmp_path):
     processes.run(distributed_runs.fail, str(tmp_path), sections, message, count=2)
 
 
-def test_weights_that_differ_between_processes(tmp_path):
-    message = "weights of transformer: process 1 has others than process 0, expected the same on all 2 processes"
-    processes.run(distributed_runs.start_differently, str(tmp_path), message, count=2)
+@pytest.mark.parametrize("what", ["transformer weights", "settings or prompts"])
+def test_processes_that_start_differently(tmp_path, what):
+    message = f"{what} of process 1 are others than those of process 0, expected the same on all 2"
+    processes.run(distributed_runs.start_differently, str(tmp_path), what, message, count=2)
 
 
 @pytest.mark.parametrize(
     ("kind", "env", "message"),
     [
-        (DistributedType.DEEPSPEED, {}, r"distributed_type DEEPSPEED, expected processes with whole weights \(DDP\), or"),
+        (
+            DistributedType.DEEPSPEED,
+            {},
+            r"distributed_type DEEPSPEED, expected processes with whole weights \(DDP\), or",
+        ),
         (DistributedType.FSDP, {"FSDP_VERSION": "1"}, "fsdp_version: 1, expected 2"),
         (DistributedType.FSDP, {"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params: True, expected False"),
         (DistributedType.FSDP, {"FSDP_RESHARD_AFTER_FORWARD": "false"}, "reshard_after_forward: False, expected True"),
@@ -217,3 +286,34 @@ def test_launchers_that_cannot_be_followed(monkeypatch, kind, env, message):
     accelerator = SimpleNamespace(distributed_type=kind, num_processes=2, process_index=0, is_main_process=True)
     with pytest.raises(ValueError, match=message):
         Workers(accelerator)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("path", sorted(ACCELERATE.glob("*.yaml")), ids=lambda path: path.stem)
+def test_example_configs_are_what_accelerate_reads(path):
+    # an unknown key is an error of accelerate's parser
+    config = load_config_from_file(str(path))
+    assert config.to_dict()["num_processes"] == 8 * config.num_machines
+    assert config.mixed_precision == "no"
+    given = yaml.safe_load(path.read_text()).get("fsdp_config", {})
+    assert (config.distributed_type == DistributedType.FSDP) == bool(given)
+    assert given.get("fsdp_version", 2) == 2
+
+
+def test_accelerate_launches_a_sharded_run(alone, tmp_path):
+    done = launch("fsdp2", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "facts.json").read_text()) == {"processes": 2, "parts": 3}
+    assert_same_run(alone(LAUNCHED), tmp_path / "run")
+
+
+def test_a_killed_process_ends_the_launch_and_the_run_can_be_continued(alone, tmp_path):
+    started = time.monotonic()
+    done = launch("ddp", tmp_path / "run", "process 1 dies in its second iteration")
+    assert done.returncode != 0
+    assert time.monotonic() - started < 150
+    assert "SIGKILL" in done.stderr or "Signal 9" in done.stderr
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["iteration-000001"]
+    start(tmp_path / "run", LAUNCHED, count=2, resume=True)
+    expected, ended = tensors(alone(LAUNCHED), 2), tensors(tmp_path / "run", 2)
+    assert all(torch.equal(ended[key], value) for key, value in expected.items() if not key.startswith("kept"))
+    assert rows(tmp_path / "run") == rows(alone(LAUNCHED))

@@ -298,7 +298,7 @@ def test_plan_and_memory_of_a_pipeline(sd3_folder, pipes):
         file.unlink()
     recipe = recipe_of(
         pipeline={"pretrained": str(sd3_folder), "vae_dtype": "float32"},
-        model={"lora_rank": 3, "lora_targets": ["to_q", "to_out.0"], "ema_decay": 0.9},
+        model={"lora_rank": 3, "lora_targets": ["to_q", "to_out.0", "k"], "ema_decay": 0.9},
     )
     plan = inspect_pipeline(recipe)
     pipeline = pipes.sd3()
@@ -307,7 +307,8 @@ def test_plan_and_memory_of_a_pipeline(sd3_folder, pipes):
     frozen = {name: sum(p.numel() for p in getattr(pipeline, name).parameters()) for name in ("transformer", "vae")}
     assert plan.components["vae"].parameters == frozen["vae"]
     assert plan.components["transformer"].parameters == frozen["transformer"]
-    add_lora(pipeline.transformer, 3, 6.0, ["to_q", "to_out.0"], 0)
+    # the last one is the end of a name, but not a name
+    add_lora(pipeline.transformer, 3, 6.0, ["to_q", "to_out.0", "k"], 0)
     adapted = sum(p.numel() for name, p in pipeline.transformer.named_parameters() if "lora" in name)
     assert plan.components["transformer"].adapted == adapted
     estimate = estimate_memory(recipe, plan)

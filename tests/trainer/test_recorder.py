@@ -429,7 +429,11 @@ def test_equal_rows_and_equal_tensors_are_kept_once():
     assert kwargs["options"]["mask"].shape == (8, 2)
     assert joinable(first, second)
     assert joinable(first, call(state=torch.randn(8, 6)))
-    for change in ({"count": 4}, {"table": 2 * torch.eye(3)}, {"state": torch.randn(8, 7)}, {"options": {}}):
+    changes = (
+        {"count": 4}, {"table": 2 * torch.eye(3)}, {"state": torch.randn(8, 7)}, {"options": {}},
+        {"text": text.repeat_interleave(2, 0)}, {"text": text.repeat_interleave(4, 0).double()},
+    )  # fmt: skip
+    for change in changes:
         assert not joinable(first, call(**change))
 
 

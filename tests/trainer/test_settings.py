@@ -134,7 +134,7 @@ def test_held_out_prompts_are_evaluated_with_the_same_seeds_and_the_average(run)
     assert history[0]["eval/reward"] < history[2]["eval/reward"] < history[-1]["eval_final/reward"]
     metrics, images, captions = trainer.evaluate()
     assert metrics["reward"] == history[-1]["eval_final/reward"]
-    assert captions == ["3"] * 3 + ["8"] * 3
+    assert [text.partition("\nreward ")[0] for text in captions] == ["3"] * 3 + ["8"] * 3
     assert len(images) == 6
     own = weights_of(trainer)
     with trainer.weights.averaged():
@@ -207,3 +207,51 @@ def test_reward_history_survives_a_resume(pipes, small_config, tmp_path):
     tables = whole.history.tables["reward"], resumed.history.tables["reward"]
     assert torch.equal(tables[0].nan_to_num(-1), tables[1].nan_to_num(-1))
     assert (~tables[0].isnan()).sum() >= 4 * 6
+
+
+def test_rewards_in_the_background_are_those_of_the_foreground(run, monkeypatch):
+    import threading
+
+    from flowdppo_fast.trainer import trainer as module
+
+    threads = set()
+
+    def noticing(*args, score=module.score):
+        threads.add(threading.current_thread().name)
+        return score(*args)
+
+    monkeypatch.setattr(module, "score", noticing)
+    foreground, expected = run(sampling={"batch_size": 4, "background_rewards": False})
+    assert threads == {threading.main_thread().name}
+    threads.clear()
+    background, history = run(sampling={"batch_size": 4})
+    assert not threads, "scored by the trainer itself"
+    assert torch.equal(weights_of(background), weights_of(foreground))
+    assert [m["reward"] for m in history] == [m["reward"] for m in expected]
+
+
+@pytest.mark.parametrize("batch_size", [None, 4])
+def test_a_failing_reward_saves_what_was_trained(pipes, small_config, tmp_path, batch_size):
+    def make(folder, reward):
+        config = small_config(
+            sampling={"batch_size": batch_size},
+            run={"iterations": 4, "output_dir": str(tmp_path / folder), "checkpoint_every": 10},
+        )
+        return FlowDPPOTrainer(pipes.digits(), reward, PROMPTS, config)
+
+    whole = make("whole", ink)
+    whole.train()
+    calls = []
+
+    def fails_in_the_third_iteration(images, prompts, metadata):
+        calls.append(1)
+        if len(calls) == (3 if batch_size is None else 11):
+            raise ConnectionError("the server is gone")
+        return ink(images, prompts, metadata)
+
+    with pytest.raises(ConnectionError, match="the server is gone"):
+        make("broken", fails_in_the_third_iteration).train()
+    assert [path.name for path in (tmp_path / "broken" / "checkpoints").iterdir()] == ["iteration-000002"]
+    resumed = make("broken", ink)
+    assert len(resumed.train(resume=True)) == 4
+    assert torch.equal(weights_of(resumed), weights_of(whole))

@@ -14,9 +14,10 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 from PIL import Image
 
-from flowdppo_fast.trainer import plots, tracking
+from flowdppo_fast.trainer import logs, plots
 from flowdppo_fast.trainer.grids import caption, frames_of, image_grid
-from flowdppo_fast.trainer.tracking import RunLog, read_history
+from flowdppo_fast.trainer.logs import METRICS_FILE, drop_later_lines
+from flowdppo_fast.trainer.tracking import RunLog
 
 
 class MemoryTracker(GeneralTracker):
@@ -66,6 +67,10 @@ def quiet(accelerator, folder, **options) -> RunLog:
     return RunLog(accelerator, folder, **{"progress": False, "plot_every": None, **options})
 
 
+def lines_of(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
+
+
 def test_metrics_go_through_a_kill(accelerator, tmp_path):
     folder = tmp_path / "run"
     log = quiet(accelerator, folder)
@@ -73,25 +78,27 @@ def test_metrics_go_through_a_kill(accelerator, tmp_path):
     for iteration in (1, 2, 3):
         log.iteration(metrics_of(iteration, ratio_max=math.inf if iteration == 1 else 1.0))
     # on the disk before anything is closed
-    assert [m["iteration"] for m in read_history(folder, 10)] == [1, 2, 3]
-    with open(folder / "metrics.jsonl", "a") as file:
+    assert [m["iteration"] for m in lines_of(folder)] == [1, 2, 3]
+    with open(folder / METRICS_FILE, "a") as file:
         file.write('{"iteration": 4, "rew')
-    history = read_history(folder, 2)
+    drop_later_lines(folder / METRICS_FILE, 2)
+    history = lines_of(folder)
     assert history == [metrics_of(1, ratio_max=math.inf), metrics_of(2, ratio_max=1.0)]
     log = quiet(accelerator, folder)
     log.start(history)
     log.iteration(metrics_of(3, reward=7.0))
     log.close()
-    assert [m["reward"] for m in read_history(folder, 10)] == [0.25, 0.5, 7.0]
+    assert [m["reward"] for m in lines_of(folder)] == [0.25, 0.5, 7.0]
     assert sorted(path.name for path in folder.iterdir()) == ["metrics.jsonl", "metrics.png"]
 
 
-def test_a_damaged_line_is_named(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"iteration": 1}\n{"iter\n{"iteration": 3}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: not JSON"):
-        read_history(tmp_path, 3)
-    assert read_history(tmp_path, 1) == [{"iteration": 1}]
-    assert read_history(tmp_path / "nowhere", 3) == []
+def test_lines_after_a_damaged_one_are_dropped(tmp_path):
+    path = tmp_path / METRICS_FILE
+    path.write_text('{"iteration": 1}\n{"iter\n{"iteration": 2}\n')
+    drop_later_lines(path, 3)
+    assert lines_of(tmp_path) == [{"iteration": 1}]
+    drop_later_lines(tmp_path / "nowhere", 3)
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_lines_are_synced_before_the_call_returns(accelerator, tmp_path, monkeypatch):
@@ -99,7 +106,7 @@ def test_lines_are_synced_before_the_call_returns(accelerator, tmp_path, monkeyp
     log.start()
     sizes = []
     sync = os.fsync
-    monkeypatch.setattr(tracking.os, "fsync", lambda fd: sizes.append(os.fstat(fd).st_size) or sync(fd))
+    monkeypatch.setattr(logs.os, "fsync", lambda fd: sizes.append(os.fstat(fd).st_size) or sync(fd))
     log.iteration(metrics_of(1))
     assert sizes == [(tmp_path / "metrics.jsonl").stat().st_size]
     assert sizes[0] == len(json.dumps(metrics_of(1))) + 1

@@ -20,7 +20,7 @@ def weights_of(trainer) -> dict[str, torch.Tensor]:
 
 
 def without_times(history: list[dict]) -> list[dict]:
-    return [{k: v for k, v in metrics.items() if not k.startswith("seconds")} for metrics in history]
+    return [{k: v for k, v in metrics.items() if not k.startswith(("seconds", "samples_per"))} for metrics in history]
 
 
 @pytest.mark.parametrize("objective", ["dppo", "dppo_symmetric", "ratio_clip", "grpo_guard", "unclipped"])
