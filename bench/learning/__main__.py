@@ -28,10 +28,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument("--results", type=Path, default=paths.TUNING if name == "tune" else paths.RESULTS)
         command.add_argument("--shard", default="1/1", metavar="I/N", help="this process is number I of N")
         command.add_argument("--minutes", type=float, help="start no run after so many minutes")
+        command.add_argument(
+            "--settings", type=Path, default=paths.SETTINGS, help="sizes, bounds and choices of the runs"
+        )
         command.add_argument("--task", choices=("digits", "shapes"), help="only the runs of this task")
 
     status = commands.add_parser("status", help="what of the sweep is done")
     status.add_argument("--results", type=Path, default=paths.RESULTS)
+    status.add_argument("--settings", type=Path, default=paths.SETTINGS)
 
     choose = commands.add_parser("choose", help="print what the tuning runs choose")
     choose.add_argument("--results", type=Path, default=paths.TUNING)
@@ -44,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     document = commands.add_parser("document", help="figures and the tables of docs/learning.md from run files")
     document.add_argument("--results", type=Path, default=paths.RESULTS)
+    document.add_argument("--settings", type=Path, default=paths.SETTINGS)
+    document.add_argument("--page", type=Path, default=paths.PAGE)
+    document.add_argument("--figures", type=Path, default=paths.FIGURES)
     document.add_argument("--check", action="store_true", help="only say whether the tables are up to date")
 
     return _COMMANDS[(options := parser.parse_args(arguments)).command](options)
@@ -57,7 +64,7 @@ def _pretrain(options: argparse.Namespace) -> int:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    settings = load_settings()
+    settings = load_settings(options.settings)
     cells = plan.tuning(settings) if options.command == "tune" else plan.sweep(settings)
     if options.task:
         cells = [cell for cell in cells if cell.task == options.task]
@@ -70,7 +77,7 @@ def _sweep(options: argparse.Namespace) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
-    print(sweep.status(plan.by_study(load_settings()), options.results))
+    print(sweep.status(plan.by_study(load_settings(options.settings)), options.results))
     return 0
 
 
@@ -105,7 +112,8 @@ def _quick(options: argparse.Namespace) -> int:
 def _document(options: argparse.Namespace) -> int:
     from .document import update
 
-    return update(options.results, check=options.check)
+    settings = load_settings(options.settings)
+    return update(options.results, settings, options.page, options.figures, check=options.check)
 
 
 _COMMANDS = {

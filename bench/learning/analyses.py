@@ -34,6 +34,12 @@ def plain(runs: Iterable[Run], task: str) -> list[Run]:
     return chosen
 
 
+def alike(run: Run) -> list[Mapping]:
+    """The evaluations between start and end, which draw equally many pages: a Frechet distance shrinks with more."""
+    ends = (0, run.result["request"]["trainer"]["run"]["iterations"])
+    return [place for place in run.result["evaluations"] if place["iteration"] not in ends]
+
+
 def curve(run: Run, value: Callable[[Mapping], float]) -> tuple[np.ndarray, np.ndarray]:
     """A measure of all evaluations of a run against its drift, nats."""
     places = run.result["evaluations"]
@@ -55,11 +61,11 @@ def crossing(along: np.ndarray, measured: np.ndarray, level: float) -> float | N
     return None
 
 
-def best_at_drift(runs: Sequence[Run], budget: float) -> dict[str, Seeds]:
-    """Per method and seed the highest reward that any run of its sweep had when its drift reached ``budget`` nats, or
-    before, if that run never drifted so far. Every method has as many runs to choose from."""
+def best_at_drift(runs: Sequence[Run], budget: float, count: int) -> dict[str, Seeds]:
+    """Per method and seed the highest reward that any of its ``count`` runs had when its drift reached ``budget`` nats,
+    or at the last evaluation within it, if that run never drifted so far."""
     found: dict[str, Seeds] = {}
-    for method, seeds in _by_seed(runs).items():
+    for method, seeds in _by_seed(runs, count).items():
         for seed, members in seeds.items():
             rewards = []
             for run in members:
@@ -72,20 +78,21 @@ def best_at_drift(runs: Sequence[Run], budget: float) -> dict[str, Seeds]:
 
 
 def at_reward(
-    runs: Sequence[Run], level: float, value: Callable[[Mapping], float], *, least: bool = True
+    runs: Sequence[Run], level: float, value: Callable[[Mapping], float], count: int, *, least: bool = True
 ) -> dict[str, Seeds]:
-    """Per method and seed a measure where the reward first reaches ``level``: the best over the method's sweep.
+    """Per method and seed a measure where the reward first reaches ``level``: the best of its ``count`` runs.
 
-    Runs that never reach the level are left out; a method and seed without any has no entry.
+    Only evaluations of equally many pages count (:func:`alike`). Runs that do not reach the level among them, or start
+    beyond it, are left out; a method and seed without any has no entry.
     """
     found: dict[str, Seeds] = {}
-    for method, seeds in _by_seed(runs).items():
+    for method, seeds in _by_seed(runs, count).items():
         for seed, members in seeds.items():
             values = []
             for run in members:
-                _, reward = curve(run, reward_of)
-                _, measured = curve(run, value)
-                at = crossing(reward, measured, level)
+                places = alike(run)
+                reward = np.array([reward_of(place) for place in places])
+                at = crossing(reward, np.array([value(place) for place in places]), level)
                 if at is not None:
                     values.append(at)
             if values:
@@ -93,14 +100,13 @@ def at_reward(
     return found
 
 
-def _by_seed(runs: Iterable[Run]) -> dict[str, dict[int, list[Run]]]:
-    """Runs by method and seed, only for seeds whose sweep is complete, so that nobody chooses from fewer."""
+def _by_seed(runs: Iterable[Run], count: int) -> dict[str, dict[int, list[Run]]]:
+    """Runs by method and seed, only where there are ``count`` of them, so that nobody chooses from fewer."""
     found: dict[str, dict[int, list[Run]]] = {}
     for run in runs:
         found.setdefault(run.cell.method, {}).setdefault(run.cell.seed, []).append(run)
-    full = {method: max(len(members) for members in seeds.values()) for method, seeds in found.items()}
     ordered = sorted(found, key=list(METHODS).index)
-    return {m: {s: found[m][s] for s in sorted(found[m]) if len(found[m][s]) == full[m]} for m in ordered}
+    return {m: {s: found[m][s] for s in sorted(found[m]) if len(found[m][s]) == count} for m in ordered}
 
 
 def by_seed(runs: Iterable[Run], value: Callable[[Run], float], **cell: object) -> Seeds:
@@ -153,6 +159,13 @@ def pooled_noise(runs: Iterable[Run]) -> list[dict[str, float]]:
             }
         )
     return table
+
+
+def noise_over_signal(run: Run) -> float:
+    """Spread of the log-ratio over the KL that is its mean, averaged over rows: above 1, one ratio says little of the
+    distance."""
+    bins = run.result["rows"]["noise"]
+    return sum(b["rows"] * b["log_ratio_std"] for b in bins) / sum(b["rows"] * b["kl"] for b in bins)
 
 
 def spurious(runs: Iterable[Run], clip: float) -> tuple[Seeds, Seeds, Seeds]:

@@ -7,9 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import analyses, figures, paths, plan, tables
+from . import analyses, figures, plan, tables
 from .methods import METHODS
-from .requests import load_settings
 from .results import Run, load
 from .tasks import load_task
 
@@ -25,29 +24,36 @@ def filled(text: str, runs: Sequence[Run], settings: Mapping[str, Any]) -> str:
     names = [name for _, name, _ in _BLOCK.findall(text)]
     if sorted(names) != sorted(tables.TABLES):
         raise ValueError(f"tables: got {names} in the page, expected each of {list(tables.TABLES)} once")
-    return _BLOCK.sub(lambda found: found[1] + tables.TABLES[found[2]](runs, settings) + "\n" + found[3], text)
+    whole = [run for run in runs if not run.failed]
+
+    def table(found: re.Match[str]) -> str:
+        made = tables.TABLES[found[2]](runs if found[2] == "progress" else whole, settings)
+        return f"{found[1]}{made}\n{found[3]}"
+
+    return _BLOCK.sub(table, text)
 
 
-def update(folder: Path, *, check: bool) -> int:
+def update(folder: Path, settings: Mapping[str, Any], page: Path, pictures: Path, *, check: bool) -> int:
     """Writes tables and figures; with ``check`` only looks at the tables. Returns the exit status."""
-    runs, settings = load(folder), load_settings()
-    before = paths.PAGE.read_text()
+    runs = load(folder)
+    before = page.read_text()
     after = filled(before, runs, settings)
     if check:
         if before != after:
-            print(f"{paths.PAGE.name}: tables are not those of the run files; run `python -m bench.learning document`")
+            print(f"{page.name}: tables are not those of the run files; run `python -m bench.learning document`")
             return 1
-        print(f"{paths.PAGE.name}: tables are those of {len(runs)} run files")
+        print(f"{page.name}: tables are those of {len(runs)} run files")
         return 0
-    paths.PAGE.write_text(after)
-    for path in draw(runs, settings, paths.FIGURES):
+    page.write_text(after)
+    for path in draw(runs, settings, pictures):
         print(path)
     return 0
 
 
 def draw(runs: Sequence[Run], settings: Mapping[str, Any], folder: Path) -> list[Path]:
     """All figures for which there are runs."""
-    made = [figure(runs, settings, folder / f"{name}.png") for name, figure in _FIGURES.items()]
+    whole = [run for run in runs if not run.failed]
+    made = [figure(whole, settings, folder / f"{name}.png") for name, figure in _FIGURES.items()]
     return [path for path in made if path is not None]
 
 
@@ -58,21 +64,25 @@ def _drift(place: Mapping) -> float:
     return place["drift_nats"]
 
 
+def _all(run: Run) -> Sequence[Mapping]:
+    return run.result["evaluations"]
+
+
 def _frontier(runs: Sequence[Run], settings: Mapping[str, Any], path: Path) -> Path | None:
     axes = (_drift, analyses.reward_of), (figures.DRIFT, _REWARD)
-    return figures.along_training(runs, tables.present_tasks(runs), *axes, path, settings["tuned"])
+    return figures.along_training(runs, tables.present_tasks(runs), *axes, path, settings["tuned"], _all)
 
 
 def _forgetting(runs: Sequence[Run], settings: Mapping[str, Any], path: Path) -> Path | None:
     label = "Frechet distance on held-out prompts\n[feature variances]"
     axes = (analyses.reward_of, analyses.held_out("frechet")), (_REWARD, label)
-    return figures.along_training(runs, tables.present_tasks(runs), *axes, path, settings["tuned"])
+    return figures.along_training(runs, tables.present_tasks(runs), *axes, path, settings["tuned"], analyses.alike)
 
 
 def _hacking(runs: Sequence[Run], settings: Mapping[str, Any], path: Path) -> Path | None:
     label = "held-out prompts that an independent\njudge reads as asked [share]"
     axes = (analyses.reward_of, analyses.held_out("accuracy")), (_REWARD, label)
-    return figures.along_training(runs, tables.present_tasks(runs), *axes, path, settings["tuned"])
+    return figures.along_training(runs, tables.present_tasks(runs), *axes, path, settings["tuned"], _all)
 
 
 def _balance(runs: Sequence[Run], settings: Mapping[str, Any], path: Path) -> Path | None:
@@ -113,11 +123,11 @@ def _reuse(runs: Sequence[Run], settings: Mapping[str, Any], path: Path) -> Path
                     if members:
                         groups.setdefault(method, {})[epochs] = [value(run) for run in members]
             groups = {method: points for method, points in groups.items() if len(points) > 1}
-            figures.against(groups, axis, "inner epochs per rollout", logarithmic=True)
+            figures.against(groups, axis, "inner epochs per rollout")
             axis.set_xticks(plan.EPOCHS, [str(epochs) for epochs in plan.EPOCHS])
             axis.minorticks_off()
             axis.set(ylabel=label, title=task)
-    axes[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+    figures.legend_beside(figure, axes)
     return figures.save(figure, path)
 
 
@@ -140,7 +150,7 @@ def _noise(runs: Sequence[Run], settings: Mapping[str, Any], path: Path) -> Path
     left.set_xlim(span)
     left.set(xlabel="KL of a row, per element: D", ylabel="standard deviation of log r, per element")
     left.legend(fontsize=8, frameon=False)
-    for task, colour, marker in zip(tasks, ("#0072B2", "#D55E00"), "os"):
+    for task, colour, marker, place_of_text in zip(tasks, ("#0072B2", "#D55E00"), "os", ((4, 6), (-14, -14))):
         members = analyses.tuned(analyses.plain(runs, task), "flow_grpo", settings["tuned"])
         points: dict[float, tuple[float, float]] = {}
         for clip in settings["clips"]:
@@ -150,7 +160,7 @@ def _noise(runs: Sequence[Run], settings: Mapping[str, Any], path: Path) -> Path
                 points[clip] = tuple(100 * value for value in pair)  # type: ignore[assignment]
         right.plot(*zip(*points.values()), color=colour, marker=marker, label=task)
         for clip, place in points.items():
-            right.annotate(f"{clip:g}", place, textcoords="offset points", xytext=(5, 5), fontsize=8)
+            right.annotate(f"{clip:g}", place, textcoords="offset points", xytext=place_of_text, fontsize=8)
     right.set(
         xlabel="rows that the clip drops [%]", ylabel="of these: spurious, near by the exact KL [%]", ylim=(0, 105)
     )
@@ -178,9 +188,9 @@ def _thresholds(runs: Sequence[Run], settings: Mapping[str, Any], path: Path) ->
                 for run in plain:
                     if run.cell.method == method:
                         groups.setdefault(method, {}).setdefault(run.cell.bound, []).append(value(run))
-            figures.against(groups, axis, "threshold of the mask [nats per step]", logarithmic=True)
+            figures.against(groups, axis, "threshold of the mask [nats per step]")
             axis.set(ylabel=label, title=task)
-    axes[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+    figures.legend_beside(figure, axes)
     return figures.save(figure, path)
 
 

@@ -58,7 +58,7 @@ def draw(
     images = pipeline(
         asked, num_inference_steps=num_steps, guidance_scale=guidance, generator=generators, output_type="pt"
     ).images
-    return images, asked
+    return images.float().cpu(), asked
 
 
 def drift_nats(

@@ -18,11 +18,14 @@ EPOCHS = (1, 2, 4, 8)
 RATES = (1.0, 0.5, 0.25, 0.125)
 # the order of the sweep: task, studies, seeds
 STAGES = (
-    ("digits", ("tuned",), range(0, 4)),
+    ("digits", ("tuned",), range(0, 3)),
+    ("shapes", ("pair",), range(0, 3)),
+    ("digits", ("pair",), range(3, 6)),
+    ("digits", ("pair_three_rewards", "pair_four_epochs"), range(0, 3)),
     ("shapes", ("tuned",), range(0, 3)),
-    ("digits", ("reuse_pair", "three_rewards"), range(0, 3)),
-    ("digits", ("masks",), range(0, 3)),
-    ("digits", ("tuned",), range(4, 8)),
+    ("digits", ("tuned",), range(3, 6)),
+    ("digits", ("masks", "three_rewards", "reuse_pair"), range(0, 3)),
+    ("digits", ("tuned",), range(6, 8)),
     ("digits", ("kl_weight", "guidance"), range(0, 3)),
     ("shapes", ("tuned",), range(3, 5)),
     ("digits", ("frontier", "threshold", "two_rewards"), range(0, 3)),
@@ -34,6 +37,8 @@ STAGES = (
     ("shapes", ("frontier",), range(0, 3)),
     ("shapes", ("three_rewards", "reuse", "masks", "frontier"), range(3, 8)),
 )
+# subsets of other studies that only say what comes first
+_FIRST = ("pair", "pair_four_epochs", "pair_three_rewards")
 
 
 def values(method: str, settings: Mapping[str, Any]) -> list[dict[str, float | None]]:
@@ -62,6 +67,9 @@ def studies(task: str, settings: Mapping[str, Any]) -> dict[str, list[Cell]]:
     pair = ("flow_grpo", "flow_dppo")
     found = {
         "tuned": list(best.values()),
+        "pair": [best[method] for method in pair],
+        "pair_four_epochs": [replace(best[method], inner_epochs=4) for method in pair],
+        "pair_three_rewards": [replace(best[method], rewards=3) for method in pair],
         "frontier": frontier(task, settings),
         "masks": [
             Cell(task, name, bound) for bound in settings["bounds"]["flow_dppo"] for name in ("flow_dppo", "symmetric")
@@ -90,7 +98,7 @@ def by_study(settings: Mapping[str, Any]) -> dict[str, list[Cell]]:
     found: dict[str, dict[str, Cell]] = {}
     for task, names, seeds in STAGES:
         cells = studies(task, settings)
-        for name in names:
+        for name in (name for name in names if name not in _FIRST):
             runs = found.setdefault(f"{task} {name}", {})
             runs |= {run.name: run for seed in seeds for run in (replace(cell, seed=seed) for cell in cells[name])}
     return {study: list(runs.values()) for study, runs in found.items()}

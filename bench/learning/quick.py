@@ -75,7 +75,9 @@ def kernel_difference(name: str) -> float:
     """Largest relative difference between the KL of the backend in use and the float64 reference's, after an update.
 
     Raises:
-        AssertionError: more than 1e-4: both are means of float32 squares, whose velocities differ by little.
+        AssertionError: more than 16 units in the last place of float32. The velocities are the same numbers, so only
+            the rounding of difference, square and sum is left; the log-ratio may in addition be off by as much of
+            ``sqrt(2*KL)``, the size of the terms that cancel in it.
     """
     task = load_task(name)
     pipeline = task.pipeline()
@@ -102,9 +104,10 @@ def kernel_difference(name: str) -> float:
     (kl, log_ratio, used), (true_kl, true_ratio, _) = found
     assert used != "reference", "no kernel ran: the reference was compared with itself"
     difference = float(((kl - true_kl).abs() / true_kl).max())
-    assert difference < 1e-4, f"{name}: KL of {used} differs from the reference's by {difference:.2g}"
-    scale = (true_kl + true_ratio.abs()).max()
-    assert float((log_ratio - true_ratio).abs().max() / scale) < 1e-4, f"{name}: log-ratio of {used} differs"
+    tolerance = 16 * torch.finfo(torch.float32).eps
+    assert difference < tolerance, f"{name}: KL of {used} differs from the reference's by {difference:.2g}"
+    scale = true_ratio.abs() + (2 * true_kl).sqrt()
+    assert float(((log_ratio - true_ratio).abs() / scale).max()) < tolerance, f"{name}: log-ratio of {used} differs"
     return difference
 
 

@@ -106,7 +106,7 @@ def request(cell: Cell, settings: Mapping[str, Any]) -> dict[str, Any]:
     }
     iterations = trainer["run"]["iterations"]
     trainer["run"] = {
-        **trainer["run"], "seed": cell.seed, "device": "cpu", "progress": False,
+        **trainer["run"], "seed": cell.seed, "progress": False,
         "checkpoint_every": iterations, "keep_checkpoints": 1, "plot_every": None,
     }  # fmt: skip
     complete = FlowDPPOConfig.from_dict(trainer).to_dict()

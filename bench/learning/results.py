@@ -27,6 +27,11 @@ class Run:
         return Cell(**self.result["request"]["cell"])
 
     @property
+    def failed(self) -> bool:
+        """The run lost its numbers and was stopped; it is counted, and no analysis averages over it."""
+        return self.result.get("failed") is not None
+
+    @property
     def before(self) -> Mapping[str, Any]:
         return self.result["evaluations"][0]
 

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from bench.ops.devices import CpuDevice
+from bench.ops.devices import CpuDevice, CudaDevice
 from bench.ops.environment import collect
+from flowdppo_fast.row_data import read_rows
 from flowdppo_fast.trainer import FlowDPPOConfig, FlowDPPOTrainer
 
-from .decisions import read_rows, summary
+from .decisions import summary
 from .evaluate import Pretrained, evaluate
 from .tasks import NamedRewards, load_task
 
@@ -78,15 +79,18 @@ def run(request: Mapping[str, Any]) -> dict[str, Any]:
         try:
             history = trainer.train(on_iteration=after)
         except RuntimeError as error:
+            if trainer.skipped_updates <= config.optimizer.max_skipped_updates:
+                raise
             # updates without finite numbers: a result like any other, and none to leave out
             failed, history = str(error), metrics_so_far
+            measure(trainer.iteration, settings["final_per_prompt"])
         rows = read_rows(Path(folder) / "run" / "rows.jsonl")
-    names = [name for name in _KEPT_METRICS if name in history[0]]
+    names = [name for name in _KEPT_METRICS if history and name in history[0]]
     return {
         "schema": SCHEMA,
         "kind": "bench.learning",
         "request": dict(request),
-        "environment": {**collect(CpuDevice()), "threads": 1},
+        "environment": {**collect(CudaDevice() if trainer.device.type == "cuda" else CpuDevice()), "threads": 1},
         "seconds": {
             "wall": round(time.perf_counter() - started, 1),
             "cpu": round(time.process_time() - cpu_started, 1),

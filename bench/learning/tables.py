@@ -6,11 +6,11 @@ import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from . import analyses, plan
+from . import analyses, paths, plan
 from .analyses import Contrast, Seeds, by_seed, difference, show
 from .methods import METHODS
-from .results import Run
-from .statistics import verdict
+from .results import Run, load
+from .statistics import estimate, verdict
 from .tasks import load_task
 
 # drift budgets (nats per image) and reward levels at which methods are compared; set after tuning, before the sweep
@@ -55,6 +55,7 @@ def progress(runs: Sequence[Run], settings: Mapping[str, Any]) -> str:
         rows.append([study, str(len(seeds)), f"{count} of {len(cells) // len(seeds)}"])
     done = len(have & set(everything))
     rows.append(["all, each run once", str(len(everything)), f"{done} runs done"])
+    rows.append(["stopped without finite numbers", "-", str(sum(run.failed for run in runs))])
     return markdown(["study", "cells", "seeds per cell"], rows)
 
 
@@ -71,6 +72,22 @@ def choices(runs: Sequence[Run], settings: Mapping[str, Any]) -> str:
         per = [f"{bound / load_task(task).elements:.2g}" for task in ("digits", "shapes")]
         rows.append([about.label, f"{about.bound}, nats", swept, f"{bound:g}", *per])
     return markdown(["method", "varied", "swept", "chosen", "per element, digits", "per element, shapes"], rows)
+
+
+def tuning(runs: Sequence[Run], settings: Mapping[str, Any]) -> str:
+    """The tuning runs, from which values were chosen: rewards and drifts of each seed. Not among ``runs``."""
+    found = load(paths.TUNING)
+    rows = []
+    for method, about in METHODS.items():
+        cells = sorted({(run.cell.bound or 0, run.cell.rate) for run in found if run.cell.method == method})
+        for bound, rate in cells:
+            members = [r for r in found if (r.cell.method, r.cell.bound or 0, r.cell.rate) == (method, bound, rate)]
+            members.sort(key=lambda run: run.cell.seed)
+            value = f"{bound:g}" if about.bound else f"rate x {rate:g}"
+            rewards = ", ".join(f"{run.reward():.2f}" for run in members)
+            drifts = ", ".join(f"{run.drift:.0f}" for run in members)
+            rows.append([about.label, value, rewards, drifts])
+    return markdown(["method", "value", "final reward, by seed", "drift, nats, by seed"], rows)
 
 
 def pretrained(runs: Sequence[Run], settings: Mapping[str, Any]) -> str:
@@ -109,30 +126,43 @@ def at_the_end(runs: Sequence[Run], settings: Mapping[str, Any]) -> str:
     return markdown(columns, rows)
 
 
+def choices_of(runs: Sequence[Run], task: str, settings: Mapping[str, Any]) -> dict[str, tuple[list[Run], int]]:
+    """From which runs a method's best is taken, and how many there are per seed: the tuned one, or its whole sweep."""
+    plain = analyses.plain(runs, task)
+    tuned = [run for method in METHODS for run in analyses.tuned(plain, method, settings["tuned"])]
+    cells = {cell.group for cell in plan.frontier(task, settings)}
+    sweep = [run for run in plain if run.cell.group in cells]
+    return {"tuned": (tuned, 1), "sweep": (sweep, len(cells) // len(METHODS))}
+
+
 def frontier(runs: Sequence[Run], settings: Mapping[str, Any]) -> str:
-    """Best reward within a drift budget, over each method's whole sweep."""
+    """Best reward within a drift budget."""
     rows = []
     for task in present_tasks(runs):
-        budgets = settings[BUDGETS][task]
-        found = [analyses.best_at_drift(analyses.plain(runs, task), budget) for budget in budgets]
-        for method, about in METHODS.items():
-            rows.append([task, about.label, *(show(entries.get(method)) for entries in found)])
+        for over, (members, count) in choices_of(runs, task, settings).items():
+            found = [analyses.best_at_drift(members, budget, count) for budget in settings[BUDGETS][task]]
+            for method, about in METHODS.items():
+                if any(method in entries for entries in found):
+                    rows.append([task, over, about.label, *(show(entries.get(method)) for entries in found)])
     names = [" / ".join(f"{settings[BUDGETS][task][place]:g}" for task in present_tasks(runs)) for place in range(3)]
-    return markdown(["task", "method", *(f"reward at {name} nats" for name in names)], rows)
+    return markdown(["task", "best of", "method", *(f"reward at {name} nats" for name in names)], rows)
 
 
 def forgetting(runs: Sequence[Run], settings: Mapping[str, Any]) -> str:
-    """Held-out quality where the reward first reaches a level, the best over each method's sweep."""
+    """Held-out quality where the reward first reaches a level."""
     rows = []
     for task in present_tasks(runs):
-        for level in settings[LEVELS][task]:
-            plain = analyses.plain(runs, task)
-            frechet = analyses.at_reward(plain, level, analyses.held_out("frechet"))
-            accuracy = analyses.at_reward(plain, level, analyses.held_out("accuracy"), least=False)
-            for method, about in METHODS.items():
-                percent = {seed: 100 * value for seed, value in accuracy.get(method, {}).items()}
-                rows.append([task, f"{level:g}", about.label, show(frechet.get(method)), show(percent, 1)])
-    return markdown(["task", "at reward", "method", "held out: Frechet", "held out: independent judge, %"], rows)
+        for over, (members, count) in choices_of(runs, task, settings).items():
+            for level in settings[LEVELS][task]:
+                frechet = analyses.at_reward(members, level, analyses.held_out("frechet"), count)
+                accuracy = analyses.at_reward(members, level, analyses.held_out("accuracy"), count, least=False)
+                for method, about in METHODS.items():
+                    percent = {seed: 100 * value for seed, value in accuracy.get(method, {}).items()}
+                    if percent:
+                        numbers = [show(frechet.get(method)), show(percent, 1)]
+                        rows.append([task, over, f"{level:g}", about.label, *numbers])
+    columns = ["task", "best of", "at reward", "method", "held out: Frechet", "held out: independent judge, %"]
+    return markdown(columns, rows)
 
 
 def balance(runs: Sequence[Run], settings: Mapping[str, Any]) -> str:
@@ -304,12 +334,14 @@ def contrasts(runs: Sequence[Run], settings: Mapping[str, Any]) -> list[tuple[st
 
         compare("higher reward", "final reward", over(chosen, _reward), with_unclipped)
         compare("less drift", "nats less at the end", over(chosen, _drift), with_unclipped, -1)
-        budget = settings[BUDGETS][task][1]
-        best = analyses.best_at_drift(plain, budget)
-        compare("higher reward at equal drift", f"at {budget:g} nats, best of sweep", best, with_unclipped)
-        level = settings[LEVELS][task][-1]
-        frechet = analyses.at_reward(plain, level, analyses.held_out("frechet"))
-        compare("less forgetting", f"held-out Frechet less at reward {level:g}", frechet, with_unclipped, -1)
+        budget, level = settings[BUDGETS][task][1], settings[LEVELS][task][-1]
+        for choice, (members, number) in choices_of(runs, task, settings).items():
+            best = analyses.best_at_drift(members, budget, number)
+            compare("higher reward at equal drift", f"at {budget:g} nats, {choice}", best, with_unclipped)
+            frechet = analyses.at_reward(members, level, analyses.held_out("frechet"), number)
+            compare(
+                "less forgetting", f"held-out Frechet less at reward {level:g}, {choice}", frechet, with_unclipped, -1
+            )
         for count in (2, 3):
             smallest = over(lambda m, t=task, n=count: several(runs, t, m, n), analyses.smallest_gain)  # type: ignore[misc]
             compare("balanced objectives", f"smallest of {count} gains, sd", smallest)
@@ -317,6 +349,16 @@ def contrasts(runs: Sequence[Run], settings: Mapping[str, Any]) -> list[tuple[st
             again = functools.partial(reused, runs, task, epochs=epochs, settings=settings)
             compare("stable reuse", f"final reward, {epochs} inner epochs", over(again, _reward))
             compare("stable reuse", f"largest fall less, {epochs} inner epochs", over(again, analyses.fall), sign=-1)
+        clipping = chosen("flow_grpo")
+        above = {seed: value - 1 for seed, value in by_seed(clipping, analyses.noise_over_signal).items()}
+        _, wrong, _ = analyses.spurious(clipping, settings["tuned"]["flow_grpo"]["bound"])
+        for text, values in (
+            ("spread of log r over its mean, above 1: Flow-GRPO", above),
+            ("share of clipped rows that a mask dropping as many keeps: Flow-GRPO", wrong),
+        ):
+            found.append(
+                (task, Contrast("clipping is noisy", text, estimate(list(values.values())) if values else None))
+            )
         for bound in settings["bounds"]["flow_dppo"]:
             rewards = over(
                 lambda m, b=bound, p=plain: [r for r in p if (r.cell.method, r.cell.bound) == (m, b)], _reward
@@ -341,6 +383,7 @@ _ORDER = (
     "less forgetting",
     "balanced objectives",
     "stable reuse",
+    "clipping is noisy",
     "asymmetry matters",
 )
 
@@ -348,6 +391,7 @@ _ORDER = (
 TABLES: dict[str, Callable[[Sequence[Run], Mapping[str, Any]], str]] = {
     "progress": progress,
     "choices": choices,
+    "tuning": tuning,
     "pretrained": pretrained,
     "claims": claims,
     "end": at_the_end,

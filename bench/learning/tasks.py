@@ -63,8 +63,9 @@ class NamedRewards:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: object = None) -> dict[str, Tensor]:
-        asked = self.task.asked(prompts)
-        return {name: self.task.rewards[name](images.float(), asked) for name in self.names}
+        # the judges stay on the host: they are small, and their numbers then do not depend on the device
+        pages, asked = images.float().cpu(), self.task.asked(prompts)
+        return {name: self.task.rewards[name](pages, asked) for name in self.names}
 
 
 @functools.cache
