@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from support.cases import OBJECTIVES, bounded_call
 from support.layouts import DENSE, LAYOUTS
-from support.problems import MEAN_NAMES, VELOCITY_NAMES, Call, make_problem
+from support.problems import MEAN_NAMES, VELOCITY_NAMES, Call, library, make_problem
 
 import flowdppo_fast as fast
 
@@ -105,6 +105,11 @@ def draw_call(choose: Chooser, device: str, *, float64: bool) -> tuple[Call, str
     )
     words += f" dtypes={[str(dtype)[6:] for dtype in dtypes]} layout={[lay.__name__ for lay in layout.values()]}"
     return bounded_call(problem, form, objective, dtypes=dtypes, layout=layout, device=device, **options), words
+
+
+def in_range(call: Call) -> bool:
+    """Whether float32 has room for the ratios: exp(88) is its largest number."""
+    return bool((library(call.upcast(), "reference").rows["log_ratio"].abs() < 80.0).all())
 
 
 def seeded(seed: int) -> random.Random:
