@@ -6,7 +6,7 @@ PIP := $(PY) -m pip --disable-pip-version-check -q
 export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 0
 
-.PHONY: help demo test lint check-tables bench bench-quick gpu build clean
+.PHONY: help demo test lint check-tables bench bench-quick bench-train bench-learning bench-learning-quick gpu build clean
 .DEFAULT_GOAL := help
 
 help:
@@ -14,6 +14,9 @@ help:
 	@echo "make test         lint, types and all tests"
 	@echo "make bench        op benchmark against every contender on this CPU"
 	@echo "make bench-quick  the same with few samples, to try the harness"
+	@echo "make bench-train  one training iteration against the habits of other trainers on this CPU"
+	@echo "make bench-learning        Flow-DPPO against ratio clipping: whatever is missing of the sweep (hours)"
+	@echo "make bench-learning-quick  one short run of every method (about a minute)"
 	@echo "make gpu          everything a GPU is needed for, into one result folder"
 	@echo "make clean        remove .venv and build products"
 
@@ -48,12 +51,24 @@ GOALS_RESULTS := $(README_RESULTS) bench/results/cpu/2026-11-20-ff6d2f5be9-video
 check-tables: build
 	$(PY) -m bench.ops readme --check $(README_RESULTS)
 	$(PY) -m bench.ops goals --check $(GOALS_RESULTS)
+	$(PY) -m bench.learning document --check
 
 bench: build
 	$(PY) -m bench.ops run
 
 bench-quick: build
 	$(PY) -m bench.ops run --quick
+
+# resumable: runs that have a file are skipped; start it twice to use two cores
+bench-learning: build
+	OMP_NUM_THREADS=1 $(PY) -m bench.learning sweep
+	$(PY) -m bench.learning document
+
+bench-learning-quick: build
+	OMP_NUM_THREADS=1 $(PY) -m bench.learning quick
+
+bench-train: build
+	$(PY) -m bench.train run --device cpu
 
 gpu:
 	bench/gpu.sh

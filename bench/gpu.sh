@@ -179,6 +179,20 @@ else
     skip codegen "tests/codegen/aot.py is not there"
 fi
 
+# a training iteration; before the op benchmark, which takes what time is left
+absent=()
+for package in diffusers transformers accelerate peft; do installed $package || absent+=("$package"); done
+training=("$python" -m bench.train run --output "$out/train")
+if [ ${#absent[@]} -gt 0 ]; then
+    skip end-to-end "not installed here: ${absent[*]}"
+elif [ $dry = 1 ]; then
+    step end-to-end "a model of no size on a CPU; no figure means anything" 150 "${training[@]}" --device cpu --quick
+elif [ $quick = 1 ]; then
+    skip end-to-end "not part of --quick"
+else
+    step end-to-end "SD3.5-medium's dimensions" 150 "${training[@]}" --device cuda --workloads sd35-medium --budget 110
+fi
+
 bench=("$python" -m bench.ops run --device $device --output "$out")
 if [ $dry = 1 ]; then
     step bench "the GPU path on CPU tensors; no figure means anything" 150 \
@@ -194,8 +208,6 @@ if installed matplotlib; then
 else
     skip plots "matplotlib is not installed here"
 fi
-skip end-to-end "there is no end-to-end benchmark yet"
-
 # logs are kept in the repository: no paths and no names of this machine
 prefix=$("$python" -c 'import sys; print(sys.prefix)')
 for log in "$out"/logs/*.log "$out"/codegen.md; do

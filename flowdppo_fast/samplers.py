@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -192,6 +192,16 @@ class SDEStep:
         levels = (schedule.sigma_max, schedule.first, schedule.last)
         std_dev = formulas.diffusion(sigma, sigma_next, eta, Schedule(*map(float, levels)))
         return cls(*formulas.step(std_dev, sigma, sigma_next), sigma_next - sigma, sampler, sigma, sigma_next)
+
+    def __getitem__(self, part: slice) -> SDEStep:
+        """Some of the steps stacked to ``[S]``; asked again, the same object with what it keeps on devices."""
+        start, stop, _ = part.indices(len(torch.as_tensor(self.std)))
+        key = ("part", start, stop)
+        if key not in self._tables:
+            levels = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+            cut = {name: level[start:stop] for name, level in levels.items() if isinstance(level, Tensor)}
+            self._tables[key] = replace(self, **cut)  # type: ignore[arg-type]
+        return self._tables[key]
 
     @classmethod
     def from_levels(cls, sampler: str, std_dev: Tensor, sigma: Tensor, sigma_next: Tensor) -> SDEStep:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,13 +20,18 @@ def weighted_reward(rewards: Mapping[str, Tensor], weights: Mapping[str, float])
     return torch.stack([weights.get(name, 1.0) * value for name, value in rewards.items()]).sum(0)
 
 
-def group_advantages(rewards: Tensor, group_size: int, *, std: str = "group", eps: float = 1e-4) -> Tensor:
+def group_advantages(
+    rewards: Tensor, group_size: int, *, std: str = "group", eps: float = 1e-4, past: Tensor | None = None
+) -> Tensor:
     """Reward minus the mean of its group, over a standard deviation plus ``eps``.
 
     Args:
         rewards: ``[groups * group_size]``, rows of a group adjacent.
-        std: ``"group"``, ``"global"`` (of all rewards) or ``"none"``; population standard deviations, as in flow_grpo.
+        std: ``"group"``, ``"global"`` (of all ``rewards``) or ``"none"``; population standard deviations, as in
+            flow_grpo.
         eps: added to the standard deviation.
+        past: ``[groups, H]`` earlier rewards of each group's prompt, NaN where there is none; they count towards the
+            group's mean and standard deviation.
 
     Returns:
         Advantages shaped like ``rewards``; exactly 0 in a group whose rewards are all equal.
@@ -39,13 +44,22 @@ def group_advantages(rewards: Tensor, group_size: int, *, std: str = "group", ep
     if std not in ("group", "global", "none"):
         raise ValueError(f"std: got {std!r}, expected 'group', 'global' or 'none'")
     grouped = rewards.view(-1, group_size)
-    centred = grouped - grouped.mean(1, keepdim=True)
+    pool = grouped
+    if past is not None:
+        # an empty place holds the group's first reward, and weighs nothing
+        known = torch.cat([torch.ones_like(grouped), (~past.isnan()).to(grouped.dtype)], dim=1)
+        pool = torch.cat([grouped, torch.where(past.isnan(), grouped[:, :1], past)], dim=1)
+        mean = (pool * known).sum(1, keepdim=True) / known.sum(1, keepdim=True)
+        spread = (((pool - mean).square() * known).sum(1, keepdim=True) / known.sum(1, keepdim=True)).sqrt()
+    else:
+        mean, spread = grouped.mean(1, keepdim=True), grouped.std(1, correction=0, keepdim=True)
+    centred = grouped - mean
     if std == "group":
-        centred = centred / (grouped.std(1, correction=0, keepdim=True) + eps)
+        centred = centred / (spread + eps)
     elif std == "global":
         centred = centred / (rewards.std(correction=0) + eps)
     # the mean of equal numbers may be an ulp off, which eps would turn into an advantage
-    flat = grouped.amax(1, keepdim=True) == grouped.amin(1, keepdim=True)
+    flat = pool.amax(1, keepdim=True) == pool.amin(1, keepdim=True)
     return torch.where(flat, 0.0, centred).reshape(-1)
 
 
@@ -57,13 +71,54 @@ def advantages_of(
     std: str = "group",
     eps: float = 1e-4,
     per_reward: bool = False,
+    past: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """``[R]`` advantages of several rewards: of their weighted sum, or each normalised first (``per_reward``).
+
+    Args:
+        past: by reward, see :func:`group_advantages`.
 
     Raises:
         ValueError: as :func:`weighted_reward` and :func:`group_advantages`.
     """
     if per_reward:
-        rewards = {name: group_advantages(value, group_size, std=std, eps=eps) for name, value in rewards.items()}
-        return weighted_reward(rewards, weights)
-    return group_advantages(weighted_reward(rewards, weights), group_size, std=std, eps=eps)
+        normalised = {
+            name: group_advantages(value, group_size, std=std, eps=eps, past=past[name] if past else None)
+            for name, value in rewards.items()
+        }
+        return weighted_reward(normalised, weights)
+    total = weighted_reward(rewards, weights)
+    return group_advantages(total, group_size, std=std, eps=eps, past=weighted_reward(past, weights) if past else None)
+
+
+class RewardHistory:
+    """The last rewards of each prompt, on the device of the rewards.
+
+    Args:
+        prompts: how many there are.
+        length: rewards kept per prompt; None keeps nothing.
+    """
+
+    def __init__(self, prompts: int, length: int | None):
+        self.prompts, self.length = prompts, length
+        self.tables: dict[str, Tensor] = {}
+
+    def past(self, rewards: Mapping[str, Tensor], groups: Sequence[int]) -> dict[str, Tensor] | None:
+        """By reward, ``[groups, length]`` what was added for the prompts numbered ``groups``; None without history."""
+        if self.length is None:
+            return None
+        for name, value in rewards.items():
+            if name not in self.tables:
+                self.tables[name] = value.new_full((self.prompts, self.length), float("nan"))
+        index = torch.tensor(groups)
+        return {name: self.tables[name][index.to(value.device)] for name, value in rewards.items()}
+
+    def add(self, rewards: Mapping[str, Tensor], groups: Sequence[int]) -> None:
+        """Adds ``[groups * group_size]`` rewards; the oldest make room."""
+        if self.length is None:
+            return
+        for name, value in rewards.items():
+            table = self.tables[name]
+            # one after the other: a prompt may have several groups
+            for prompt, group in zip(groups, value.view(len(groups), -1)):
+                table[prompt] = torch.cat([table[prompt], group])[-self.length :]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -12,10 +13,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.logging import get_logger
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-_PREFIX, _TEMPORARY, _STATE = "iteration-", ".writing-", "state.json"
+logger = get_logger(__name__)
+
+_PREFIX, _STATE = "iteration-", "state.json"
+# names of folders that are being written, removed, or were replaced by one of the same iteration
+_WRITING, _REMOVING, _REPLACED = ".writing-", ".removing-", ".replaced-"
 
 
 def save_checkpoint(
@@ -29,44 +36,114 @@ def save_checkpoint(
         tensors: file name (without suffix) to named tensors, one safetensors file each.
         state: JSON-serialisable rest.
         keep: how many checkpoints stay, >= 1.
+
+    Raises:
+        RuntimeError: the files cannot be written (disk full, folder read-only); earlier checkpoints are as they were.
     """
-    final = folder / f"{_PREFIX}{iteration:06d}"
-    temporary = folder / f"{_TEMPORARY}{final.name}"
-    for leftover in folder.glob(f"{_TEMPORARY}*"):
-        shutil.rmtree(leftover)
-    temporary.mkdir(parents=True)
-    for name, named in tensors.items():
-        path = temporary / f"{name}.safetensors"
-        save_file({key: value.detach().cpu().contiguous() for key, value in named.items()}, path)
+    final = checkpoint_path(folder, iteration)
+    temporary = folder / f"{_WRITING}{final.name}"
+    try:
+        remove_leftovers(folder)
+        temporary.mkdir(parents=True)
+        files = {}
+        for name, named in tensors.items():
+            path = temporary / f"{name}.safetensors"
+            save_file({key: value.detach().cpu().contiguous() for key, value in named.items()}, path)
+            files[name] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
+            _sync(path)
+        path = temporary / _STATE
+        path.write_text(json.dumps({**state, "iteration": iteration, "files": files}))
         _sync(path)
-    path = temporary / _STATE
-    path.write_text(json.dumps({**state, "iteration": iteration, "files": sorted(tensors)}))
-    _sync(path)
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(temporary, final)
-    _sync(folder)
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        _sync(temporary)
+        if final.exists():
+            final.rename(folder / f"{_REPLACED}{final.name}")
+        os.replace(temporary, final)
+        _sync(folder)
+        for old in checkpoints(folder)[:-keep]:
+            old.rename(folder / f"{_REMOVING}{old.name}")
+        remove_leftovers(folder)
+    except (OSError, SafetensorError) as cause:
+        shutil.rmtree(temporary, ignore_errors=True)
+        kept = checkpoints(folder)
+        raise RuntimeError(
+            f"run.output_dir: the checkpoint of iteration {iteration} could not be written to {folder} ({cause}); the "
+            f"last complete one is {kept[-1].name if kept else 'none'}; make room and continue with resume=True"
+        ) from cause
     return final
 
 
+def checkpoint_path(folder: Path, iteration: int) -> Path:
+    """Where :func:`save_checkpoint` puts the checkpoint of ``iteration``."""
+    return folder / f"{_PREFIX}{iteration:06d}"
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what a killed process left; a checkpoint that was about to be replaced comes back."""
+    for leftover in folder.glob(f"{_REPLACED}*"):
+        original = folder / leftover.name.removeprefix(_REPLACED)
+        if original.exists():
+            shutil.rmtree(leftover)
+        else:
+            leftover.rename(original)
+    for prefix in (_WRITING, _REMOVING):
+        for leftover in folder.glob(f"{prefix}*"):
+            shutil.rmtree(leftover)
+
+
 def checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first; folders without all their files are left out."""
-    found = []
-    for path in sorted(folder.glob(f"{_PREFIX}*")):
-        state = path / _STATE
-        if state.is_file() and all(
-            (path / f"{n}.safetensors").is_file() for n in json.loads(state.read_text())["files"]
-        ):
-            found.append(path)
-    return found
+    """Checkpoints that have all their files in their full size, oldest first."""
+    return [path for path in sorted(folder.glob(f"{_PREFIX}*")) if _state_and_fault(path)[1] is None]
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint whose files are what was written, down to the last bit; None where there is none at all.
+
+    Damaged ones are passed over with a warning.
+
+    Raises:
+        RuntimeError: all are damaged.
+    """
+    found = sorted(folder.glob(f"{_PREFIX}*"), reverse=True)
+    for path in found:
+        state, fault = _state_and_fault(path)
+        for name, file in state["files"].items() if fault is None else ():
+            if _digest(path / f"{name}.safetensors") != file["sha256"]:
+                fault = f"{name}.safetensors is not what was written"
+        if fault is None:
+            return path
+        logger.warning("checkpoint %s is damaged and passed over: %s", path, fault)
+    if found:
+        raise RuntimeError(
+            f"run.output_dir: all {len(found)} checkpoints in {folder} are damaged, expected a complete one; restore "
+            "them from a copy, or start a new run in another folder"
+        )
+    return None
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """What :func:`save_checkpoint` was given: tensors on the CPU, and the state with its ``iteration``."""
-    state = json.loads((path / _STATE).read_text())
+    state = load_state(path)
     return {name: load_file(path / f"{name}.safetensors") for name in state["files"]}, state
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """The state alone, without tensors."""
+    return json.loads((path / _STATE).read_text())
+
+
+def _state_and_fault(path: Path) -> tuple[dict[str, Any], str | None]:
+    """The state, and what is missing; the contents of the tensors are not read."""
+    try:
+        state = load_state(path)
+        for name, file in state["files"].items():
+            size = (path / f"{name}.safetensors").stat().st_size
+            if size != file["bytes"]:
+                return state, f"{name}.safetensors has {size} bytes, expected {file['bytes']}"
+    except OSError as error:
+        return {}, str(error)
+    except (ValueError, KeyError, AttributeError, TypeError):
+        return {}, f"{_STATE} cannot be read"
+    return state, None
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Iterable[str]) -> dict[str, Tensor]:
@@ -107,6 +184,14 @@ def load_random_state(tensors: dict[str, Tensor], state: dict[str, Any]) -> None
     np.random.set_state(tuple(state["numpy"]))
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:

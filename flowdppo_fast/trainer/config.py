@@ -35,8 +35,11 @@ class ModelConfig:
         lora_rank, lora_alpha: of the LoRA adapters; None means 32 and twice the rank.
         lora_targets: names of the layers that get an adapter; None means the attention projections.
         gradient_checkpointing: recompute activations in the backward.
-        mixed_precision: ``"no"`` or ``"bf16"`` autocast; trained weights are kept in float32.
+        mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"`` autocast (the last with a loss scale); trained weights are
+            kept in float32.
+        compile: ``torch.compile`` the transformer(s), block by block where diffusers knows the blocks.
         ema_decay: keep a moving average of the trained weights with this decay per update, in (0, 1).
+        offload_idle: text encoders, VAE and other components are on the host while the transformer(s) are trained.
     """
 
     train: Literal["lora", "full"] = "lora"
@@ -44,8 +47,10 @@ class ModelConfig:
     lora_alpha: float | None = None
     lora_targets: tuple[str, ...] | None = None
     gradient_checkpointing: bool = False
-    mixed_precision: Literal["no", "bf16"] = "no"
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    compile: bool = False
     ema_decay: float | None = None
+    offload_idle: bool = False
 
 
 @dataclass
@@ -56,31 +61,51 @@ class SamplingConfig:
         num_steps: denoising steps T.
         sampler: stochastic sampler, an entry of :data:`flowdppo_fast.SAMPLERS` with noise.
         eta: noise level of the sampler, > 0.
-        sde_steps: indices of the steps that may draw noise and be trained, in 0..T-2; None means the first half.
+        sde_steps: indices of the steps that may draw noise and be trained, in 0..T-2; None means the first
+            ``sde_fraction`` of all steps.
+        sde_fraction: in (0, 1]; None means half.
         sde_steps_per_rollout: that many of them are chosen anew for each rollout; None means all of them.
+        step_choice: how they are chosen: ``"random"``, ``"window"`` (neighbours, moving from noise to data) or
+            ``"random_window"``; see :func:`flowdppo_fast.trainer.step_choice.choose_steps`.
+        window_every: iterations between two moves of the window.
+        per_group_steps: each prompt's group has a choice of its own, instead of one for the rollout.
         noise: ``"seeded"`` keeps a seed, ``"stored"`` the tensor.
         prompts_per_rollout: groups per rollout.
         group_size: images per prompt, the group that shares a baseline.
-        batch_size: images per call of the pipeline, a multiple or a divisor of ``group_size``; None means all at once.
+        batch_size: images per call of the pipeline, a multiple or a divisor of ``group_size``; None means as many as
+            possible.
         output_type: what the pipeline returns and the reward gets.
         pipeline_kwargs: further arguments of the pipeline's call (guidance scale, height, width).
+        background_rewards: score the images of one call of the pipeline while the next call runs; a reward must then
+            be safe to call from another thread.
+        offload_trajectories: keep recorded tensors on the host.
     """
 
     num_steps: int = 10
     sampler: Literal["flow_sde", "dance", "wan", "cps"] = "flow_sde"
     eta: float = 0.7
     sde_steps: tuple[int, ...] | None = None
+    sde_fraction: float | None = None
     sde_steps_per_rollout: int | None = None
+    step_choice: Literal["random", "window", "random_window"] = "random"
+    window_every: int = 1
+    per_group_steps: bool = False
     noise: Literal["seeded", "stored"] = "seeded"
     prompts_per_rollout: int = 8
     group_size: int = 8
     batch_size: int | None = None
     output_type: str = "pt"
     pipeline_kwargs: dict[str, Any] = field(default_factory=dict)
+    background_rewards: bool = True
+    offload_trajectories: bool = False
 
     @property
     def candidate_steps(self) -> tuple[int, ...]:
-        return self.sde_steps if self.sde_steps is not None else tuple(range(max(self.num_steps // 2, 1)))
+        if self.sde_steps is not None:
+            return tuple(sorted(self.sde_steps))
+        first = int(self.num_steps * (0.5 if self.sde_fraction is None else self.sde_fraction))
+        # the last step of a schedule is never trained
+        return tuple(range(min(max(first, 1), self.num_steps - 1)))
 
 
 @dataclass
@@ -94,6 +119,7 @@ class AdvantageConfig:
         clip: advantages are clamped to ``[-clip, clip]``; None leaves them.
         reward_weights: weight per reward name; rewards that are not named have weight 1.
         per_reward: normalise each reward on its own before they are weighted, instead of their weighted sum.
+        history: that many past rewards of a prompt join its group's mean and standard deviation; None means none.
     """
 
     std: Literal["group", "global", "none"] = "group"
@@ -101,6 +127,7 @@ class AdvantageConfig:
     clip: float | None = 5.0
     reward_weights: dict[str, float] = field(default_factory=dict)
     per_reward: bool = False
+    history: int | None = None
 
 
 @dataclass
@@ -111,8 +138,9 @@ class ObjectiveConfig:
         name: ``"dppo"``, ``"dppo_symmetric"``, ``"ratio_clip"``, ``"grpo_guard"`` or ``"unclipped"``.
         threshold: bound of the mean-reduced KL for the two DPPO objectives; None means 1e-5.
         clip_low, clip_high: clip range for the two clipping objectives; None means theirs (1e-4; GRPO-Guard 2e-6).
-        kl_weight: weight of the KL to the model without adapters, >= 0.
+        kl_weight: weight of the KL to the model as it was at the start, >= 0.
         reference_kl: ``"gaussian"``, or ``"without_dt"`` for flow_grpo's convention.
+        drift_budget: the run ends once the KL to the model at the start, in nats per denoising step, exceeds this.
     """
 
     name: Literal["dppo", "dppo_symmetric", "ratio_clip", "grpo_guard", "unclipped"] = "dppo"
@@ -121,6 +149,11 @@ class ObjectiveConfig:
     clip_high: float | None = None
     kl_weight: float = 0.0
     reference_kl: Literal["gaussian", "without_dt"] = "gaussian"
+    drift_budget: float | None = None
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.kl_weight > 0 or self.drift_budget is not None
 
     def build(self) -> Objective:
         """The objective of this section.
@@ -147,7 +180,12 @@ class OptimizerConfig:
         max_grad_norm: gradients are scaled down to this norm; None leaves them.
         updates_per_rollout: optimizer steps per pass over a rollout; its groups are split between them.
         inner_epochs: passes over a rollout.
-        micro_batch_size: samples per backward, each with all its steps.
+        micro_batch_size: samples per backward.
+        steps_per_micro_batch: denoising steps per backward; None means all that were recorded.
+        target_kl: the rest of a rollout's updates is left out once the mean KL from its policy (mean-reduced) exceeds
+            this; None means never.
+        skip_dropped_backward: look whether all rows of a micro-batch were dropped and save its backward; on a GPU
+            looking costs a synchronisation, on a CPU it is free and always done.
         max_skipped_updates: the run stops once more updates than this had a loss or gradient that is not finite.
     """
 
@@ -159,7 +197,27 @@ class OptimizerConfig:
     updates_per_rollout: int = 2
     inner_epochs: int = 1
     micro_batch_size: int = 8
+    steps_per_micro_batch: int | None = None
+    target_kl: float | None = None
+    skip_dropped_backward: bool = False
     max_skipped_updates: int = 3
+
+
+@dataclass
+class EvaluationConfig:
+    """> Parameters that control the evaluation on held-out prompts, with the averaged weights if there are some.
+
+    Args:
+        every: iterations between evaluations, the first before training; None means never.
+        num_steps: denoising steps, without noise; None means as many as in training.
+        images_per_prompt: with seeds that are the same in every evaluation.
+        pipeline_kwargs: arguments of the pipeline's call that differ from ``sampling.pipeline_kwargs``.
+    """
+
+    every: int | None = None
+    num_steps: int | None = None
+    images_per_prompt: int = 1
+    pipeline_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -174,6 +232,10 @@ class RunConfig:
         keep_checkpoints: older checkpoints are removed.
         device: ``"auto"`` or ``"cpu"``.
         progress: show a progress bar.
+        trackers: where metrics go besides the output folder: ``"tensorboard"``, ``"wandb"`` or others of accelerate.
+        project: name under which trackers file the run.
+        plot_every: iterations between plots and image grids in the output folder; None means at the end only.
+        row_log: write log-ratio, KL and mask of every row of every update to ``rows.jsonl`` in the output folder.
     """
 
     iterations: int = 100
@@ -183,6 +245,10 @@ class RunConfig:
     keep_checkpoints: int = 2
     device: Literal["auto", "cpu"] = "auto"
     progress: bool = True
+    trackers: tuple[str, ...] = ()
+    project: str = "flowdppo"
+    plot_every: int | None = 10
+    row_log: bool = True
 
 
 @dataclass
@@ -199,6 +265,7 @@ class FlowDPPOConfig:
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
@@ -249,16 +316,23 @@ class FlowDPPOConfig:
         self._check_objective()
 
     def _check_ranges(self) -> None:
-        s, o, r = self.sampling, self.optimizer, self.run
+        s, o, r, e = self.sampling, self.optimizer, self.run, self.evaluation
         for name, value in (
             ("model.lora_rank", self.model.lora_rank),
             ("sampling.sde_steps_per_rollout", s.sde_steps_per_rollout),
             ("sampling.prompts_per_rollout", s.prompts_per_rollout),
             ("sampling.group_size", s.group_size),
             ("sampling.batch_size", s.batch_size),
+            ("sampling.window_every", s.window_every),
+            ("advantage.history", self.advantage.history),
             ("optimizer.updates_per_rollout", o.updates_per_rollout),
             ("optimizer.inner_epochs", o.inner_epochs),
             ("optimizer.micro_batch_size", o.micro_batch_size),
+            ("optimizer.steps_per_micro_batch", o.steps_per_micro_batch),
+            ("evaluation.every", e.every),
+            ("evaluation.num_steps", e.num_steps),
+            ("evaluation.images_per_prompt", e.images_per_prompt),
+            ("run.plot_every", r.plot_every),
             ("run.iterations", r.iterations),
             ("run.checkpoint_every", r.checkpoint_every),
             ("run.keep_checkpoints", r.keep_checkpoints),
@@ -272,6 +346,8 @@ class FlowDPPOConfig:
             ("optimizer.learning_rate", o.learning_rate),
             ("optimizer.eps", o.eps),
             ("optimizer.max_grad_norm", o.max_grad_norm),
+            ("optimizer.target_kl", o.target_kl),
+            ("objective.drift_budget", self.objective.drift_budget),
         )
         for name, number in positive:
             _require(number is None or number > 0, name, number, "a number > 0")
@@ -285,6 +361,22 @@ class FlowDPPOConfig:
         s, o = self.sampling, self.optimizer
         _require(s.num_steps >= 2, "sampling.num_steps", s.num_steps, "at least 2: the last step is not trained")
         _require(s.sampler != "cps" or s.eta <= 1, "sampling.eta", s.eta, "at most 1 for 'cps'")
+        _require(
+            s.sde_fraction is None or 0 < s.sde_fraction <= 1, "sampling.sde_fraction", s.sde_fraction,
+            "a number in (0, 1]",
+        )  # fmt: skip
+        _require(
+            s.sde_fraction is None or s.sde_steps is None, "sampling.sde_fraction", s.sde_fraction,
+            "none where sampling.sde_steps names the steps",
+        )  # fmt: skip
+        if s.sde_steps_per_rollout is None:
+            _require(s.step_choice == "random", "sampling.step_choice", s.step_choice, "sampling.sde_steps_per_rollout")
+        _require(
+            not s.per_group_steps or (s.sde_steps_per_rollout is not None and s.step_choice != "window"),
+            "sampling.per_group_steps",
+            s.per_group_steps,
+            "sampling.sde_steps_per_rollout and a random choice with it: all groups would have the same steps",
+        )
         steps = s.candidate_steps
         last = s.num_steps - 1
         _require(
@@ -303,8 +395,9 @@ class FlowDPPOConfig:
             batch,
             f"a multiple or a divisor of sampling.group_size={s.group_size}",
         )
-        reserved = sorted(set(s.pipeline_kwargs) & set(_RESERVED_ARGUMENTS))
-        _require(not reserved, "sampling.pipeline_kwargs", reserved, "no argument that the trainer sets itself")
+        for section, given in (("sampling", s), ("evaluation", self.evaluation)):
+            reserved = sorted(set(given.pipeline_kwargs) & set(_RESERVED_ARGUMENTS))
+            _require(not reserved, f"{section}.pipeline_kwargs", reserved, "no argument that the trainer sets itself")
         _require(
             s.prompts_per_rollout % o.updates_per_rollout == 0,
             "optimizer.updates_per_rollout",
@@ -324,10 +417,6 @@ class FlowDPPOConfig:
                 _require(value is None, f"objective.{name}", value, f"none: {o.name!r} does not clip")
         _require(o.kl_weight >= 0, "objective.kl_weight", o.kl_weight, "a number >= 0")
         if self.model.train == "full":
-            _require(
-                o.kl_weight == 0, "objective.kl_weight", o.kl_weight,
-                "0 with model.train='full': the reference is the model without its LoRA adapters",
-            )  # fmt: skip
             for name in ("lora_rank", "lora_alpha", "lora_targets"):
                 value = getattr(self.model, name)
                 _require(value is None, f"model.{name}", value, "none with model.train='full'")

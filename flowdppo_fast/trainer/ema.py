@@ -21,14 +21,19 @@ class MovingAverage:
         """Moves the averages towards the present parameters."""
         torch._foreach_lerp_(self.averages, self.parameters, 1.0 - self.decay)
 
-    @contextlib.contextmanager
-    def applied(self) -> Iterator[None]:
+    def applied(self) -> contextlib.AbstractContextManager[None]:
         """Within this context the parameters hold the averages."""
-        own = [p.detach().clone() for p in self.parameters]
+        return holding(self.parameters, self.averages)
+
+
+@contextlib.contextmanager
+def holding(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[None]:
+    """Within this context ``parameters`` hold copies of ``values``."""
+    own = [p.detach().clone() for p in parameters]
+    with torch.no_grad():
+        torch._foreach_copy_(list(parameters), list(values))
+    try:
+        yield
+    finally:
         with torch.no_grad():
-            torch._foreach_copy_(self.parameters, self.averages)
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                torch._foreach_copy_(self.parameters, own)
+            torch._foreach_copy_(list(parameters), own)

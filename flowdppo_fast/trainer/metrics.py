@@ -9,9 +9,15 @@ from torch import Tensor
 
 from ..objectives import SUMMARY
 from ..results import LossOutput
+from .advantages import weighted_reward
+from .config import FlowDPPOConfig
+from .distributed import Workers
+from .rollout import Rollout
+from .row_log import row_lines
 
 _EXTRA = ("ratio_moved_fraction", "replay_log_ratio_max")
-_NAMES = (*SUMMARY, *_EXTRA)
+# order of :func:`micro_vector`
+METRICS = (*SUMMARY, *_EXTRA)
 _MAXIMA, _MINIMA, _SUMS = ("ratio_max", "kl_new_old_max", "replay_log_ratio_max"), ("ratio_min",), ("nonfinite_rows",)
 # standard deviations do not combine by averaging, and the complement says nothing new
 _DROPPED = ("ratio_std", "unmasked_fraction")
@@ -29,7 +35,9 @@ def micro_vector(out: LossOutput, *, on_policy: bool) -> Tensor:
     return torch.cat([out.summary, torch.stack([moved, floor])]).float()
 
 
-def reduce_micro(vectors: Sequence[Tensor], shares: Sequence[float], names: Sequence[str]) -> dict[str, Tensor]:
+def reduce_micro(
+    vectors: Sequence[Tensor] | Tensor, shares: Sequence[float] | Tensor, names: Sequence[str]
+) -> dict[str, Tensor]:
     """Metrics of several micro-batches as 0-d tensors: extremes and counts as such, others as means weighted by rows.
 
     Args:
@@ -38,10 +46,10 @@ def reduce_micro(vectors: Sequence[Tensor], shares: Sequence[float], names: Sequ
         names: metrics that mean something for the objective (``LossOutput.metric_names``).
     """
     table = torch.stack(list(vectors))
-    weights = torch.tensor(shares, device=table.device)
+    weights = torch.as_tensor(shares, device=table.device)
     values = {}
     for name in ("loss", *names, *_EXTRA):
-        line = table[:, _NAMES.index(name)]
+        line = table[:, METRICS.index(name)]
         if name in _MAXIMA:
             values[name] = line.max()
         elif name in _MINIMA:
@@ -51,3 +59,50 @@ def reduce_micro(vectors: Sequence[Tensor], shares: Sequence[float], names: Sequ
         elif name not in _DROPPED:
             values[name] = (line * weights).sum() / weights.sum()
     return values
+
+
+def read_iteration(
+    iteration: int,
+    rollout: Rollout,
+    results: dict[str, list],
+    config: FlowDPPOConfig,
+    workers: Workers,
+    names: Sequence[str],
+) -> tuple[dict[str, float], list[str]]:
+    """Metrics of one iteration as floats and the lines of its row log; all numbers are read from the device at once.
+
+    Args:
+        results: what the updates returned, joined.
+        names: metrics that mean something for the objective.
+    """
+    total = weighted_reward(rollout.rewards, config.advantage.reward_weights)
+    grouped = total.view(-1, config.sampling.group_size)
+    steps = {name: torch.stack([step[name] for step in results["steps"]]) for name in results["steps"][0]}
+    shares = torch.tensor(results["shares"], device=total.device)
+    values = {
+        **reduce_micro(workers.gather(torch.stack(results["vectors"])), workers.gather(shares), names),
+        "reward": total.mean(),
+        "reward_std": grouped.std(1, correction=0).mean(),
+        "zero_std_fraction": (grouped.amax(1) == grouped.amin(1)).float().mean(),
+        "grad_norm": steps["grad_norm"].mean(),
+        "skipped_updates": steps["skipped"].sum(),
+        "stopped_updates": steps["stopped"].sum(),
+    }
+    if len(rollout.rewards) > 1:
+        values |= {f"reward/{name}": value.mean() for name, value in rollout.rewards.items()}
+    scalars = torch.stack([value.float() for value in values.values()])
+    parts = results["parts"] if config.run.row_log else []
+    numbers = workers.gather(torch.cat([part.numbers.flatten() for part in parts])) if parts else scalars[:0]
+    read = torch.cat([scalars, rollout.advantages, numbers]).tolist()
+    metrics = dict(zip(values, read))
+    first = rollout.trajectories[0]
+    elements = first.velocity.shape[2:].numel()
+    for name in ("kl_new_old_mean", "kl_ref_mean"):
+        if name in metrics:
+            # the paper's KL is a sum over the latent: nats per denoising step
+            metrics[name.replace("mean", "nats")] = metrics[name] * elements
+    rows = len(total) * len(first.steps) * config.optimizer.inner_epochs
+    everywhere = workers.gather_objects([part.without_numbers() for part in parts])
+    advantages, numbers_read = read[len(values) :][: len(total)], read[len(values) + len(total) :]
+    lines = list(row_lines(iteration, elements, everywhere, numbers_read, advantages))
+    return {"iteration": iteration, **metrics, "rows": rows}, lines

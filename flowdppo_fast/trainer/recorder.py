@@ -14,36 +14,34 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ..noise import PhiloxNoise
 from ..samplers import SDEStep
+from .arguments import ArgumentStore, Call, join, joinable, row_index
 from .guidance import GuidanceRule, find_rule
+from .memory import fetch, stored_bytes
 from .scheduler import FlowMatchSDEScheduler, Transition
-
-# position ids of packed latents without a batch dim: [L, 3], shared by all rows even where L happens to equal the batch
-_UNBATCHED_IDS = ("img_ids", "txt_ids")
-
-
-@dataclass
-class Call:
-    """One transformer call: arguments as flat leaves, and how many copies of the batch each leaf holds (0: shared)."""
-
-    module: nn.Module
-    leaves: list[Any]
-    copies: list[int]
-    spec: TreeSpec
 
 
 @dataclass
 class RecordedStep:
-    """A chosen step: its index in the schedule, the transformer calls, the rule from their outputs to the velocity, and
-    the largest difference that the rule leaves (0.0: bitwise)."""
+    """A chosen step.
+
+    Attributes:
+        index: position in the schedule.
+        calls: the transformer calls that were made for it.
+        rule: from the calls' outputs to the velocity.
+        rule_error: the largest difference that the rule leaves, 0.0: bitwise.
+        eps: of the dtype that the transformer computes in.
+        active: ``[B, L, 1]`` what the scheduler moved, None: everything.
+    """
 
     index: int
     calls: list[Call]
     rule: GuidanceRule
     rule_error: float
+    eps: float
+    active: Tensor | None
 
 
 @dataclass
@@ -52,10 +50,12 @@ class Trajectory:
 
     Attributes:
         steps: S recorded steps in schedule order.
-        velocity: ``[B, S, *latent]`` velocities after guidance, in the dtype the scheduler was given.
+        velocity: ``[B, S, *latent]`` velocities after guidance, in the dtype the scheduler was given; zero where a
+            condition such as a first frame keeps tokens from moving.
         noise: ``[B, S, *latent]`` float32, or :class:`PhiloxNoise` with streams ``[B, S]``.
         step: :class:`SDEStep` stacked to ``[S]``.
         groups: positions of steps that one transformer call can replay together.
+        device: where it is replayed, if it was moved to the host (:func:`~flowdppo_fast.trainer.memory.offload`).
     """
 
     steps: list[RecordedStep] = field(default_factory=list)
@@ -63,16 +63,27 @@ class Trajectory:
     noise: Tensor | PhiloxNoise = None  # type: ignore[assignment]
     step: SDEStep = None  # type: ignore[assignment]
     groups: list[list[int]] = field(default_factory=list)
+    device: torch.device | None = None
 
     def __len__(self) -> int:
         return len(self.velocity)
 
-    def select(self, rows: Sequence[int]) -> tuple[Tensor, Tensor | PhiloxNoise]:
-        """Old velocities ``[b, S, *latent]`` and the noise of ``rows``."""
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the trajectory holds: velocities, noise and the arguments of the calls, shared ones once."""
+        return stored_bytes([self])
+
+    def select(self, rows: Sequence[int], steps: range | None = None) -> tuple[Tensor, Tensor | PhiloxNoise, SDEStep]:
+        """Old velocities ``[b, S, *latent]``, noise and steps ``[S]`` of ``rows`` at positions ``steps`` (or all)."""
         index = row_index(rows, self.velocity.device)
+        part = slice(None) if steps is None else slice(steps.start, steps.stop)
+        velocity = fetch(self.velocity[:, part][index], self.device)
         if isinstance(self.noise, PhiloxNoise):
-            return self.velocity[index], PhiloxNoise(self.noise.seed, self.noise.stream[index])  # type: ignore[index]
-        return self.velocity[index], self.noise[index]
+            stream: Tensor = self.noise.stream  # type: ignore[assignment]
+            noise: Tensor | PhiloxNoise = PhiloxNoise(self.noise.seed, stream[:, part][row_index(rows, stream.device)])
+        else:
+            noise = fetch(self.noise[:, part][index], self.device)
+        return velocity, noise, self.step[part]
 
 
 @dataclass(frozen=True)
@@ -119,7 +130,8 @@ class TrajectoryRecorder:
                 f"pipeline: {self.name} has no component named transformer*, so there is nothing to record"
             )
         FlowMatchSDEScheduler.from_config(pipeline.scheduler, **self.options)
-        self._rule: GuidanceRule | None = None
+        # rules that were found, the newest first: scales may change with the step and come back
+        self._rules: list[GuidanceRule] = []
         # stacked steps by their parts: a step keeps its tables on the device, so rollouts share them
         self._stacked: dict[tuple[SDEStep, ...], SDEStep] = {}
 
@@ -134,18 +146,29 @@ class TrajectoryRecorder:
         Raises:
             ValueError: no rule reproduces a velocity, or not all chosen steps were run.
         """
+        cached = [name for name, module in self.modules.items() if getattr(module, "is_cache_enabled", False)]
+        if cached:
+            raise ValueError(
+                f"pipeline: {self.name} has a cache enabled on {', '.join(cached)}, so its outputs depend on earlier "
+                "steps; call disable_cache()"
+            )
         chosen = sorted(sde_steps)
         trajectory = Trajectory()
         transitions: list[Transition] = []
         pending: list[tuple[nn.Module, tuple, dict, Any]] = []
-        copier = _Copier()
+        store = ArgumentStore()
 
         def on_call(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
             pending.append((module, args, kwargs, output))
 
         def on_step(index: int, transition: Transition | None) -> None:
             if transition is not None:
-                trajectory.steps.append(self._record(transition, pending, copier))
+                if transitions and transitions[-1].index == index:
+                    raise ValueError(
+                        f"pipeline: {self.name} took step {index} twice, with a scheduler of its own for a second "
+                        "latent such as sound; one latent per step can be trained"
+                    )
+                trajectory.steps.append(self._record(transition, pending, store))
                 transitions.append(transition)
             pending.clear()
 
@@ -189,7 +212,8 @@ class TrajectoryRecorder:
 
         Step by step with the recorded batch the velocities must come out bitwise (or as near as an inexact rule comes).
         In the training geometry, all steps of ``rows`` in one batch and with gradients enabled, matrix products may
-        round otherwise: there the root-mean-square difference may be ``16 * eps`` of the root-mean-square velocity.
+        round otherwise: there the root-mean-square difference may be ``16 * eps`` of the root-mean-square velocity, eps
+        being that of the transformer's outputs, times the rule's gain of independent roundings.
 
         Raises:
             ValueError: a difference beyond that; the message names the pipeline and the largest difference.
@@ -197,7 +221,7 @@ class TrajectoryRecorder:
         same = 0.0
         with torch.no_grad():
             for position, record in enumerate(trajectory.steps):
-                recorded = trajectory.velocity[:, position]
+                recorded = fetch(trajectory.velocity[:, position], trajectory.device)
                 difference = float((self.replay(trajectory, steps=[position])[:, 0] - recorded).abs().max())
                 same = max(same, difference)
                 if not difference <= record.rule_error:
@@ -209,7 +233,7 @@ class TrajectoryRecorder:
         recorded = trajectory.select(rows)[0]
         deviation = (self.replay(trajectory, rows).detach() - recorded).double()
         error = float(deviation.square().mean().sqrt() / recorded.double().square().mean().sqrt())
-        tolerance = 16 * torch.finfo(recorded.dtype).eps
+        tolerance = 16 * max(record.eps * record.rule.gain for record in trajectory.steps)
         largest = float(deviation.abs().max())
         if not error <= tolerance:
             raise ValueError(
@@ -219,11 +243,11 @@ class TrajectoryRecorder:
             )
         return ReplayCheck(trajectory.steps[0].rule, same, largest, error, tolerance)
 
-    def _record(self, transition: Transition, pending: list[tuple], copier: _Copier) -> RecordedStep:
+    def _record(self, transition: Transition, pending: list[tuple], store: ArgumentStore) -> RecordedStep:
         batch = len(transition.velocity)
         calls: list[Call] = []
         branches: list[Tensor] = []
-        for position, (module, args, kwargs, output) in enumerate(pending):
+        for module, args, kwargs, output in pending:
             result = _first_output(output)
             if len(result) % batch:
                 raise ValueError(
@@ -231,103 +255,45 @@ class TrajectoryRecorder:
                     "expected a multiple of them"
                 )
             branches += result.chunk(len(result) // batch)
-            calls.append(copier.call(position, module, args, kwargs, batch, len(result) // batch))
+            try:
+                calls.append(store.call(module, args, kwargs, batch, len(result) // batch))
+            except ValueError as cause:
+                raise ValueError(f"pipeline: {self.name}, step {transition.index}: {cause}") from None
         if not branches:
             raise ValueError(f"pipeline: {self.name} made no transformer call before step {transition.index}")
         try:
-            self._rule, error = find_rule(branches, transition.velocity, self._rule)
+            rule, error = find_rule(branches, transition.velocity, self._rules)
         except ValueError as cause:
             raise ValueError(f"pipeline: {self.name}, step {transition.index}: {cause}") from None
-        return RecordedStep(transition.index, calls, self._rule, error)
+        self._rules = [rule, *(other for other in self._rules if other != rule)]
+        device = branches[0].device.type
+        autocast = [torch.get_autocast_dtype(device)] if torch.is_autocast_enabled(device) else []
+        eps = max(torch.finfo(dtype).eps for dtype in (branches[0].dtype, *autocast))
+        return RecordedStep(transition.index, calls, rule, error, eps, transition.active)
 
     @staticmethod
     def _replay_group(trajectory: Trajectory, positions: list[int], rows: Sequence[int] | None) -> Tensor:
         """``[b, len(positions), *latent]`` from one transformer call per recorded call slot."""
         records = [trajectory.steps[p] for p in positions]
         batch = len(trajectory) if rows is None else len(rows)
-        index = None if rows is None else row_index(rows, trajectory.velocity.device)
         branches: list[Tensor] = []
         for slot in zip(*(record.calls for record in records), strict=True):
-            leaves = [
-                _gather([call.leaves[i] for call in slot], copies, len(trajectory), rows, index)
-                for i, copies in enumerate(slot[0].copies)
-            ]
-            args, kwargs = tree_unflatten(leaves, slot[0].spec)
+            args, kwargs = fetch(join(slot, rows, trajectory.velocity.device), trajectory.device)
             result = _first_output(slot[0].module(*args, **kwargs))
             branches += result.chunk(len(result) // (batch * len(records)))
         velocity = records[0].rule(branches, trajectory.velocity.shape[2:], trajectory.velocity.dtype)
-        return velocity.unflatten(0, (batch, len(records)))
-
-
-def row_index(rows: Sequence[int], device: torch.device) -> Tensor:
-    """Row numbers as an int64 tensor on ``device``; the copy to a GPU does not wait for it."""
-    index = torch.tensor(list(rows))
-    return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index
-
-
-class _Copier:
-    """Keeps the arguments of calls; a tensor that is passed again, unchanged, is kept once."""
-
-    def __init__(self) -> None:
-        self._last: dict[int, dict[int, tuple[Tensor, int, Tensor]]] = {}
-
-    def call(self, slot: int, module: nn.Module, args: tuple, kwargs: dict, batch: int, branches: int) -> Call:
-        leaves, spec = tree_flatten((args, kwargs), is_leaf=lambda x: isinstance(x, list))
-        unbatched = {id(kwargs[n]) for n in _UNBATCHED_IDS if isinstance(kwargs.get(n), Tensor) and kwargs[n].ndim == 2}
-        copies = [0 if id(leaf) in unbatched else _batch_copies(leaf, batch, branches) for leaf in leaves]
-        # only the previous call in this slot is looked at: what is shared between steps is passed to each of them
-        seen, self._last[slot] = self._last.get(slot, {}), {}
-        kept = []
-        for leaf in leaves:
-            if isinstance(leaf, list):
-                kept.append([self._keep(x, seen, slot) for x in leaf])
-            else:
-                kept.append(self._keep(leaf, seen, slot))
-        return Call(module, kept, copies, spec)
-
-    def _keep(self, leaf: Any, seen: dict, slot: int) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        source, version, copy = seen.get(id(leaf), (None, -1, None))
-        if source is not leaf or version != leaf._version:
-            # a copy, because some pipelines write the next latents into the same memory
-            copy = leaf.detach().clone(memory_format=torch.contiguous_format)
-        self._last[slot][id(leaf)] = (leaf, leaf._version, copy)
-        return copy
-
-
-def _batch_copies(leaf: Any, batch: int, branches: int) -> int:
-    """Copies of the batch that a leaf holds along its first dim: ``branches`` (doubled batch), 1, or 0 if shared."""
-    if (isinstance(leaf, Tensor) and leaf.ndim > 0) or (
-        isinstance(leaf, list) and not any(isinstance(x, (int, float, str)) for x in leaf)
-    ):
-        size = len(leaf)
-    else:
-        return 0
-    return branches if size == branches * batch else int(size == batch)
-
-
-def _gather(leaves: list[Any], copies: int, batch: int, rows: Sequence[int] | None, index: Tensor | None) -> Any:
-    """One argument of the batched call: ``copies`` x rows x steps along the first dim, for row-wise leaves."""
-    first, steps = leaves[0], len(leaves)
-    if copies == 0:
-        return first
-    if isinstance(first, list):
-        chosen = range(batch) if rows is None else rows
-        return [leaf[c * batch + r] for c in range(copies) for r in chosen for leaf in leaves]
-    shared = all(leaf is first for leaf in leaves)
-    picked = []
-    for leaf in leaves[:1] if shared else leaves:
-        leaf = leaf.unflatten(0, (copies, batch))
-        picked.append(leaf if index is None else leaf[:, index])
-    if steps == 1:
-        return picked[0].flatten(0, 1)
-    stacked = picked[0].unsqueeze(2).expand(-1, -1, steps, *picked[0].shape[2:]) if shared else torch.stack(picked, 2)
-    return stacked.flatten(0, 2)
+        velocity = velocity.unflatten(0, (batch, len(records)))
+        active = [record.active for record in records if record.active is not None]
+        if active:
+            moved = torch.stack(active, dim=1)
+            moved = moved if rows is None else moved[row_index(rows, moved.device)]
+            velocity = velocity * fetch(moved, trajectory.device)
+        return velocity
 
 
 def _finish(trajectory: Trajectory, transitions: list[Transition]) -> None:
-    trajectory.velocity = torch.stack([t.velocity for t in transitions], dim=1)
+    velocities = [t.velocity if t.active is None else t.velocity * t.active for t in transitions]
+    trajectory.velocity = torch.stack(velocities, dim=1)
     seeded = [t.noise for t in transitions if isinstance(t.noise, PhiloxNoise)]
     stored = [t.noise for t in transitions if isinstance(t.noise, Tensor)]
     if seeded:
@@ -337,36 +303,16 @@ def _finish(trajectory: Trajectory, transitions: list[Transition]) -> None:
         trajectory.noise = torch.stack(stored, dim=1)
     for position, record in enumerate(trajectory.steps):
         group = trajectory.groups[-1] if trajectory.groups else None
-        if group is not None and _joinable(trajectory.steps[group[0]], record):
+        if group is not None and _together(trajectory.steps[group[0]], record):
             group.append(position)
         else:
             trajectory.groups.append([position])
 
 
-def _joinable(a: RecordedStep, b: RecordedStep) -> bool:
-    """Whether one call can replay both steps: same modules and structure, and what rows share is the same for both."""
-    if a.rule != b.rule or len(a.calls) != len(b.calls):
-        return False
-    for x, y in zip(a.calls, b.calls):
-        if x.module is not y.module or x.spec != y.spec or x.copies != y.copies:
-            return False
-        for left, right, copies in zip(x.leaves, y.leaves, x.copies):
-            if isinstance(left, Tensor) and isinstance(right, Tensor):
-                if left.dtype != right.dtype or left.shape[min(copies, 1) :] != right.shape[min(copies, 1) :]:
-                    return False
-                if copies == 0 and left is not right and not torch.equal(left, right):
-                    return False
-            elif (not isinstance(left, list) and left != right) or (
-                isinstance(left, list) and copies == 0 and not _same_list(left, right)
-            ):
-                return False
-    return True
-
-
-def _same_list(a: list, b: list) -> bool:
-    return len(a) == len(b) and all(
-        torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else x is y or x == y for x, y in zip(a, b)
-    )
+def _together(a: RecordedStep, b: RecordedStep) -> bool:
+    """Whether one transformer call per slot can replay both steps."""
+    same = a.rule == b.rule and len(a.calls) == len(b.calls) and (a.active is None) == (b.active is None)
+    return same and all(map(joinable, a.calls, b.calls))
 
 
 def _first_output(output: Any) -> Tensor:

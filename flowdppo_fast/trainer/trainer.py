@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,20 +20,25 @@ from tqdm.auto import tqdm
 
 from ..losses import fused_velocity_policy_loss
 from ..results import LossOutput
-from . import checkpoint
-from .adapters import add_lora, save_lora, without_adapters
-from .advantages import advantages_of, weighted_reward
+from .advantages import RewardHistory, advantages_of
+from .checkpoint import load_random_state, random_state
 from .config import FlowDPPOConfig
-from .ema import MovingAverage
-from .metrics import micro_vector, reduce_micro
+from .distributed import Workers
+from .evaluation import Evaluation
+from .memory import offload, trajectory_bytes
+from .metrics import METRICS, micro_vector, read_iteration
+from .optimization import PolicyOptimizer
 from .recorder import ReplayCheck, Trajectory, TrajectoryRecorder, row_index
-from .rewards import Reward, score
+from .resume import append_lines, begin_run, save_run
+from .rewards import BackgroundScorer, Reward, score
 from .rollout import PromptSource, Rollout, derive_seed
+from .row_log import row_part
+from .step_choice import choose_steps
+from .weights import PolicyWeights
 
 logger = get_logger(__name__)
 
-# settings that may differ between a run and its continuation
-_FREE_SETTINGS = ("iterations", "output_dir", "checkpoint_every", "keep_checkpoints", "progress", "device")
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class FlowDPPOTrainer:
@@ -43,6 +50,7 @@ class FlowDPPOTrainer:
         prompts: texts, or mappings of arguments of the pipeline's call for one prompt (``prompt``, or tensors such as
             ``prompt_embeds`` without a batch dim). ``text`` and ``metadata`` in a mapping go to the reward only.
         config: settings; checked before any weight is touched.
+        eval_prompts: held-out prompts for ``evaluation.every``.
 
     Raises:
         ValueError, TypeError: settings, prompts or a pipeline that cannot be trained with them.
@@ -54,28 +62,53 @@ class FlowDPPOTrainer:
         reward: Reward,
         prompts: Sequence[str | Mapping[str, Any]],
         config: FlowDPPOConfig | None = None,
+        *,
+        eval_prompts: Sequence[str | Mapping[str, Any]] | None = None,
     ):
         self.config = config = config or FlowDPPOConfig()
         config.validate()
         s, o = config.sampling, config.optimizer
+        if (config.evaluation.every is None) != (eval_prompts is None):
+            raise ValueError(
+                f"eval_prompts: got {'none' if eval_prompts is None else 'some'} with evaluation.every="
+                f"{config.evaluation.every}, expected both or neither"
+            )
         self.pipeline, self.reward = pipeline, reward
         self.prompts = PromptSource(prompts, pipeline, [*s.pipeline_kwargs, "return_dict"])
         self.recorder = TrajectoryRecorder(pipeline, sampler=s.sampler, eta=s.eta, noise=s.noise)
         self.objective = config.objective.build()
-        self.accelerator = Accelerator(mixed_precision=config.model.mixed_precision, cpu=config.run.device == "cpu")
-        if self.accelerator.num_processes > 1:
-            raise ValueError(f"accelerate: got {self.accelerator.num_processes} processes, expected 1")
+        self.accelerator = Accelerator(cpu=config.run.device == "cpu")
+        self.workers = Workers(self.accelerator)
+        self.updates = self._plan_updates()
         self.device = self.accelerator.device
+        self._check_sharding()
         # reading a tensor on the CPU waits for nothing, so a gradient that is zero is worth looking for
-        self._free_reads = self.device.type == "cpu"
-        pipeline.to(self.device)
-        self.modules = list(self.recorder.modules.values())
-        self.names, self.parameters = self._prepare_weights()
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=o.learning_rate, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, fused=True
+        self._looks = not self.workers.sharded and (self.device.type == "cpu" or o.skip_dropped_backward)
+        for name, component in pipeline.components.items():
+            if isinstance(component, torch.nn.Module):
+                component.requires_grad_(False)
+                # what is sharded may be too large for one device
+                if self.workers.sharded and name not in self.recorder.modules:
+                    component.to(self.device)
+        if not self.workers.sharded:
+            pipeline.to(self.device)
+        self.weights = PolicyWeights(
+            self.recorder.modules,
+            config.model,
+            config.run.seed,
+            self.device,
+            config.objective.needs_reference,
+            self.workers,
         )
-        decay = config.model.ema_decay
-        self.ema = None if decay is None else MovingAverage(self.parameters, decay)
+        scaled = config.model.mixed_precision == "fp16"
+        self.optimizer = PolicyOptimizer(self.weights.parameters, o, self.workers, scaled=scaled)
+        self.history = RewardHistory(len(self.prompts.entries), config.advantage.history)
+        self._places = {id(entry): place for place, entry in enumerate(self.prompts.entries)}
+        self.evaluation = (
+            None
+            if eval_prompts is None
+            else Evaluation(eval_prompts, pipeline, config, self.workers, self._generate_and_score)
+        )
         self.output = Path(config.run.output_dir)
         self.iteration = 0
         self.skipped_updates = 0
@@ -97,24 +130,26 @@ class FlowDPPOTrainer:
             RuntimeError: too many updates were skipped because a loss or gradient was not finite.
         """
         run = self.config.run
-        history = self._start(resume)
+        history = begin_run(self, resume)
         self.pipeline.set_progress_bar_config(disable=True)
-        bar = tqdm(
-            total=run.iterations, initial=self.iteration, disable=not run.progress, unit="it", dynamic_ncols=True
-        )
-        with bar, open(self.output / "metrics.jsonl", "a") as log:
-            while self.iteration < run.iterations:
+        shown = run.progress and self.workers.is_main
+        bar = tqdm(total=run.iterations, initial=self.iteration, disable=not shown, unit="it", dynamic_ncols=True)
+        with bar:
+            ended = self.iteration >= run.iterations or bool(history and self._over_budget(history[-1]))
+            while not ended:
                 metrics = self._iterate()
+                ended = self.iteration == run.iterations or self._over_budget(metrics)
+                if ended and self.evaluation is not None:
+                    metrics |= self._evaluate("eval_final")
                 history.append(metrics)
-                log.write(json.dumps(metrics) + "\n")
-                log.flush()
+                self._log("metrics.jsonl", [json.dumps(metrics)])
                 bar.update()
                 bar.set_postfix(
                     reward=f"{metrics['reward']:.3f}",
                     kl=f"{metrics['kl_new_old_mean']:.1e}",
                     masked=f"{metrics['masked_fraction']:.1%}",
                 )
-                if self.iteration % run.checkpoint_every == 0 or self.iteration == run.iterations:
+                if self.iteration % run.checkpoint_every == 0 or ended:
                     self.save_checkpoint()
                 if on_iteration is not None:
                     on_iteration(metrics)
@@ -126,238 +161,304 @@ class FlowDPPOTrainer:
         return history
 
     def sample(self, iteration: int) -> Rollout:
-        """The rollout of ``iteration``: a function of the seed, ``iteration`` and the present weights."""
+        """The rollout of ``iteration``: a function of the seed, ``iteration`` and the present weights.
+
+        Every process samples its share of each update's rows and knows the rewards of all.
+        """
         s, a, seed = self.config.sampling, self.config.advantage, self.config.run.seed
         groups = self.prompts.groups(iteration, s.prompts_per_rollout, seed)
-        # one choice of steps for the whole rollout, so that all samples come from one policy
-        count = s.sde_steps_per_rollout or len(s.candidate_steps)
-        chosen = random.Random(derive_seed(seed, iteration, "steps")).sample(s.candidate_steps, count)
-        noise_seed = derive_seed(seed, iteration, "noise")
-        total = s.prompts_per_rollout * s.group_size
-        trajectories, rewards = [], []
-        for start in range(0, total, s.batch_size or total):
-            rows = range(start, min(start + (s.batch_size or total), total))
-            entries = [groups[row // s.group_size] for row in rows]
-            generators = [torch.Generator().manual_seed(derive_seed(seed, iteration, "latents", row)) for row in rows]
-            recording = self.recorder.recording(chosen, seed=noise_seed, first_row=start)
-            with torch.no_grad(), self.accelerator.autocast(), recording as trajectory:
-                images = self.pipeline(
-                    **self.prompts.arguments(entries, s.group_size, self.device),
-                    **s.pipeline_kwargs,
-                    num_inference_steps=s.num_steps,
-                    generator=generators,
-                    output_type=s.output_type,
-                    return_dict=False,
-                )[0]
-            trajectories.append(trajectory)
-            texts = [entry.get("text", entry.get("prompt")) for entry in entries]
-            metadata = [entry.get("metadata", {}) for entry in entries]
-            rewards.append(score(self.reward, images, texts, metadata, self.device))
-        named = {name: torch.cat([part[name] for part in rewards]) for name in rewards[0]}
+        calls = self._calls()
+        trajectories, pending = [], []
+        # nothing is sampled while the rewards of an only call are computed
+        background = s.background_rewards and len(calls) > 1
+        with BackgroundScorer(self.reward, self.device) if background else contextlib.nullcontext() as scorer:
+            for rows in calls:
+                entries = [groups[row // s.group_size] for row in rows]
+                trajectory, images = self._record(iteration, rows, entries)
+                trajectories.append(trajectory)
+                pending.append(self._score(images, entries, scorer))
+            rewards = [result() for result in pending]
+        self.workers.agree()
+        own = {name: torch.cat([part[name] for part in rewards]) for name in rewards[0]}
+        table = self.workers.collect(torch.stack(list(own.values())), self.updates)
+        named = dict(zip(own, table))
+        places = [self._places[id(entry)] for entry in groups]
+        past = self.history.past(named, places)
         advantages = advantages_of(
-            named, s.group_size, weights=a.reward_weights, std=a.std, eps=a.eps, per_reward=a.per_reward
+            named, s.group_size, weights=a.reward_weights, std=a.std, eps=a.eps, per_reward=a.per_reward, past=past
         )
-        return Rollout(trajectories, named, advantages)
+        self.history.add(named, places)
+        return Rollout(trajectories, calls, named, advantages)
 
-    def update(self, rollout: Rollout, rows: Sequence[int], *, on_policy: bool) -> dict[str, list]:
+    def update(self, rollout: Rollout, rows: range, *, number: int) -> dict[str, list]:
         """One optimizer step on ``rows`` of a rollout, without a host sync on a GPU.
 
         Args:
-            on_policy: no update was made since the rollout; ratios that differ from 1 are then rounding.
+            rows: of all processes; each has an equal share of them at hand.
+            number: updates made since the rollout; before the first, ratios that differ from 1 are rounding.
 
         Returns:
-            ``vectors`` and ``shares`` of the micro-batches, ``norms`` and ``skips`` of the update, on the device.
+            ``vectors``, ``shares`` and ``parts`` of the micro-batches and ``steps`` of the update, on the device.
         """
         o = self.config.optimizer
-        vectors, shares, loss = [], [], torch.zeros((), device=self.device)
+        vectors, shares, parts = [], [], []
         for trajectory, local, places in rollout.locate(rows):
-            for start in range(0, len(local), o.micro_batch_size):
-                part = slice(start, start + o.micro_batch_size)
+            count = len(trajectory.steps)
+            width = min(o.steps_per_micro_batch or count, count)
+            for start, first in itertools.product(range(0, len(local), o.micro_batch_size), range(0, count, width)):
+                part, steps = slice(start, start + o.micro_batch_size), range(first, min(first + width, count))
                 advantages = rollout.advantages[row_index(places[part], self.device)]
-                shares.append(len(advantages) / len(rows))
-                out = self._micro_batch(trajectory, local[part], advantages, shares[-1])
-                vectors.append(micro_vector(out, on_policy=on_policy))
-                loss = loss + shares[-1] * out.loss
+                shares.append(len(advantages) * len(steps) / (len(rows) * count))
+                out = self._micro_batch(trajectory, local[part], steps, advantages, shares[-1])
+                vectors.append(micro_vector(out, on_policy=number == 0))
+                indices = [trajectory.steps[position].index for position in steps]
+                parts.append(row_part(out, number, indices, places[part]))
                 self._metric_names = out.metric_names
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, o.max_grad_norm or float("inf"), foreach=True)
-        # where this is 1 the fused optimizer leaves weights, moments and step counts alone; the host need not know
-        skip = (~(torch.isfinite(norm) & torch.isfinite(loss))).float()
-        self.optimizer.found_inf = skip  # type: ignore[attr-defined]
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=False)
-        if self.ema is not None:
-            self.ema.update()
-        return {"vectors": vectors, "shares": shares, "norms": [norm], "skips": [skip]}
+        own = torch.stack([share * vector for share, vector in zip(shares, vectors)]).sum(0)
+        loss, kl = (own[METRICS.index(name)] for name in ("loss", "kl_new_old_mean"))
+        step = self.optimizer.step(loss, kl)
+        if self.weights.ema is not None:
+            self.weights.ema.update()
+        return {"vectors": vectors, "shares": shares, "parts": parts, "steps": [step]}
+
+    def evaluate(self) -> tuple[dict[str, float], list[Any], list[str]]:
+        """Mean rewards of the held-out prompts, this process's images and their captions.
+
+        Raises:
+            ValueError: the trainer was given no ``eval_prompts``.
+        """
+        if self.evaluation is None:
+            raise ValueError("eval_prompts: got none, expected held-out prompts")
+        with self.weights.averaged(), self._everything_on_device():
+            return self.evaluation.run()
 
     def save_checkpoint(self) -> Path:
-        """Writes weights, optimizer, moving average, random states and iteration; returns the folder."""
-        random_tensors, random_state = checkpoint.random_state()
-        tensors: dict[str, dict[str, Tensor]] = {
-            "weights": dict(zip(self.names, self.parameters)),
-            "optimizer": checkpoint.optimizer_tensors(self.optimizer, self.names),
-            "random": random_tensors,
-        }
-        if self.ema is not None:
-            tensors["ema"] = dict(zip(self.names, self.ema.averages))
-        state = {"random": random_state, "skipped_updates": self.skipped_updates, "config": self.config.to_dict()}
-        folder = self.output / "checkpoints"
-        return checkpoint.save_checkpoint(folder, self.iteration, tensors, state, self.config.run.keep_checkpoints)
+        """Writes everything that :meth:`train` with ``resume=True`` continues from; returns the folder."""
+        return save_run(self)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Trained weights (the moving average if there is one) as diffusers loads them: LoRA adapters by
         ``load_lora_adapter``, full transformers by ``from_pretrained``; one folder per transformer."""
-        with self.ema.applied() if self.ema is not None else contextlib.nullcontext():
-            for name, module in self.recorder.modules.items():
-                if self.config.model.train == "lora":
-                    save_lora(module, Path(folder) / name)
-                else:
-                    module.save_pretrained(Path(folder) / name)  # type: ignore[operator]
+        self.weights.save_pretrained(Path(folder))
+        self.workers.agree()
 
-    def _prepare_weights(self) -> tuple[list[str], list[torch.nn.Parameter]]:
-        """Freezes the pipeline, makes the trained weights float32 and returns them with their names."""
-        model = self.config.model
-        for component in self.pipeline.components.values():
-            if isinstance(component, torch.nn.Module):
-                component.requires_grad_(False)
-        named = []
-        for name, module in self.recorder.modules.items():
-            # no dropout of activations or labels: the replay must be the function that the rollout was
-            module.eval()
-            if model.train == "lora":
-                rank = model.lora_rank or 32
-                alpha = 2.0 * rank if model.lora_alpha is None else model.lora_alpha
-                add_lora(module, rank, alpha, model.lora_targets, derive_seed(self.config.run.seed, "adapters", name))
-            else:
-                module.requires_grad_(True)
-            if model.gradient_checkpointing:
-                module.enable_gradient_checkpointing()  # type: ignore[operator]
-            named += [(f"{name}.{key}", p) for key, p in module.named_parameters() if p.requires_grad]
-        for _, parameter in named:
-            parameter.data = parameter.data.to(device=self.device, dtype=torch.float32)
-            # always there, so that an update whose backwards were all skipped is one with zeros
-            parameter.grad = torch.zeros_like(parameter)
-        return [name for name, _ in named], [parameter for _, parameter in named]
+    def _plan_updates(self) -> list[range]:
+        """Rows of each update of a pass over a rollout."""
+        s, o = self.config.sampling, self.config.optimizer
+        size = s.prompts_per_rollout * s.group_size // o.updates_per_rollout
+        own = size // self.workers.count
+        if size % self.workers.count or (own % s.group_size and s.group_size % own):
+            raise ValueError(
+                f"optimizer.updates_per_rollout: an update has {size} samples for {self.workers.count} processes, "
+                f"expected equal shares that are a multiple or a divisor of sampling.group_size={s.group_size}"
+            )
+        return [range(start, start + size) for start in range(0, size * o.updates_per_rollout, size)]
+
+    def _check_sharding(self) -> None:
+        """All processes of a sharded run make the same calls: what each would decide for itself is refused."""
+        if self.workers.sharded and self.config.optimizer.skip_dropped_backward:
+            raise ValueError("optimizer.skip_dropped_backward: got True, expected False in a sharded run (FSDP2)")
+        if self.workers.sharded and self.config.sampling.per_group_steps and len(self.recorder.modules) > 1:
+            raise ValueError(
+                f"sampling.per_group_steps: got True with {len(self.recorder.modules)} transformers, expected False in "
+                "a sharded run (FSDP2)"
+            )
+
+    def _calls(self) -> list[range]:
+        """Rows of each pipeline call that this process makes for a rollout."""
+        s = self.config.sampling
+        batch = s.batch_size or s.prompts_per_rollout * s.group_size
+        if s.per_group_steps:
+            batch = min(batch, s.group_size)
+        calls: list[range] = []
+        for rows in self.workers.rows_of(self.workers.rank, self.updates):
+            if calls and calls[-1].stop == rows.start:
+                rows = range(calls.pop().start, rows.stop)
+            calls.append(rows)
+        return [rows[start : start + batch] for rows in calls for start in range(0, len(rows), batch)]
+
+    def _record(self, iteration: int, rows: range, entries: list[dict]) -> tuple[Trajectory, Any]:
+        """Trajectory and images of one pipeline call."""
+        s, seed = self.config.sampling, self.config.run.seed
+        chosen = choose_steps(
+            s.candidate_steps,
+            s.sde_steps_per_rollout,
+            s.step_choice,
+            position=iteration // s.window_every,
+            seed=derive_seed(seed, iteration, "steps", rows[0] // s.group_size if s.per_group_steps else 0),
+        )
+        noise_seed = derive_seed(seed, iteration, "noise")
+        seeds = [derive_seed(seed, iteration, "latents", row) for row in rows]
+        with self.recorder.recording(chosen, seed=noise_seed, first_row=rows[0]) as trajectory:
+            images = self._generate(self.prompts, entries, seeds, s.num_steps, s.pipeline_kwargs)
+        if s.offload_trajectories:
+            offload(trajectory, self.device)
+        return trajectory, images
+
+    def _generate(
+        self, source: PromptSource, entries: list[dict], seeds: list[int], num_steps: int, options: Mapping[str, Any]
+    ) -> Any:
+        """Images of one pipeline call, one per entry."""
+        # equal neighbours are one prompt with several images, if all runs of them have a common length
+        runs = [len(list(run)) for _, run in itertools.groupby(entries, key=id)]
+        with torch.no_grad(), self._autocast():
+            return self.pipeline(
+                **source.arguments(entries, math.gcd(*runs), self.device),
+                **options,
+                num_inference_steps=num_steps,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                output_type=self.config.sampling.output_type,
+                return_dict=False,
+            )[0]
+
+    def _score(
+        self, images: Any, entries: list[dict], scorer: BackgroundScorer | None = None
+    ) -> Callable[[], Any]:
+        """Starts to score the images of a call; what is returned waits for the rewards."""
+        texts = [entry.get("text", entry.get("prompt")) for entry in entries]
+        metadata = [entry.get("metadata", {}) for entry in entries]
+        # a reward may fail on one process alone
+        attempt = self.workers.attempt
+        if scorer is None:
+            rewards = attempt(score, self.reward, images, texts, metadata, self.device)
+            return lambda: rewards
+        handle = attempt(scorer.submit, images, texts, metadata)
+        return lambda: None if handle is None else attempt(handle.result)
+
+    def _generate_and_score(
+        self, source: PromptSource, entries: list[dict], *how: Any
+    ) -> tuple[Any, dict[str, Tensor]]:
+        images = self._generate(source, entries, *how)
+        return images, self._score(images, entries)()
 
     def _iterate(self) -> dict[str, float]:
         """One rollout and its updates; metrics are read from the device once, at the end."""
-        s, o, seed = self.config.sampling, self.config.optimizer, self.config.run.seed
+        o, seed = self.config.optimizer, self.config.run.seed
+        every = self.config.evaluation.every
+        evaluated = self._evaluate("eval") if every is not None and self.iteration % every == 0 else {}
         started = time.perf_counter()
-        rollout = self.sample(self.iteration)
+        state = random_state()
+        try:
+            with self._everything_on_device():
+                rollout = self.sample(self.iteration)
+        except Exception:
+            # a reward server that went away must not cost what was trained since the last checkpoint
+            if self.iteration and (self.workers.count == 1 or self.workers.agreed):
+                load_random_state(*state)
+                self.save_checkpoint()
+            raise
         sampled = time.perf_counter()
         if self.replay_check is None:
             self._verify(rollout.trajectories[0])
-        results: dict[str, list] = {"vectors": [], "shares": [], "norms": [], "skips": []}
-        per_update = s.prompts_per_rollout // o.updates_per_rollout
+        self.optimizer.begin_rollout()
+        results: dict[str, list] = {"vectors": [], "shares": [], "parts": [], "steps": []}
         for epoch in range(o.inner_epochs):
-            order = list(range(s.prompts_per_rollout))
-            random.Random(derive_seed(seed, self.iteration, "order", epoch)).shuffle(order)
-            for first in range(0, len(order), per_update):
-                groups = order[first : first + per_update]
-                rows = [group * s.group_size + member for group in groups for member in range(s.group_size)]
-                for key, values in self.update(rollout, rows, on_policy=epoch == 0 and first == 0).items():
+            order = list(self.updates)
+            if epoch:
+                random.Random(derive_seed(seed, self.iteration, "order", epoch)).shuffle(order)
+            for rows in order:
+                for key, values in self.update(rollout, rows, number=len(results["steps"])).items():
                     results[key] += values
         self.iteration += 1
         metrics = self._read(rollout, results)
+        metrics |= evaluated
         metrics["seconds_sampling"], metrics["seconds_updates"] = sampled - started, time.perf_counter() - sampled
         return metrics
 
     def _verify(self, trajectory: Trajectory) -> None:
         """The replay must give the recorded velocities before anything is trained on it."""
         rows = range(min(self.config.optimizer.micro_batch_size, len(trajectory)))
-        with self.accelerator.autocast():
+        with self._autocast():
             self.replay_check = check = self.recorder.verify(trajectory, rows)
         logger.info("replay reproduces the rollout: %s", check)
 
-    def _micro_batch(self, trajectory: Trajectory, rows: Sequence[int], advantages: Tensor, share: float) -> LossOutput:
-        """Forward, loss and backward of some rows with all their steps."""
+    def _micro_batch(
+        self, trajectory: Trajectory, rows: Sequence[int], steps: range, advantages: Tensor, share: float
+    ) -> LossOutput:
+        """Forward, loss and backward of some rows with some of their steps."""
         objective = self.config.objective
         reference = None
-        with self.accelerator.autocast():
-            if objective.kl_weight > 0:
-                with torch.no_grad(), without_adapters(self.modules):
-                    reference = self.recorder.replay(trajectory, rows)
-            velocity = self.recorder.replay(trajectory, rows)
-        old, noise = trajectory.select(rows)
-        out = fused_velocity_policy_loss(
+        with self._autocast():
+            if objective.needs_reference:
+                with torch.no_grad(), self.weights.reference():
+                    reference = self.recorder.replay(trajectory, rows, steps)
+            velocity = self.recorder.replay(trajectory, rows, steps)
+        out = self._loss(trajectory, rows, steps, velocity, reference, advantages[:, None].expand(-1, len(steps)))
+        assert out.grad is not None
+        # on a GPU looking for a gradient costs a sync
+        if not (self._looks and not out.grad.any()):
+            velocity.backward(out.grad * (share * self.optimizer.scale))
+        return out
+
+    def _loss(
+        self,
+        trajectory: Trajectory,
+        rows: Sequence[int],
+        steps: range,
+        velocity: Tensor,
+        reference: Tensor | None,
+        advantages: Tensor,
+    ) -> LossOutput:
+        """Loss, metrics and gradient of replayed velocities ``[b, S, *latent]`` with advantages ``[b, S]``."""
+        old, noise, step = trajectory.select(rows, steps)
+        return fused_velocity_policy_loss(
             self.objective,
             velocity,
             old,
             noise,
-            trajectory.step,
-            advantages[:, None].expand(-1, len(trajectory.steps)),
+            step,
+            advantages,
             reference_velocity=reference,
             advantage_clip=self.config.advantage.clip,
-            kl_weight=objective.kl_weight,
-            reference_kl=objective.reference_kl,
+            kl_weight=self.config.objective.kl_weight,
+            reference_kl=self.config.objective.reference_kl,
             single_pass=True,
         )
-        assert out.grad is not None
-        # on a GPU knowing that all rows were dropped would cost a sync, so there the backward always runs
-        if not (self._free_reads and not out.grad.any()):
-            velocity.backward(out.grad * share)
-        return out
 
     def _read(self, rollout: Rollout, results: dict[str, list]) -> dict[str, float]:
-        """Metrics of one iteration as floats: everything is stacked on the device and read once."""
-        s = self.config.sampling
-        values = reduce_micro(results["vectors"], results["shares"], self._metric_names)
-        total = weighted_reward(rollout.rewards, self.config.advantage.reward_weights)
-        grouped = total.view(-1, s.group_size)
-        values |= {
-            "reward": total.mean(),
-            "reward_std": grouped.std(1, correction=0).mean(),
-            "zero_std_fraction": (grouped.amax(1) == grouped.amin(1)).float().mean(),
-            "grad_norm": torch.stack(results["norms"]).mean(),
-            "skipped_updates": torch.stack(results["skips"]).sum(),
-        }
-        if len(rollout.rewards) > 1:
-            values |= {f"reward/{name}": value.mean() for name, value in rollout.rewards.items()}
-        floats = dict(zip(values, torch.stack([value.float() for value in values.values()]).tolist()))
-        self.skipped_updates += int(floats["skipped_updates"])
-        first = rollout.trajectories[0]
-        return {
-            "iteration": self.iteration,
-            **floats,
-            "skipped_updates": self.skipped_updates,
-            # the paper's KL is a sum over the latent: nats per denoising step
-            "kl_new_old_nats": floats["kl_new_old_mean"] * first.velocity.shape[2:].numel(),
-            "rows": len(total) * len(first.steps) * self.config.optimizer.inner_epochs,
-        }
+        """Metrics of the iteration that just ended, as floats: read from the device once."""
+        metrics, lines = read_iteration(self.iteration, rollout, results, self.config, self.workers, self._metric_names)
+        self.skipped_updates += int(metrics["skipped_updates"])
+        if lines:
+            self._log("rows.jsonl", lines)
+        stored = trajectory_bytes(rollout.trajectories)
+        return {**metrics, "skipped_updates": self.skipped_updates, "trajectory_bytes": stored}
 
-    def _start(self, resume: bool) -> list[dict[str, float]]:
-        """Prepares the output folder or restores the newest checkpoint; returns the metrics so far."""
-        saved = checkpoint.checkpoints(self.output / "checkpoints")
-        path = self.output / "metrics.jsonl"
-        if not resume and self.iteration == 0 and (saved or path.exists()):
-            raise ValueError(
-                f"run.output_dir: {self.output} holds a run already, expected a new folder; pass resume=True to "
-                "continue it"
-            )
-        if resume and saved:
-            self._restore(saved[-1])
-        self.output.mkdir(parents=True, exist_ok=True)
-        self.config.save(self.output / "config.yaml")
-        # what was logged after the checkpoint will be done, and logged, again; so will a line that was cut off
-        lines = path.read_text().splitlines()[: self.iteration] if path.exists() else []
-        path.write_text("".join(line + "\n" for line in lines))
-        return [json.loads(line) for line in lines]
+    def _log(self, name: str, lines: list[str]) -> None:
+        if self.workers.is_main:
+            self.workers.attempt(append_lines, self.output / name, lines)
 
-    def _restore(self, path: Path) -> None:
-        tensors, state = checkpoint.load_checkpoint(path)
-        differing = [
-            f"{section}.{key}"
-            for section, entries in self.config.to_dict().items()
-            for key, value in entries.items()
-            if not (section == "run" and key in _FREE_SETTINGS) and state["config"].get(section, {}).get(key) != value
+    def _evaluate(self, prefix: str) -> dict[str, float]:
+        metrics, _, _ = self.evaluate()
+        return {f"{prefix}/{name}": value for name, value in metrics.items()}
+
+    def _over_budget(self, metrics: dict[str, float]) -> bool:
+        budget = self.config.objective.drift_budget
+        if budget is None or not metrics["kl_ref_nats"] > budget:
+            return False
+        logger.warning(
+            "the KL to the model at the start is %.3g nats per step, objective.drift_budget=%.3g: the run ends",
+            metrics["kl_ref_nats"],
+            budget,
+        )
+        return True
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        dtype = _AUTOCAST.get(self.config.model.mixed_precision)
+        return contextlib.nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
+
+    @contextlib.contextmanager
+    def _everything_on_device(self):
+        """Within this context idle components are on the device, too."""
+        idle = [
+            component
+            for name, component in self.pipeline.components.items()
+            if isinstance(component, torch.nn.Module) and name not in self.recorder.modules
         ]
-        if differing:
-            raise ValueError(f"config: {path} has other settings of {', '.join(differing)}, expected the same")
-        with torch.no_grad():
-            for name, parameter in zip(self.names, self.parameters):
-                parameter.copy_(tensors["weights"][name])
-            for name, average in zip(self.names, self.ema.averages if self.ema is not None else ()):
-                average.copy_(tensors["ema"][name])
-        checkpoint.load_optimizer(self.optimizer, self.names, tensors["optimizer"])
-        checkpoint.load_random_state(tensors["random"], state["random"])
-        self.iteration, self.skipped_updates = state["iteration"], state["skipped_updates"]
-        logger.info("continuing from %s", path)
+        for component in idle if self.config.model.offload_idle else ():
+            component.to(self.device)
+        try:
+            yield
+        finally:
+            for component in idle if self.config.model.offload_idle else ():
+                component.to("cpu")

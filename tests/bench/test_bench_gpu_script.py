@@ -17,6 +17,7 @@ SCRIPT = ROOT / "bench" / "gpu.sh"
 STUB = """#!/usr/bin/env bash
 case "$*" in
     *find_spec*diffusers*) exit ${STUB_DIFFUSERS:-1} ;;
+    *find_spec*peft*) exit ${STUB_PEFT:-0} ;;
     *find_spec*) exit 0 ;;
     *get_device_capability*) echo 90 ;;
     *sys.prefix*) echo /opt/python ;;
@@ -24,6 +25,7 @@ case "$*" in
     "-m bench.ops environment"*) eval "${STUB_ENVIRONMENT:-echo environment}" ;;
     "-m bench.ops run"*) echo "$*"; eval "${STUB_BENCH:-true}" ;;
     "-m bench.ops smoke"*) echo "$*"; eval "${STUB_SMOKE:-true}" ;;
+    "-m bench.train run"*) echo "$*"; eval "${STUB_TRAIN:-true}" ;;
     "-m bench.ops plot"*) eval "${STUB_PLOTS:-true}" ;;
     "-m pytest"*) echo "$*"; eval "${STUB_TESTS:-true}" ;;
     *aot.py*) echo "| kernel |"; eval "${STUB_CODEGEN:-true}" ;;
@@ -65,7 +67,7 @@ def test_all_green(run):
     assert "all checks that ran are green" in done.stdout
     ran = ("environment", "gpu-tests", "memcheck", "racecheck", "codegen", "bench", "plots")
     assert {name: steps[name][0] for name in ran} == dict.fromkeys(ran, "ok")
-    assert steps["end-to-end"] == ("skipped", "there is no end-to-end benchmark yet")
+    assert steps["end-to-end"] == ("skipped", "not installed here: diffusers")
     assert steps["trainer-tests"] == ("skipped", "diffusers is not installed here")
     assert "--tool memcheck --error-exitcode 9" in (out / "logs" / "memcheck.log").read_text()
     assert "--tool racecheck" in (out / "logs" / "racecheck.log").read_text()
@@ -89,6 +91,19 @@ def test_a_failed_check_fails_the_run_which_still_goes_on(run, step):
     log = (out / "logs" / f"{name}.log").read_text()
     assert "went wrong in ." in log
     assert str(ROOT) not in log
+
+
+def test_the_end_to_end_benchmark_runs_where_its_packages_are(run):
+    done, steps, out = run(diffusers="0")
+    assert done.returncode == 0
+    assert steps["end-to-end"][0] == "ok"
+    assert "--device cuda" in (out / "logs" / "end-to-end.log").read_text()
+    done, steps, _ = run(diffusers="0", peft="1")
+    assert steps["end-to-end"] == ("skipped", "not installed here: peft")
+    done, steps, _ = run(diffusers="0", train="echo went wrong; false")
+    assert done.returncode == 1
+    assert steps["end-to-end"][0] == "FAILED"
+    assert steps["bench"][0] == "ok", "the script stopped at the failure"
 
 
 def test_a_step_is_stopped_when_the_time_is_up(run):
@@ -122,7 +137,7 @@ def test_a_sanitizer_that_cannot_run_is_skipped_with_the_reason(run, present, co
 def test_quick_asks_for_quick_steps_and_says_what_it_left_out(run):
     done, steps, out = run("--quick", diffusers="0")
     assert done.returncode == 0
-    assert steps["memcheck"] == ("skipped", "not part of --quick")
+    assert steps["memcheck"] == steps["end-to-end"] == ("skipped", "not part of --quick")
     assert "--quick" in (out / "logs" / "bench.log").read_text()
     tests = (out / "logs" / "gpu-tests.log").read_text()
     assert "gpu and not slow" in tests

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from flowdppo_fast.trainer import group_advantages
-from flowdppo_fast.trainer.advantages import advantages_of
+from flowdppo_fast.trainer.advantages import RewardHistory, advantages_of, group_advantages
 from flowdppo_fast.trainer.rewards import score
 
 GROUP = 12
@@ -66,3 +65,51 @@ def test_refused():
 def test_rewards_that_break_the_protocol(result, error, message):
     with pytest.raises(error, match=message):
         score(lambda *_: result, None, ["x", "y"], [{}, {}], torch.device("cpu"))
+
+
+def test_past_rewards_join_their_prompts_statistics():
+    rewards = torch.tensor([1.0, 3.0, 5.0, 5.0])
+    nan = float("nan")
+    past = torch.tensor([[nan, 8.0], [nan, nan]])
+    pool = torch.tensor([1.0, 3.0, 8.0])
+    expected = (rewards[:2] - pool.mean()) / (pool.std(correction=0) + 1e-4)
+    result = group_advantages(rewards, 2, past=past)
+    torch.testing.assert_close(result[:2], expected, rtol=1e-6, atol=0)
+    # a group without past is what it is without history
+    assert torch.equal(result[2:], torch.zeros(2))
+    none = torch.full((2, 3), nan)
+    torch.testing.assert_close(group_advantages(rewards, 2, past=none), group_advantages(rewards, 2), rtol=1e-6, atol=0)
+
+
+def test_equal_rewards_count_against_a_different_past():
+    rewards = torch.tensor([5.0, 5.0])
+    assert (group_advantages(rewards, 2, past=torch.tensor([[1.0, 1.0]])) > 0.9).all()
+    assert torch.equal(group_advantages(rewards, 2, past=torch.tensor([[5.0, 5.0]])), torch.zeros(2))
+
+
+def test_history_keeps_the_last_rewards_of_each_prompt():
+    history = RewardHistory(3, 3)
+    for rewards, groups in (([1, 2, 3, 4], [2, 0]), ([5, 6, 7, 8], [2, 2])):
+        named = {"a": torch.tensor(rewards, dtype=torch.float32)}
+        past = history.past(named, groups)["a"]
+        history.add(named, groups)
+    assert past.nan_to_num(-1).tolist() == [[-1, 1, 2], [-1, 1, 2]]
+    assert history.tables["a"].nan_to_num(-1).tolist() == [[-1, 3, 4], [-1, -1, -1], [6, 7, 8]]
+    assert RewardHistory(3, None).past(named, groups) is None
+
+
+@pytest.mark.parametrize("per_reward", [False, True])
+def test_history_of_several_rewards(per_reward):
+    rewards = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([30.0, 10.0])}
+    past = {"a": torch.tensor([[4.0]]), "b": torch.tensor([[20.0]])}
+    result = advantages_of(rewards, 2, weights={"b": 0.1}, per_reward=per_reward, past=past)
+
+    def normalised(values: list[float]) -> torch.Tensor:
+        pool = torch.tensor(values, dtype=torch.float32)
+        return ((pool - pool.mean()) / (pool.std(correction=0) + 1e-4))[:2]
+
+    if per_reward:
+        expected = normalised([1, 2, 4]) + 0.1 * normalised([30, 10, 20])
+    else:
+        expected = normalised([4, 3, 6])
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)

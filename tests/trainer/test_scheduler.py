@@ -6,7 +6,12 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
     UniPCMultistepScheduler,
 )
 from support import oracle
@@ -14,6 +19,8 @@ from support import oracle
 from flowdppo_fast import PhiloxNoise
 from flowdppo_fast.trainer import FlowMatchSDEScheduler
 
+# of the schedulers' own, on numpy 2
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 SHAPE = (3, 4, 6, 6)
 
 
@@ -32,7 +39,19 @@ def velocity_of(index: int) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("options", "arguments"),
-    [({"shift": 3.0}, {}), ({"use_dynamic_shifting": True}, {"mu": 0.8}), ({"shift_terminal": 0.1}, {})],
+    [
+        ({"shift": 3.0}, {}),
+        ({"use_dynamic_shifting": True}, {"mu": 0.8}),
+        ({"use_dynamic_shifting": True, "time_shift_type": "linear"}, {"mu": 0.8}),
+        ({"shift_terminal": 0.1}, {}),
+        ({"use_dynamic_shifting": True, "shift_terminal": 0.1}, {"mu": 1.2}),
+        ({"use_karras_sigmas": True}, {}),
+        ({"use_exponential_sigmas": True}, {}),
+        ({"use_beta_sigmas": True}, {}),
+        ({"shift": 3.0}, {"sigmas": [1.0, 0.9, 0.5, 0.3, 0.1]}),
+        # CogView4 gives both, timesteps without the shift
+        ({"shift": 3.0}, {"sigmas": [1.0, 0.9, 0.5, 0.3, 0.1], "timesteps": [1000, 900, 500, 300, 100]}),
+    ],
 )
 def test_without_noise_it_is_diffusers_euler(options, arguments):
     own = FlowMatchEulerDiscreteScheduler(**options)
@@ -91,9 +110,116 @@ def test_stored_noise_is_the_seeded_noise():
     assert torch.equal(draws["stored"], draws["seeded"].materialize(SHAPE))
 
 
-def test_multistep_flow_schedulers_give_their_shift():
-    own = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=5.0)
-    assert FlowMatchSDEScheduler.from_config(own).shift == 5.0
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+# what released pipelines have, and their relatives
+MULTISTEP = {
+    "wan": UniPCMultistepScheduler(**FLOW, flow_shift=5.0),
+    "wan-karras": UniPCMultistepScheduler(**FLOW, use_karras_sigmas=True),
+    "unipc-terminal": UniPCMultistepScheduler(**FLOW, final_sigmas_type="sigma_min"),
+    "sana": DPMSolverMultistepScheduler(**FLOW, flow_shift=3.0),
+    "stochastic-solver": DPMSolverMultistepScheduler(**FLOW, flow_shift=3.0, algorithm_type="sde-dpmsolver++"),
+    "singlestep": DPMSolverSinglestepScheduler(**FLOW, flow_shift=2.0, lower_order_final=True),
+    "deis": DEISMultistepScheduler(**FLOW, flow_shift=2.0),
+}
+
+
+@pytest.mark.parametrize("name", MULTISTEP)
+def test_of_multistep_schedulers_the_levels_are_taken_and_euler_steps_made(name):
+    own = MULTISTEP[name]
+    own.set_timesteps(6)
+    ours = FlowMatchSDEScheduler.from_config(own, sde_steps=[2])
+    states = run(ours, 6, velocity_of)
+    expected = own.sigmas.float()
+    assert torch.equal(ours.sigmas[1:], expected[1:])
+    # pure noise, where the solver stays away from it for its logarithms
+    assert float(ours.sigmas[0]) in (1.0, float(expected[0]))
+    assert float((ours.sigmas[0] - expected[0]).abs()) <= 2e-6
+    assert torch.equal(ours.timesteps, own.timesteps)
+    for index in (0, 1, 3, 4):
+        step = (ours.sigmas[index + 1] - ours.sigmas[index]) * velocity_of(index)
+        torch.testing.assert_close(states[index + 1], states[index] + step, rtol=0, atol=4e-6)
+    drawn = states[3] - states[2]
+    assert float((drawn - (ours.sigmas[3] - ours.sigmas[2]) * velocity_of(2)).abs().max()) > 0.1
+
+
+def test_uni_pc_starts_at_pure_noise_so_that_its_first_step_can_be_trained():
+    ours = FlowMatchSDEScheduler.from_config(MULTISTEP["wan"], sde_steps=[0])
+    ours.set_timesteps(10)
+    euler = FlowMatchSDEScheduler.from_config(FlowMatchEulerDiscreteScheduler(), sde_steps=[0])
+    euler.set_timesteps(sigmas=ours.sigmas[:-1].tolist())
+    assert ours._plan[0] == euler._plan[0]
+    assert 0 < ours._plan[0].std < 1
+
+
+def test_a_config_without_its_scheduler_gives_the_same_levels():
+    for own in (MULTISTEP["wan"], FlowMatchEulerDiscreteScheduler(shift=3.0)):
+        levels = []
+        for given in (own, {**own.config, "_class_name": type(own).__name__}):
+            ours = FlowMatchSDEScheduler.from_config(given)
+            ours.set_timesteps(5)
+            levels.append(ours.sigmas)
+        assert torch.equal(levels[0], levels[1])
+        with pytest.raises(ValueError, match=r"config: got a FrozenDict with _class_name='', expected a scheduler"):
+            FlowMatchSDEScheduler.from_config(own.config)
+
+
+def test_a_shift_that_was_set_by_hand_is_kept():
+    own = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    own.set_shift(7.0)
+    ours = FlowMatchSDEScheduler.from_config(own)
+    own.set_timesteps(5)
+    ours.set_timesteps(5)
+    assert torch.equal(ours.sigmas, own.sigmas)
+
+
+def test_img2img_starts_in_the_middle_of_the_schedule():
+    seen = []
+    scheduler = FlowMatchSDEScheduler.from_config(
+        FlowMatchEulerDiscreteScheduler(), sde_steps=[3],
+        on_step=lambda index, transition: seen.append((index, transition is not None)),
+    )  # fmt: skip
+    scheduler.set_timesteps(6)
+    scheduler.set_begin_index(2)
+    x = torch.randn(SHAPE)
+    torch.testing.assert_close(
+        scheduler.scale_noise(x, scheduler.timesteps[2:3], torch.zeros(SHAPE)), (1 - scheduler.sigmas[2]) * x
+    )
+    for t in scheduler.timesteps[2:]:
+        x = scheduler.step(velocity_of(0), t, x, return_dict=False)[0]
+    assert seen == [(2, False), (3, True), (4, False), (5, False)]
+
+
+def test_tokens_at_another_timestep_are_held_still():
+    seen = {}
+    scheduler = FlowMatchSDEScheduler.from_config(
+        FlowMatchEulerDiscreteScheduler(), sde_steps=[1],
+        on_step=lambda index, transition: seen.__setitem__(index, transition),
+    )  # fmt: skip
+    scheduler.set_timesteps(4)
+    state, velocity = torch.randn(2, 5, 3), torch.randn(2, 5, 3)
+    moving = torch.tensor([False, True, True, True, True]).expand(2, -1)
+    for t in scheduler.timesteps[:2]:
+        before = state
+        # with a timestep per token pipelines give the negated velocity
+        state = scheduler.step(-velocity, t, state, per_token_timesteps=t * moving, return_dict=False)[0]
+        assert torch.equal(state[:, 0], before[:, 0])
+        assert (state[:, 1:] != before[:, 1:]).all()
+    assert torch.equal(seen[1].active[..., 0], moving)
+    assert torch.equal(seen[1].velocity, velocity)
+    step, noise = seen[1].step, seen[1].noise.materialize(velocity.shape)
+    expected = step.sample_coef * before + step.velocity_coef * velocity + step.std * noise
+    torch.testing.assert_close(state[:, 1:], expected[:, 1:], rtol=0, atol=1e-5)
+
+
+def test_timesteps_per_token_must_be_of_this_step_and_of_tokens():
+    scheduler = FlowMatchSDEScheduler.from_config(FlowMatchEulerDiscreteScheduler(), sde_steps=[0])
+    scheduler.set_timesteps(4)
+    image, tokens = torch.zeros(2, 3, 4, 4), torch.zeros(2, 5, 3)
+    with pytest.raises(ValueError, match=r"per_token_timesteps: .* for a sample \[2, 3, 4, 4\]"):
+        scheduler.step(image, scheduler.timesteps[0], image, per_token_timesteps=torch.full((2, 3), 1000.0))
+    scheduler.timesteps[0] = 900.0
+    with pytest.raises(ValueError, match=r"at timestep level 0.9, expected tokens \[B, L, C\] at sigma=1"):
+        scheduler.step(tokens, scheduler.timesteps[0], tokens, per_token_timesteps=torch.full((2, 5), 900.0))
 
 
 @pytest.mark.parametrize(
@@ -107,6 +233,7 @@ def test_multistep_flow_schedulers_give_their_shift():
         ({"sampler": "euler"}, "sampler: got 'euler'"),
         ({"noise": "none"}, "noise: got 'none'"),
         ({"sampler": "cps", "eta": 1.5, "sde_steps": [0]}, "eta: got 1.5"),
+        ({"eta": 3.0, "sde_steps": [0]}, "step 0 of 5 .* overshoots .* lower eta"),
     ],
 )
 def test_settings_that_cannot_be_trained_are_errors(options, message):
@@ -118,6 +245,16 @@ def test_settings_that_cannot_be_trained_are_errors(options, message):
     ("scheduler", "message"),
     [
         (DDIMScheduler(), "DDIMScheduler, expected a flow-matching"),
+        (UniPCMultistepScheduler(), "UniPCMultistepScheduler, expected a flow-matching"),
+        (
+            UniPCMultistepScheduler(use_flow_sigmas=True),
+            "expected a flow-matching .* prediction_type='flow_prediction'",
+        ),
+        (
+            FlowMatchHeunDiscreteScheduler(),
+            "FlowMatchHeunDiscreteScheduler, expected one Euler step per transformer call",
+        ),
+        (FlowMatchLCMScheduler(), "FlowMatchLCMScheduler, expected one Euler step .* sampler 'cps' with eta=1"),
         (FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "invert_sigmas=True"),
         (FlowMatchEulerDiscreteScheduler(stochastic_sampling=True), "stochastic_sampling=True"),
     ],
@@ -125,3 +262,11 @@ def test_settings_that_cannot_be_trained_are_errors(options, message):
 def test_schedulers_of_another_kind_are_errors(scheduler, message):
     with pytest.raises(ValueError, match=message):
         FlowMatchSDEScheduler.from_config(scheduler)
+
+
+def test_levels_that_do_not_descend_are_an_error():
+    scheduler = FlowMatchSDEScheduler.from_config(FlowMatchEulerDiscreteScheduler())
+    with pytest.raises(
+        ValueError, match=r"scheduler: got levels \[0.5, 0.9, 0.1, 0.0\] for 3 timesteps, expected one more"
+    ):
+        scheduler.set_timesteps(sigmas=[0.5, 0.9, 0.1])

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowdppo_fast.trainer import FlowDPPOTrainer, checkpoint
-from flowdppo_fast.trainer.advantages import group_advantages
+from flowdppo_fast.trainer.advantages import advantages_of, group_advantages
 
 
 def weights_of(trainer) -> dict[str, torch.Tensor]:
@@ -97,7 +97,7 @@ def test_settings_of_sd3_with_embeddings_guidance_a_reference_and_several_reward
     trainer.save_pretrained(trainer.output / "final")
     fresh = pipes.sd3().transformer
     fresh.load_lora_adapter(str(trainer.output / "final" / "transformer"), prefix=None, use_safetensors=True)
-    own = dict(zip(trainer.names, trainer.ema.averages))
+    own = dict(zip(trainer.weights.names, trainer.weights.ema.averages))
     for name, parameter in fresh.named_parameters():
         if "lora" in name:
             assert torch.equal(parameter, own["transformer." + name.replace("default_0", "default")])
@@ -111,19 +111,14 @@ def test_full_weights_are_saved_as_diffusers_loads_them(pipes, small_config):
     assert all(torch.equal(p, weights_of(trainer)[name]) for name, p in loaded.named_parameters())
 
 
-def test_bfloat16_autocast_trains_float32_weights(pipes, small_config):
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(True)
-    try:
-        config = small_config(model={"mixed_precision": "bf16"}, optimizer={"learning_rate": 1e-4})
-        trainer = FlowDPPOTrainer(pipes.digits(), ink, PROMPTS, config)
-        rollout = trainer.sample(0)
-        assert rollout.trajectories[0].velocity.dtype == torch.bfloat16
-        history = trainer.train()
-    finally:
-        AcceleratorState._reset_state(True)
-    assert {p.dtype for p in trainer.parameters} == {torch.float32}
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_autocast_trains_float32_weights(pipes, small_config, precision, dtype):
+    config = small_config(model={"mixed_precision": precision}, optimizer={"learning_rate": 1e-4})
+    trainer = FlowDPPOTrainer(pipes.digits(), ink, PROMPTS, config)
+    rollout = trainer.sample(0)
+    assert rollout.trajectories[0].velocity.dtype == dtype
+    history = trainer.train()
+    assert {p.dtype for p in trainer.weights.parameters} == {torch.float32}
     assert all(m["grad_norm"] > 0 and m["skipped_updates"] == 0 for m in history)
 
 
@@ -176,7 +171,7 @@ def test_a_killed_run_ends_where_an_uninterrupted_one_ends(pipes, small_config, 
     assert without_times(history) == without_times(expected)
     assert [m["iteration"] for m in history] == [1, 2, 3, 4, 5]
     assert all(torch.equal(a, b) for a, b in zip(weights_of(resumed).values(), weights_of(whole).values()))
-    assert all(torch.equal(a, b) for a, b in zip(resumed.ema.averages, whole.ema.averages))
+    assert all(torch.equal(a, b) for a, b in zip(resumed.weights.ema.averages, whole.weights.ema.averages))
     last = [
         load_file(tmp_path / name / "checkpoints/iteration-000005/optimizer.safetensors")
         for name in ("whole", "broken")
@@ -227,19 +222,21 @@ def test_metrics_file_and_config_copy(pipes, small_config):
     assert expected <= seen[0].keys()
 
 
-def test_updates_that_are_not_finite_are_skipped_counted_and_stop_the_run(pipes, small_config):
+def test_updates_that_are_not_finite_are_skipped_counted_and_stop_the_run(pipes, small_config, monkeypatch):
     calls = []
 
-    def sometimes_nan(images, prompts, metadata):
+    def sometimes_nan(*arguments, **options):
+        # a reward cannot do it: one that is not finite is an error of its own
         calls.append(1)
-        return ink(images, prompts, metadata) * (float("nan") if len(calls) == 2 else 1.0)
+        return advantages_of(*arguments, **options) * (float("nan") if len(calls) == 2 else 1.0)
 
+    monkeypatch.setattr("flowdppo_fast.trainer.trainer.advantages_of", sometimes_nan)
     config = small_config(optimizer={"max_skipped_updates": 3})
-    trainer = FlowDPPOTrainer(pipes.digits(), sometimes_nan, PROMPTS, config)
+    trainer = FlowDPPOTrainer(pipes.digits(), ink, PROMPTS, config)
     at = []
 
     def keep(metrics):
-        at.append((weights_of(trainer), [s["step"].item() for s in trainer.optimizer.state.values()], metrics))
+        at.append((weights_of(trainer), [s["step"].item() for s in trainer.optimizer.adamw.state.values()], metrics))
 
     # two epochs of two updates are skipped in the second iteration, one more than allowed
     with pytest.raises(RuntimeError, match="4 updates were skipped"):
@@ -275,13 +272,13 @@ def test_updates_do_not_wait_for_the_device(pipes, small_config, name):
     trainer.train()
     rollout = trainer.sample(3)
     # as on a GPU, where looking for gradients that are zero would be a sync
-    trainer._free_reads = False
+    trainer._looks = False
     with CountSyncs() as counter:
-        trainer.update(rollout, range(16), on_policy=True)
+        trainer.update(rollout, range(16), number=0)
     assert counter.found == []
-    trainer._free_reads = True
+    trainer._looks = True
     with CountSyncs() as counter:
-        trainer.update(rollout, range(16), on_policy=False)
+        trainer.update(rollout, range(16), number=1)
     assert counter.found == ["_local_scalar_dense"] * 2
 
 
@@ -294,11 +291,11 @@ def test_a_backward_without_gradient_is_skipped_and_changes_nothing(pipes, small
             PROMPTS,
             small_config(run={"output_dir": "unused"}),
         )
-        trainer._free_reads = free
+        trainer._looks = free
         rollout = trainer.sample(0)
         # half of the micro-batches has no advantage
         rollout.advantages = torch.tensor([1.0, -1.0] * 4 + [0.0] * 8)
-        trainer.update(rollout, range(16), on_policy=True)
+        trainer.update(rollout, range(16), number=0)
         results.append(weights_of(trainer))
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
@@ -331,3 +328,46 @@ def test_prompts_and_arguments_are_checked_before_weights_are_touched(pipes, sma
     with pytest.raises(ValueError, match=message):
         FlowDPPOTrainer(pipeline, ink, prompts, small_config(model={"train": "lora"}, sampling=options))
     assert {name: p.requires_grad for name, p in pipeline.transformer.named_parameters()} == state
+
+
+def test_the_row_log_says_what_happened_to_every_row(pipes, small_config):
+    config = small_config(
+        objective={"threshold": 1e-5}, optimizer={"learning_rate": 0.01}, run={"iterations": 2},
+        sampling={"batch_size": 4},
+    )  # fmt: skip
+    trainer = FlowDPPOTrainer(pipes.digits(), ink, PROMPTS, config)
+    history = trainer.train()
+    lines = [json.loads(line) for line in (trainer.output / "rows.jsonl").read_text().splitlines()]
+    assert [(line["iteration"], line["update"]) for line in lines] == [(i, u) for i in (1, 2) for u in range(4)]
+    for metrics in history:
+        mine = [line for line in lines if line["iteration"] == metrics["iteration"]]
+        assert all(line["steps"] == [0, 1, 2] and line["elements"] == 64 for line in mine)
+        # two updates an epoch, each with half of the 16 rows
+        assert sorted(mine[0]["rows"] + mine[1]["rows"]) == sorted(mine[2]["rows"] + mine[3]["rows"]) == list(range(16))
+        kl, kept, log_ratio = (
+            torch.tensor([line[name] for line in mine], dtype=torch.float64) for name in ("kl", "kept", "log_ratio")
+        )
+        assert kl.shape == (4, 8, 3)
+        assert float(kl.mean()) == pytest.approx(metrics["kl_new_old_mean"], rel=1e-5)
+        assert 1 - float(kept.mean()) == pytest.approx(metrics["masked_fraction"], abs=1e-6)
+        assert float(log_ratio[0].abs().max()) < 1e-5 < float(log_ratio[1:].abs().max())
+        # a dropped row is beyond the threshold and moves on in the direction of its advantage
+        advantage = torch.tensor([line["advantage"] for line in mine])[..., None]
+        assert torch.equal(kept == 0, (kl >= 1e-5) & (advantage * log_ratio > 0))
+    assert any(0 in row for line in lines for row in line["kept"])
+
+
+def test_the_row_log_can_be_left_out_and_follows_a_resume(pipes, small_config):
+    trainer = FlowDPPOTrainer(pipes.digits(), ink, PROMPTS, small_config(run={"iterations": 2}))
+    trainer.train()
+    path = trainer.output / "rows.jsonl"
+    whole = path.read_text()
+    later = json.loads(whole.splitlines()[-1]) | {"iteration": 3}
+    path.write_text(whole + json.dumps(later) + "\n" + '{"iteration": 3, "upd')
+    FlowDPPOTrainer(pipes.digits(), ink, PROMPTS, small_config(run={"iterations": 2})).train(resume=True)
+    assert path.read_text() == whole
+    path.unlink()
+    FlowDPPOTrainer(pipes.digits(), ink, PROMPTS, small_config(run={"iterations": 3, "row_log": False})).train(
+        resume=True
+    )
+    assert not path.exists()

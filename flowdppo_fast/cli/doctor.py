@@ -1,4 +1,4 @@
-"""``flowdppo``: the command line. ``flowdppo doctor`` says what is built, what is usable here, and why not."""
+"""``flowdppo doctor``: what is built, what is usable here, and why not."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import argparse
 import importlib.metadata
 import json
 import platform
-import sys
 from typing import Any
 
 import torch
 
-from . import backend
+from .. import backend
 
 _OPTIONAL = ("triton", "diffusers", "transformers", "accelerate", "peft", "safetensors")
 
@@ -64,20 +63,14 @@ def _print_doctor(report: dict[str, Any]) -> None:
         print(f"backend='auto' takes {name!r} for {device} tensors")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Entry point of the ``flowdppo`` command."""
-    parser = argparse.ArgumentParser(prog="flowdppo", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    doctor = commands.add_parser("doctor", help="what is built, what is usable here, and why not")
-    doctor.add_argument("--json", action="store_true", help="machine-readable report")
-    options = parser.parse_args(arguments)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="machine-readable report")
+
+
+def run(options: argparse.Namespace) -> int:
     report = doctor_report()
     if options.json:
         print(json.dumps(report, indent=2))
     else:
         _print_doctor(report)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,123 @@
+"""``python -m bench.learning``: make checkpoints, tune, sweep, repeat a run, draw figures, write the page."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import paths, plan, results, sweep
+from .requests import load_settings
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m bench.learning", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    pretrain = commands.add_parser("pretrain", help="make the checkpoints that runs start from")
+    pretrain.add_argument("--output", type=Path, default=paths.CHECKPOINTS)
+    pretrain.add_argument("--steps", type=int, default=4000, help="of the shapes transformer")
+    pretrain.add_argument("--judge-steps", type=int, default=400)
+
+    for name, text in (("tune", "runs from which each method's bound is chosen"), ("sweep", "the runs of the page")):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("--results", type=Path, default=paths.TUNING if name == "tune" else paths.RESULTS)
+        command.add_argument("--shard", default="1/1", metavar="I/N", help="this process is number I of N")
+        command.add_argument("--minutes", type=float, help="start no run after so many minutes")
+        command.add_argument("--task", choices=("digits", "shapes"), help="only the runs of this task")
+
+    status = commands.add_parser("status", help="what of the sweep is done")
+    status.add_argument("--results", type=Path, default=paths.RESULTS)
+
+    choose = commands.add_parser("choose", help="print what the tuning runs choose")
+    choose.add_argument("--results", type=Path, default=paths.TUNING)
+
+    repeat = commands.add_parser("repeat", help="run a run file's request again and compare")
+    repeat.add_argument("file", type=Path)
+
+    quick = commands.add_parser("quick", help="one short run of every method; asserts mechanics, not who wins")
+    quick.add_argument("--output", type=Path, help="keep the run files there")
+
+    document = commands.add_parser("document", help="figures and the tables of docs/learning.md from run files")
+    document.add_argument("--results", type=Path, default=paths.RESULTS)
+    document.add_argument("--check", action="store_true", help="only say whether the tables are up to date")
+
+    return _COMMANDS[(options := parser.parse_args(arguments)).command](options)
+
+
+def _pretrain(options: argparse.Namespace) -> int:
+    from .pretrain import make
+
+    make(options.output, steps=options.steps, judge_steps=options.judge_steps)
+    return 0
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    settings = load_settings()
+    cells = plan.tuning(settings) if options.command == "tune" else plan.sweep(settings)
+    if options.task:
+        cells = [cell for cell in cells if cell.task == options.task]
+    number, shards = (int(part) for part in options.shard.split("/"))
+    if not 1 <= number <= shards:
+        raise SystemExit(f"--shard: got {options.shard!r}, expected I/N with 1 <= I <= N")
+    until = None if options.minutes is None else time.time() + 60 * options.minutes
+    sweep.run_all(cells, settings, options.results, shard=number - 1, shards=shards, until=until)
+    return 0
+
+
+def _status(options: argparse.Namespace) -> int:
+    print(sweep.status(plan.by_study(load_settings()), options.results))
+    return 0
+
+
+def _choose(options: argparse.Namespace) -> int:
+    print(json.dumps(plan.choose(results.load(options.results)), indent=2))
+    return 0
+
+
+def _repeat(options: argparse.Namespace) -> int:
+    from .runs import differences, run
+
+    recorded = results.load_file(options.file).result
+    found = differences(recorded, run(recorded["request"]))
+    for line in found:
+        print(line)
+    made = recorded["environment"]
+    print(
+        f"{options.file.name}: {f'{len(found)} numbers differ' if found else 'bit for bit the same'} "
+        f"(recorded by {made['git_sha']}, torch {made['torch']}, {made['cpu']})"
+    )
+    return 1 if found else 0
+
+
+def _quick(options: argparse.Namespace) -> int:
+    from .quick import check
+
+    for line in check(options.output):
+        print(line)
+    return 0
+
+
+def _document(options: argparse.Namespace) -> int:
+    from .document import update
+
+    return update(options.results, check=options.check)
+
+
+_COMMANDS = {
+    "pretrain": _pretrain,
+    "tune": _sweep,
+    "sweep": _sweep,
+    "status": _status,
+    "choose": _choose,
+    "repeat": _repeat,
+    "quick": _quick,
+    "document": _document,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

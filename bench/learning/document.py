@@ -1,0 +1,195 @@
+"""Fills the generated tables of docs/learning.md and draws its figures, from run files alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import analyses, figures, paths, plan, tables
+from .methods import METHODS
+from .requests import load_settings
+from .results import Run, load
+from .tasks import load_task
+
+_BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def filled(text: str, runs: Sequence[Run], settings: Mapping[str, Any]) -> str:
+    """The page with its tables made anew.
+
+    Raises:
+        ValueError: a table that is not known, or one that the page lacks.
+    """
+    names = [name for _, name, _ in _BLOCK.findall(text)]
+    if sorted(names) != sorted(tables.TABLES):
+        raise ValueError(f"tables: got {names} in the page, expected each of {list(tables.TABLES)} once")
+    return _BLOCK.sub(lambda found: found[1] + tables.TABLES[found[2]](runs, settings) + "\n" + found[3], text)
+
+
+def update(folder: Path, *, check: bool) -> int:
+    """Writes tables and figures; with ``check`` only looks at the tables. Returns the exit status."""
+    runs, settings = load(folder), load_settings()
+    before = paths.PAGE.read_text()
+    after = filled(before, runs, settings)
+    if check:
+        if before != after:
+            print(f"{paths.PAGE.name}: tables are not those of the run files; run `python -m bench.learning document`")
+            return 1
+        print(f"{paths.PAGE.name}: tables are those of {len(runs)} run files")
+        return 0
+    paths.PAGE.write_text(after)
+    for path in draw(runs, settings, paths.FIGURES):
+        print(path)
+    return 0
+
+
+def draw(runs: Sequence[Run], settings: Mapping[str, Any], folder: Path) -> list[Path]:
+    """All figures for which there are runs."""
+    made = [figure(runs, settings, folder / f"{name}.png") for name, figure in _FIGURES.items()]
+    return [path for path in made if path is not None]
+
+
+_REWARD = "judge reward on trained prompts\n[margins of a real page]"
+
+
+def _drift(place: Mapping) -> float:
+    return place["drift_nats"]
+
+
+def _frontier(runs: Sequence[Run], settings: Mapping[str, Any], path: Path) -> Path | None:
+    axes = (_drift, analyses.reward_of), (figures.DRIFT, _REWARD)
+    return figures.along_training(runs, tables.present_tasks(runs), *axes, path, settings["tuned"])
+
+
+def _forgetting(runs: Sequence[Run], settings: Mapping[str, Any], path: Path) -> Path | None:
+    label = "Frechet distance on held-out prompts\n[feature variances]"
+    axes = (analyses.reward_of, analyses.held_out("frechet")), (_REWARD, label)
+    return figures.along_training(runs, tables.present_tasks(runs), *axes, path, settings["tuned"])
+
+
+def _hacking(runs: Sequence[Run], settings: Mapping[str, Any], path: Path) -> Path | None:
+    label = "held-out prompts that an independent\njudge reads as asked [share]"
+    axes = (analyses.reward_of, analyses.held_out("accuracy")), (_REWARD, label)
+    return figures.along_training(runs, tables.present_tasks(runs), *axes, path, settings["tuned"])
+
+
+def _balance(runs: Sequence[Run], settings: Mapping[str, Any], path: Path) -> Path | None:
+    sets = [(task, count) for task in tables.present_tasks(runs) for count in (2, 3)]
+    found = []
+    for task, count in sets:
+        values = {}
+        for method in METHODS:
+            members = tables.several(runs, task, method, count)
+            if members:
+                values[method] = {name: [run.gains()[name] for run in members] for name in members[0].gains()}
+        if values:
+            found.append((task, count, values))
+    if not found:
+        return None
+    figure, axes = figures.panels(len(found))
+    for axis, (task, count, values) in zip(axes, found):
+        figures.bars(values, axis, "gain [sd of the pretrained model's pages]")
+        axis.set_title(f"{task}, {count} rewards")
+    return figures.save(figure, path)
+
+
+def _reuse(runs: Sequence[Run], settings: Mapping[str, Any], path: Path) -> Path | None:
+    tasks = [t for t in tables.present_tasks(runs) if any(r.cell.task == t and r.cell.inner_epochs != 2 for r in runs)]
+    if not tasks:
+        return None
+    figure, axes = figures.panels(2 * len(tasks))
+    values: list[tuple[str, Callable[[Run], float]]] = [
+        ("final judge reward\n[margins of a real page]", lambda run: run.reward()),
+        ("largest fall from the run's own best\n[margins of a real page]", analyses.fall),
+    ]
+    for number, task in enumerate(tasks):
+        for axis, (label, value) in zip(axes[2 * number :], values):
+            groups: dict[str, dict[float, list[float]]] = {}
+            for method in METHODS:
+                for epochs in plan.EPOCHS:
+                    members = tables.reused(runs, task, method, epochs, settings)
+                    if members:
+                        groups.setdefault(method, {})[epochs] = [value(run) for run in members]
+            groups = {method: points for method, points in groups.items() if len(points) > 1}
+            figures.against(groups, axis, "inner epochs per rollout", logarithmic=True)
+            axis.set_xticks(plan.EPOCHS, [str(epochs) for epochs in plan.EPOCHS])
+            axis.minorticks_off()
+            axis.set(ylabel=label, title=task)
+    axes[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+    return figures.save(figure, path)
+
+
+def _noise(runs: Sequence[Run], settings: Mapping[str, Any], path: Path) -> Path | None:
+    tasks = tables.present_tasks(runs)
+    if not tasks:
+        return None
+    figure, (left, right) = figures.panels(2)
+    for task, colour, marker in zip(tasks, ("#0072B2", "#D55E00"), "os"):
+        elements = load_task(task).elements
+        members = [r for r in analyses.plain(runs, task) if r.cell.method in ("flow_grpo", "flow_dppo", "unclipped")]
+        table = [entry for entry in analyses.pooled_noise(members) if entry["rows"] >= 200]
+        kl = [entry["kl"] / elements for entry in table]
+        spread = [entry["log_ratio_std"] / elements for entry in table]
+        left.loglog(kl, spread, color=colour, marker=marker, linestyle="", label=f"{task}, N={elements:,}")
+        left.loglog(kl, [(2 * value / elements) ** 0.5 for value in kl], color=colour, linestyle=":")
+    left.plot([], [], color="black", linestyle=":", label="sqrt(2 D / N)")
+    span = left.get_xlim()
+    left.plot(span, span, color="#595959", linestyle="--", linewidth=1, label="D itself: the mean is -D")
+    left.set_xlim(span)
+    left.set(xlabel="KL of a row, per element: D", ylabel="standard deviation of log r, per element")
+    left.legend(fontsize=8, frameon=False)
+    for task, colour, marker in zip(tasks, ("#0072B2", "#D55E00"), "os"):
+        members = analyses.tuned(analyses.plain(runs, task), "flow_grpo", settings["tuned"])
+        points: dict[float, tuple[float, float]] = {}
+        for clip in settings["clips"]:
+            dropped, wrong, _ = analyses.spurious(members, clip)
+            if dropped:
+                pair = (figures.estimate(list(values.values())).median for values in (dropped, wrong))
+                points[clip] = tuple(100 * value for value in pair)  # type: ignore[assignment]
+        right.plot(*zip(*points.values()), color=colour, marker=marker, label=task)
+        for clip, place in points.items():
+            right.annotate(f"{clip:g}", place, textcoords="offset points", xytext=(5, 5), fontsize=8)
+    right.set(
+        xlabel="rows that the clip drops [%]", ylabel="of these: spurious, near by the exact KL [%]", ylim=(0, 105)
+    )
+    right.set_title("Flow-GRPO runs; labels: clip range [nats]", fontsize=10)
+    right.legend(fontsize=8, frameon=False)
+    return figures.save(figure, path)
+
+
+def _thresholds(runs: Sequence[Run], settings: Mapping[str, Any], path: Path) -> Path | None:
+    tasks = [
+        t for t in tables.present_tasks(runs) if any(r.cell.method == "symmetric" for r in analyses.plain(runs, t))
+    ]
+    if not tasks:
+        return None
+    figure, axes = figures.panels(2 * len(tasks))
+    values: list[tuple[str, Callable[[Run], float]]] = [
+        ("final judge reward\n[margins of a real page]", lambda run: run.reward()),
+        (figures.DRIFT, lambda run: run.drift),
+    ]
+    for number, task in enumerate(tasks):
+        plain = analyses.plain(runs, task)
+        for axis, (label, value) in zip(axes[2 * number :], values):
+            groups: dict[str, dict[float, list[float]]] = {}
+            for method in ("flow_dppo", "flow_dppo_cps", "symmetric"):
+                for run in plain:
+                    if run.cell.method == method:
+                        groups.setdefault(method, {}).setdefault(run.cell.bound, []).append(value(run))
+            figures.against(groups, axis, "threshold of the mask [nats per step]", logarithmic=True)
+            axis.set(ylabel=label, title=task)
+    axes[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+    return figures.save(figure, path)
+
+
+_FIGURES: dict[str, Callable[[Sequence[Run], Mapping[str, Any], Path], Path | None]] = {
+    "frontier": _frontier,
+    "forgetting": _forgetting,
+    "hacking": _hacking,
+    "balance": _balance,
+    "reuse": _reuse,
+    "noise": _noise,
+    "thresholds": _thresholds,
+}

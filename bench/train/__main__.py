@@ -1,0 +1,148 @@
+"""Command line of the end-to-end benchmark; ``python -m bench.train --help``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from bench.ops import threads
+from bench.ops.__main__ import _command, _open, _relative
+
+_PAGE = Path("docs") / "performance.md"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; 0 when all is well, 1 when a contender was refused, 2 for a call that makes no sense."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = _parser().parse_args(arguments)
+    threads.prepare()
+    try:
+        return options.run(options, arguments)
+    except (ValueError, RuntimeError) as error:
+        print(f"bench.train: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench.train", description="The end-to-end benchmark.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    run = commands.add_parser("run", help="measure, and write results.json, table.md and plots into a folder")
+    run.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    run.add_argument("--quick", action="store_true", help="2 rounds, on a CPU of a model of no size; not for quoting")
+    run.add_argument("--workloads", nargs="+", default=["default"], metavar="NAME")
+    run.add_argument("--rounds", type=int, metavar="N", help="measured iterations per contender; default 5, quick 2")
+    run.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads")
+    run.add_argument("--budget", type=float, metavar="SECONDS", help="begin no further round after this long")
+    run.add_argument(
+        "--output", type=Path, metavar="DIR", help="default bench/results/..., quick: runs/bench-train-quick"
+    )
+    run.set_defaults(run=_run)
+
+    worker = commands.add_parser("worker", help="peak memory of one contender, for `run`")
+    worker.add_argument("workload")
+    worker.add_argument("contender")
+    worker.set_defaults(run=_worker)
+
+    for name, action, text in (("table", _table, "print"), ("plot", _plot, "draw")):
+        command = commands.add_parser(name, help=f"{text} a result folder")
+        command.add_argument("folder", type=Path, metavar="DIR")
+        command.set_defaults(run=action)
+
+    page = commands.add_parser("page", help="write the block bench:train:<device> of a page from a result folder")
+    page.add_argument("folder", type=Path, metavar="DIR")
+    page.add_argument("--check", action="store_true", help="only fail if the page differs")
+    page.add_argument("--page", type=Path, default=_PAGE)
+    page.set_defaults(run=_page)
+    return parser
+
+
+def _run(options: argparse.Namespace, arguments: list[str]) -> int:
+    import torch
+
+    from bench.ops import environment
+
+    from . import plots, results, table
+    from .run import execute
+    from .workloads import TINY, select
+
+    device = _open(options.device)
+    if device.kind == "cpu":
+        torch.set_num_threads(options.threads)
+    tiny = options.quick and device.kind == "cpu" and options.workloads == ["default"]
+    chosen = [TINY] if tiny else select(options.workloads, device.kind)
+    folder = options.output
+    if folder is None:
+        named = environment.result_folder(device)
+        folder = (
+            Path("runs") / "bench-train-quick" / device.kind
+            if options.quick
+            else named.with_name(named.name + "-train")
+        )
+    result = execute(
+        chosen,
+        device,
+        folder,
+        lambda line: print(line, flush=True),
+        quick=options.quick,
+        command=_command(arguments).replace("bench.ops", "bench.train"),
+        count=options.rounds,
+        budget=options.budget,
+    )
+    text = table.full(result)
+    (folder / "table.md").write_text(text)
+    print("\n" + text)
+    written = [folder / results.FILE, folder / "table.md", *plots.draw(result, folder / "plots")]
+    print(f"written: {', '.join(map(str, written))}")
+    refused = [e["name"] for w in result["workloads"] for e in w["contenders"] if e["status"] != "ok"]
+    return 1 if refused else 0
+
+
+def _worker(options: argparse.Namespace, arguments: list[str]) -> int:
+    import torch
+
+    from .run import worker
+    from .workloads import select
+
+    torch.set_num_threads(1)
+    print(json.dumps(worker(select([options.workload], "cpu")[0], options.contender)))
+    return 0
+
+
+def _table(options: argparse.Namespace, arguments: list[str]) -> int:
+    from . import results, table
+
+    print(table.full(results.load(options.folder)), end="")
+    return 0
+
+
+def _plot(options: argparse.Namespace, arguments: list[str]) -> int:
+    from . import plots, results
+
+    for path in plots.draw(results.load(options.folder), options.folder / "plots"):
+        print(path)
+    return 0
+
+
+def _page(options: argparse.Namespace, arguments: list[str]) -> int:
+    from bench.ops.table import PageError, place
+
+    from . import results, table
+
+    result = results.load(options.folder)
+    if result["quick"]:
+        raise ValueError(f"{options.folder}: a quick run is nothing to put into a page")
+    name = f"train:{result['device']}"
+    try:
+        changed = place(options.page, name, table.page(result, _relative(options.folder)), check=options.check)
+    except PageError as error:
+        print(f"bench.train: {error}", file=sys.stderr)
+        return 1
+    print(f"{options.page}: block {name!r} {'written' if changed else 'is up to date'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

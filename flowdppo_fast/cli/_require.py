@@ -1,0 +1,25 @@
+"""What commands need beyond torch, said before it is imported."""
+
+from __future__ import annotations
+
+import importlib.util
+
+_TRAINER = {
+    "accelerate": "accelerate",
+    "diffusers": "diffusers",
+    "matplotlib": "matplotlib",
+    "peft": "peft",
+    "safetensors": "safetensors",
+    "tqdm": "tqdm",
+    "transformers": "transformers",
+    "yaml": "pyyaml",
+}
+
+
+def require_trainer() -> None:
+    """Raises:
+    ValueError: a package of the ``trainer`` extra is not installed.
+    """
+    missing = [package for module, package in _TRAINER.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} not installed; pip install 'flowdppo_fast[trainer]' brings them")

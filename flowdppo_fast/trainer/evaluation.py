@@ -1,0 +1,64 @@
+"""Held-out prompts, sampled without noise and with the same seeds every time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .advantages import weighted_reward
+from .config import FlowDPPOConfig
+from .distributed import Workers
+from .rollout import PromptSource, derive_seed
+
+
+class Evaluation:
+    """Rewards and images of ``prompts`` under the present weights.
+
+    Args:
+        prompts: as those of the trainer.
+        pipeline: sampled with its own scheduler.
+        config: of the run.
+        workers: processes among which the images are split.
+        generate: ``(source, entries, seeds, num_steps, pipeline_kwargs) -> (images, rewards by name)`` of one call.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[str | Mapping[str, Any]],
+        pipeline: Any,
+        config: FlowDPPOConfig,
+        workers: Workers,
+        generate: Callable[..., tuple[Any, dict[str, Tensor]]],
+    ):
+        self.options = {**config.sampling.pipeline_kwargs, **config.evaluation.pipeline_kwargs}
+        self.source = PromptSource(prompts, pipeline, [*self.options, "return_dict"])
+        self.config, self.workers, self.generate = config, workers, generate
+
+    def run(self) -> tuple[dict[str, float], list[Any], list[str]]:
+        """Mean rewards over all images, and this process's images with their captions."""
+        e, s = self.config.evaluation, self.config.sampling
+        count = e.images_per_prompt
+        total = len(self.source.entries) * count
+        # every process makes the same number of calls; what is left over is sampled twice and counted once
+        each = -(-total // self.workers.count)
+        rows = [min(self.workers.rank * each + place, total - 1) for place in range(each)]
+        batch = s.batch_size or s.prompts_per_rollout * s.group_size
+        images: list[Any] = []
+        parts: list[dict[str, Tensor]] = []
+        for start in range(0, each, batch):
+            part = rows[start : start + batch]
+            entries = [self.source.entries[row // count] for row in part]
+            seeds = [derive_seed(self.config.run.seed, "evaluation", row) for row in part]
+            made, rewards = self.generate(self.source, entries, seeds, e.num_steps or s.num_steps, self.options)
+            images += list(made)
+            parts.append(rewards)
+        self.workers.agree()
+        named = {name: self.workers.gather(torch.cat([part[name] for part in parts]))[:total] for name in parts[0]}
+        named["reward"] = weighted_reward(named, self.config.advantage.reward_weights)
+        metrics = {name: float(value.mean()) for name, value in named.items()}
+        shown = [self.source.entries[row // count] for row in rows]
+        captions = [str(entry.get("text", entry.get("prompt"))) for entry in shown]
+        return metrics, images, captions

@@ -1,0 +1,34 @@
+"""Rewards: the protocol, the built-in ones, rewards by name, and scoring in the background.
+
+>>> from flowdppo_fast.trainer.rewards import build_rewards
+>>> reward, weights = build_rewards({"pickscore": 1.0, "jpeg": 0.01})
+"""
+
+from .aesthetic import AestheticScore
+from .background import BackgroundScorer, RewardHandle
+from .classifier import ClassifierReward
+from .clip import CLIPScore, PickScore
+from .http import HTTPReward, RewardServerError
+from .images import to_pixels
+from .jpeg import JPEGCompressibility, JPEGIncompressibility
+from .protocol import Reward, move_reward, score
+from .registry import CombinedReward, build_rewards
+
+__all__ = [
+    "AestheticScore",
+    "BackgroundScorer",
+    "CLIPScore",
+    "ClassifierReward",
+    "CombinedReward",
+    "HTTPReward",
+    "JPEGCompressibility",
+    "JPEGIncompressibility",
+    "PickScore",
+    "Reward",
+    "RewardHandle",
+    "RewardServerError",
+    "build_rewards",
+    "move_reward",
+    "score",
+    "to_pixels",
+]

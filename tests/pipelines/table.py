@@ -1,0 +1,104 @@
+"""Writes ``docs/pipelines.md`` from what recording the pipelines finds: ``python -m tests.pipelines.table``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flowdppo_fast.trainer.arguments import tensors_of
+from flowdppo_fast.trainer.recorder import Trajectory
+
+from .cases import CASES, HALF, REFUSED, Case, Recording, hollow, record
+from .tiny import FAMILIES
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "pipelines.md"
+BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
+
+
+def nbytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of different tensors."""
+    return sum({id(x): x.untyped_storage().nbytes() for x in tensors}.values())
+
+
+def shares(trajectory: Trajectory) -> tuple[float, float]:
+    """Bytes per image and step, and bytes that all images and steps share."""
+    rows, steps = trajectory.velocity.shape[:2]
+    held = [{id(x): x for x in tensors_of(step.calls)} for step in trajectory.steps]
+    shared = set(held[0]).intersection(*held[1:])
+    own = nbytes(x for step in held for key, x in step.items() if key not in shared)
+    common = nbytes(held[0][key] for key in shared)
+    return (own + nbytes([trajectory.velocity])) / (rows * steps), common
+
+
+def line(name: str, case: Case, recording: Recording) -> str:
+    """The table's line of a case."""
+    trajectory, check = recording.trajectory, recording.recorder.verify(recording.trajectory, [1, 2])
+    assert check.same_geometry == 0.0, name
+    calls = sorted({len(step.calls) for step in trajectory.steps})
+    rules = list(dict.fromkeys(f"`{step.rule}`" for step in trajectory.steps))
+    options = ", ".join(f"{key}={value}" for key, value in case.options.items()) or "none"
+    at_size = "not computed | |"
+    # where guidance stops on the way, what is shared depends on which steps are chosen
+    if FAMILIES[case.family].published is not None and case.groups != HALF:
+        per_step, shared = shares(hollow(case).trajectory)
+        at_size = f"{per_step / 1e6:.2f} MB | {shared / 1e6:.2f} MB |"
+    joined = "/".join(str(len(group)) for group in trajectory.groups)
+    return (
+        f"| {recording.recorder.name} | {options} | {', then '.join(rules)} | {'/'.join(map(str, calls))} | {joined} | "
+        f"{trajectory.nbytes:,} | {at_size}"
+    )
+
+
+def table(recordings: dict[str, Recording]) -> str:
+    """The generated part of the document, from recordings of all cases."""
+    lines = [
+        "| pipeline | options | rule found | calls per step | steps per replay | bytes, tiny "
+        "| computed: per image and step | computed: shared |",
+        "|---|---|---|---|---|---:|---:|---:|",
+        *(line(name, case, recordings[name]) for name, case in CASES.items()),
+    ]
+    sizes = {}
+    for case in CASES.values():
+        family = FAMILIES[case.family]
+        if family.published is not None:
+            sizes[family.model] = (
+                f"{family.published.tokens} text tokens of {family.published.text}, "
+                f"{family.published.channels} latent channels"
+            )
+    lines += ["", "Sizes of the two computed columns:", ""]
+    lines += [f"- {model}: {text}" for model, text in sizes.items()]
+    lines += ["", "What is refused, and in which words:", "", "| pipeline | message |", "|---|---|"]
+    lines += [f"| {name} | {refusal(name)} |" for name in REFUSED]
+    return "\n".join(lines)
+
+
+def refusal(name: str) -> str:
+    """The message with which a pipeline is refused."""
+    try:
+        REFUSED[name]()
+    except ValueError as error:
+        return str(error)
+    raise AssertionError(f"{name} was not refused")
+
+
+def committed() -> str:
+    """The generated part of the document as it stands."""
+    return DOCUMENT.read_text().split(BEGIN)[1].split(END)[0].strip()
+
+
+def main() -> int:
+    # more threads only get into each other's way on tensors this small
+    torch.set_num_threads(1)
+    text = DOCUMENT.read_text()
+    made = table({name: record(case) for name, case in CASES.items()})
+    head, tail = text.split(BEGIN)[0], text.split(END)[1]
+    DOCUMENT.write_text(f"{head}{BEGIN}\n{made}\n{END}{tail}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
