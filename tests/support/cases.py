@@ -81,6 +81,8 @@ def applicable(objective: str, form: str) -> bool:
 def middle_gap(values: Tensor) -> float:
     """A number well away from all ``values``: the geometric middle of their widest gap."""
     ordered = values.abs().flatten().sort().values
+    # rows that did not move at all are on the near side of any bound
+    ordered = ordered[ordered > 0]
     if ordered.numel() < 2:
         return 2.0 * float(ordered[0]) if ordered.numel() else 1.0
     gaps = ordered[1:] / ordered[:-1]
