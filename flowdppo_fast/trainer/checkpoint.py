@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,6 +22,8 @@ from torch import Tensor
 logger = get_logger(__name__)
 
 _PREFIX, _STATE = "iteration-", "state.json"
+# what a state file may name: files beside it
+_NAME = re.compile(r"[a-z]+(-\d+)?")
 # names of folders that are being written, removed, or were replaced by one of the same iteration
 _WRITING, _REMOVING, _REPLACED = ".writing-", ".removing-", ".replaced-"
 
@@ -127,9 +130,16 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """What :func:`save_checkpoint` was given: tensors on the CPU, and the state with its ``iteration``."""
+    """What :func:`save_checkpoint` was given: tensors on the CPU, and the state with its ``iteration``.
+
+    Raises:
+        RuntimeError: a file is not of the safetensors format.
+    """
     state = load_state(path)
-    return {name: load_file(path / f"{name}.safetensors") for name in state["files"]}, state
+    try:
+        return {name: load_file(path / f"{name}.safetensors") for name in state["files"]}, state
+    except SafetensorError as error:
+        raise RuntimeError(f"run.output_dir: {path} cannot be read ({error}), expected safetensors files") from None
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -142,6 +152,8 @@ def _state_and_fault(path: Path) -> tuple[dict[str, Any], str | None]:
     try:
         state = load_state(path)
         for name, file in state["files"].items():
+            if not _NAME.fullmatch(name):
+                return state, f"{_STATE} names {name!r}, which is no file of a checkpoint"
             size = (path / f"{name}.safetensors").stat().st_size
             if size != file["bytes"]:
                 return state, f"{name}.safetensors has {size} bytes, expected {file['bytes']}"

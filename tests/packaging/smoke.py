@@ -1,4 +1,4 @@
-"""What an installed wheel must do where there is no compiler: load its library, give the reference's numbers, say why not."""
+"""What an installed wheel must do where there is no compiler: load its library, and give the reference's numbers."""
 
 from __future__ import annotations
 
