@@ -80,12 +80,11 @@ FLOWDPPO_DEVICE RawSums load_sums(const double* from) {
   return {load_fresh(from), load_fresh(from + 1), load_fresh(from + 2), load_fresh(from + 3)};
 }
 
-// Whether this block is the last of `count` to get here; if so it sees what the others stored before. All threads must
-// call it, all get the same answer.
+// Whether this block is the last of `count` to get here; if so it sees what thread 0 of the others stored before. All
+// threads must call it, all get the same answer.
 FLOWDPPO_DEVICE bool arrives_last(unsigned* counter, int64_t count, ReduceShared& shared) {
-  device_fence();
-  block_barrier();
   if (thread_index() == 0) {
+    device_fence();
     const unsigned last = static_cast<unsigned>(count - 1);
     shared.last = take_ticket(counter, last) == last;
     device_fence();

@@ -63,11 +63,14 @@ class Layer:
         self.library.host_seed.argtypes = [ctypes.c_uint64]
         self.library.host_limits.argtypes = [ctypes.c_int64, ctypes.c_int]
         self._written: list[tuple[str, Tensor, int, int]] = []
+        # the layer knows buffers by their addresses: none may be given to another tensor
+        self._kept: list[Tensor] = []
 
     def reset(self) -> None:
         """Forgets errors, buffers and visits."""
         self._written.clear()
         self.library.host_reset()
+        self._kept.clear()
 
     def seed(self, seed: int) -> None:
         """The order of threads and blocks from now on."""
@@ -103,6 +106,7 @@ class Layer:
         span.copy_(tensor.detach().as_strided(span.shape, (1,)))
         view = span.as_strided(tensor.shape, tensor.stride())
         self.library.host_buffer(memory.data_ptr() + begin, size, access.encode())
+        self._kept.append(memory)
         if access == "w":
             self._written.append((name, memory, begin, size))
         return view
