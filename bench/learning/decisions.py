@@ -72,5 +72,6 @@ def summary(rows: Rows, clips: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def _short(value: float) -> float:
-    return float(f"{float(value):.4g}")
+def _short(value: float) -> float | None:
+    """Four digits; None for what is not finite, which JSON cannot say."""
+    return float(f"{float(value):.4g}") if np.isfinite(value) else None

@@ -18,7 +18,7 @@ from flowdppo_fast.row_data import read_rows
 from flowdppo_fast.trainer import FlowDPPOConfig, FlowDPPOTrainer
 
 from .decisions import summary
-from .evaluate import Pretrained, evaluate
+from .evaluate import Pretrained, draw, evaluate
 from .tasks import NamedRewards, load_task
 
 SCHEMA = 1
@@ -78,12 +78,12 @@ def run(request: Mapping[str, Any]) -> dict[str, Any]:
         failed = None
         try:
             history = trainer.train(on_iteration=after)
-        except RuntimeError as error:
-            if trainer.skipped_updates <= config.optimizer.max_skipped_updates:
+        except (RuntimeError, ValueError) as error:
+            pages, _ = draw(pipeline, task.trained, 1, num_steps=settings["num_steps"], guidance=settings["guidance"])
+            if trainer.skipped_updates <= config.optimizer.max_skipped_updates and torch.isfinite(pages).all():
                 raise
-            # updates without finite numbers: a result like any other, and none to leave out
+            # a model that lost its numbers is a result like any other, and none to leave out
             failed, history = str(error), metrics_so_far
-            measure(trainer.iteration, settings["final_per_prompt"])
         rows = read_rows(Path(folder) / "run" / "rows.jsonl")
     names = [name for name in _KEPT_METRICS if history and name in history[0]]
     return {
