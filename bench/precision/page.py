@@ -34,18 +34,20 @@ def pick(records: Iterable[dict], value: Callable[[list[float]], float], field: 
 
 
 def backend_table(result: dict[str, Any], model_dtype: str) -> str:
-    """Worst relative errors over the whole grid, by method."""
-    records = [record for record in result["records"] if record["model_dtype"] == model_dtype]
+    """Worst relative errors up to a KL of 10, and rows whose mask differs, by method."""
+    records = [r for r in result["records"] if r["model_dtype"] == model_dtype and r["nominal_kl"] <= 10]
     lines = [
-        "| method | KL | ratio | loss | gradient |",
-        "|---|---|---|---|---|",
+        "| method | KL | ratio | loss | gradient | rows with another mask |",
+        "|---|---|---|---|---|---|",
     ]
     for method in dict.fromkeys(record["method"] for record in records):
         cells = [
             pick(records, max, field, method=method)
             for field in ("kl_error", "ratio_error", "loss_error", "grad_error")
         ]
-        lines.append(f"| {method} | " + " | ".join(f"{cell:.1e}" for cell in cells if cell is not None) + " |")
+        wrong = pick(records, sum, "mask_differs", method=method)
+        numbers = " | ".join(f"{cell:.1e}" for cell in cells if cell is not None)
+        lines.append(f"| {method} | {numbers} | {wrong} |")
     return "\n".join(lines)
 
 
@@ -67,18 +69,20 @@ def draw(result: dict[str, Any], model_dtype: str, elements: int) -> plt.Figure:
     """KL seen over KL there is, and the error of the log-ratio, against the true KL."""
     records = [r for r in result["records"] if r["model_dtype"] == model_dtype and r["elements"] == elements]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    nominal = sorted({record["nominal_kl"] for record in records})
+    true = [pick(records, statistics.median, "true_kl", nominal_kl=kl) for kl in nominal]
+
+    def line(method: str, field: str) -> list[float | None]:
+        return [pick(records, statistics.median, field, method=method, nominal_kl=kl) for kl in nominal]
+
     for storage, (colour, marker) in zip(STORAGES, STYLES):
-        mine = [r for r in records if r["method"] == f"cpu: {storage}"]
-        divergences = sorted({r["true_kl"] for r in mine})
-        for axes, field in ((left, "kl_quotient"), (right, "log_ratio_error")):
-            values = [pick(mine, statistics.median, field, true_kl=kl) for kl in divergences]
-            axes.plot(divergences, values, color=colour, marker=marker, markersize=4, label=storage)
-    mine = [r for r in records if r["method"] == "peers: float32 means"]
-    divergences = sorted({r["true_kl"] for r in mine})
-    values = [pick(mine, statistics.median, "log_ratio_error", true_kl=kl) for kl in divergences]
-    right.plot(divergences, values, color="#000000", linestyle="--", label="peers: difference of two log-probs")
-    right.plot(divergences, [(2 * kl / elements) ** 0.5 for kl in divergences], color="#888888", linestyle=":",
-               label="size of a log-ratio, sqrt(2 KL / N)")  # fmt: skip
+        style = {"color": colour, "marker": marker, "markersize": 4, "label": storage}
+        left.plot(true, line(f"cpu: {storage}", "kl_quotient"), **style)
+        right.plot(true, line(f"cpu: {storage}", "log_ratio_error"), **style)
+    peers = line("peers: float32 means", "log_ratio_error")
+    right.plot(true, peers, color="#000000", linestyle="--", label="peers: difference of two log-probs")
+    size = [(2 * kl / elements) ** 0.5 for kl in nominal]
+    right.plot(true, size, color="#888888", linestyle=":", label="size of a log-ratio, sqrt(2 KL / N)")
     for threshold in (1e-5, 1e-6):
         left.axvline(threshold, color="#888888", linestyle=":", linewidth=1)
         left.text(threshold * 1.15, 0.97, f"threshold {threshold:.0e}", transform=left.get_xaxis_transform(),
