@@ -169,10 +169,14 @@ def _noise(runs: Sequence[Run], settings: Mapping[str, Any], path: Path) -> Path
     return figures.save(figure, path)
 
 
+_MASKS = ("flow_dppo", "flow_dppo_cps", "symmetric")
+
+
 def _thresholds(runs: Sequence[Run], settings: Mapping[str, Any], path: Path) -> Path | None:
-    tasks = [
-        t for t in tables.present_tasks(runs) if any(r.cell.method == "symmetric" for r in analyses.plain(runs, t))
-    ]
+    swept = {
+        t: {r.cell.bound for r in analyses.plain(runs, t) if r.cell.method in _MASKS} for t in ("digits", "shapes")
+    }
+    tasks = [task for task, bounds in swept.items() if len(bounds) > 1]
     if not tasks:
         return None
     figure, axes = figures.panels(2 * len(tasks))
@@ -184,7 +188,7 @@ def _thresholds(runs: Sequence[Run], settings: Mapping[str, Any], path: Path) ->
         plain = analyses.plain(runs, task)
         for axis, (label, value) in zip(axes[2 * number :], values):
             groups: dict[str, dict[float, list[float]]] = {}
-            for method in ("flow_dppo", "flow_dppo_cps", "symmetric"):
+            for method in _MASKS:
                 for run in plain:
                     if run.cell.method == method:
                         groups.setdefault(method, {}).setdefault(run.cell.bound, []).append(value(run))
