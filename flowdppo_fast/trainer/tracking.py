@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from accelerate.tracking import GeneralTracker, filter_trackers
 from tqdm.auto import tqdm
 
 from .logs import METRICS_FILE, append_lines
+
+logger = get_logger(__name__)
 
 PLOT_FILE, IMAGES_FOLDER, WANDB_ID_FILE = "metrics.png", "images", "wandb_id.txt"
 # metric: how the progress bar writes it
@@ -152,8 +155,15 @@ class RunLog:
     def __enter__(self) -> RunLog:
         return self
 
-    def __exit__(self, *exception: Any) -> None:
-        self.close()
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if kind is None:
+            self.close()
+            return
+        try:
+            self.close()
+        except Exception as second:
+            # what went wrong first, a full disk for one, is what has to be seen
+            logger.warning("the last plot could not be drawn: %s", second)
 
     def _start_trackers(self, done: int) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,8 @@ from support.problems import make_problem
 
 import flowdppo_fast as fast
 from flowdppo_fast import backend as backends
-from flowdppo_fast import cli, ops, reference
+from flowdppo_fast import ops, reference
+from flowdppo_fast.cli import doctor
 
 
 @pytest.fixture
@@ -214,13 +215,13 @@ def test_the_cuda_library_loads_without_a_gpu():
 
 def test_doctor_says_why_cuda_cannot_run(monkeypatch):
     monkeypatch.setattr(backends, "_CUDA_PROBLEM", "the CUDA library is not built")
-    report = cli.doctor_report()
+    report = doctor.doctor_report()
     assert report["backends"]["cuda"] == {"unusable": "the CUDA library is not built"}
     assert report["cuda_kernels"] is None
     if not torch.cuda.is_available():
         monkeypatch.setattr(backends, "_CUDA_PROBLEM", None)
-        monkeypatch.setattr(cli, "_cuda_kernels", lambda: "compiled for sm_90a")
-        assert cli.doctor_report()["backends"]["cuda"] == {"unusable": "torch sees no GPU"}
+        monkeypatch.setattr(doctor, "_cuda_kernels", lambda: "compiled for sm_90a")
+        assert doctor.doctor_report()["backends"]["cuda"] == {"unusable": "torch sees no GPU"}
 
 
 def test_import_is_light():

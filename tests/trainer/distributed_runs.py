@@ -165,7 +165,7 @@ def mortal(folder: str, sections: dict[str, dict], kind: str | None, at: int, co
     import signal
     import sys
 
-    from flowdppo_fast.trainer import checkpoint, resume
+    from flowdppo_fast.trainer import checkpoint, logs
 
     seen = dict.fromkeys(("time", "file", "tensors", "line", "reward"), 0)
 
@@ -218,7 +218,7 @@ def mortal(folder: str, sections: dict[str, dict], kind: str | None, at: int, co
 
     sys.addaudithook(on_event)
     checkpoint.save_file = save
-    resume.open = Torn
+    logs.open = lambda path, mode: (Torn if mode == "a" else open)(path, mode)
     REWARDS["mortal"] = reward
     trainer = make_trainer(folder, sections, reward="mortal")
     trainer.train(resume=True)

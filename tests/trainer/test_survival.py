@@ -19,7 +19,7 @@ import torch
 from digits_example import PROMPTS, ink
 from safetensors.torch import load_file
 
-from flowdppo_fast.trainer import FlowDPPOTrainer, checkpoint, resume
+from flowdppo_fast.trainer import FlowDPPOTrainer, checkpoint, logs
 
 # kills of the long form: FLOWDPPO_KILLS=60 pytest tests/trainer/test_survival.py -k killed -s
 KILLS = int(os.environ.get("FLOWDPPO_KILLS", "12"))
@@ -221,8 +221,8 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(finished, monkey
 @pytest.mark.parametrize(
     ("patched", "module", "message"),
     [
-        ("fsync", resume.os, r"metrics\.jsonl could not be written|rows\.jsonl could not be written"),
-        ("truncate", resume.os, "cannot be written to"),
+        ("fsync", logs.os, r"metrics\.jsonl could not be written|rows\.jsonl could not be written"),
+        ("truncate", logs.os, "cannot be written to"),
         ("mkdir", Path, "cannot be written to"),
     ],
 )
@@ -287,9 +287,9 @@ def test_the_rule_of_the_guidance_is_the_one_the_run_had(tmp_path):
     sections = {**SECTIONS, "evaluation": {}, "run": {**SECTIONS["run"], "iterations": 1}}
     first, again = (distributed_runs.make_trainer(tmp_path / "run", dict(sections), "sd3") for _ in range(2))
     first.train()
-    assert first.recorder._rule.scale == 2.0
+    assert [rule.scale for rule in first.recorder.rules] == [2.0]
     again.train(resume=True)
-    assert again.recorder._rule == first.recorder._rule
+    assert again.recorder.rules == first.recorder.rules
 
 
 def test_nothing_is_unpickled(finished, monkeypatch):

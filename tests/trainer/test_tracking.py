@@ -332,3 +332,22 @@ def test_videos_are_strips_of_their_frames():
 def test_captions_are_counted():
     with pytest.raises(ValueError, match="captions: got 1 for 2 images"):
         image_grid(torch.zeros(2, 3, 8, 8), ["a"])
+
+
+def test_a_plot_that_fails_does_not_hide_what_ended_the_run(accelerator, tmp_path, monkeypatch, caplog):
+    def fail(*arguments):
+        raise OSError("no room for a plot")
+
+    monkeypatch.setattr(plots, "plot_run", fail)
+
+    def run():
+        with quiet(accelerator, tmp_path) as log:
+            log.start()
+            log.iteration(metrics_of(1))
+            raise RuntimeError("the first error")
+
+    with pytest.raises(RuntimeError, match="the first error"):
+        run()
+    assert "no room for a plot" in caplog.text
+    with pytest.raises(OSError, match="no room"), quiet(accelerator, tmp_path) as log:
+        log.start([metrics_of(1)])
