@@ -68,6 +68,18 @@ def fetch(value: Any, device: torch.device | None) -> Any:
     return value if device is None else tree_map(lambda x: _to_device(x, device) if isinstance(x, Tensor) else x, value)
 
 
+@contextlib.contextmanager
+def on_device(modules: Sequence[torch.nn.Module], device: torch.device) -> Iterator[None]:
+    """Within this context ``modules`` are on ``device``, afterwards on the host."""
+    for module in modules:
+        module.to(device)
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.to("cpu")
+
+
 def _to_host(tensor: Tensor) -> Tensor:
     if tensor.device.type != "cuda":
         return tensor.cpu()

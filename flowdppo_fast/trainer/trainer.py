@@ -24,7 +24,7 @@ from .config import FlowDPPOConfig
 from .distributed import Workers
 from .evaluation import Evaluation
 from .logs import ROWS_FILE, append_lines
-from .memory import offload, trajectory_bytes
+from .memory import offload, on_device, trajectory_bytes
 from .metrics import METRICS, micro_vector, read_iteration
 from .optimization import PolicyOptimizer
 from .recorder import ReplayCheck, Trajectory, TrajectoryRecorder, row_index
@@ -32,6 +32,7 @@ from .resume import begin_run, save_run
 from .rewards import BackgroundScorer, Reward, score
 from .rollout import PromptSource, Rollout, captions, derive_seed, text_of
 from .row_log import row_part
+from .row_plan import check_processes, plan_calls, plan_updates
 from .step_choice import choose_steps
 from .tracking import RunLog
 from .weights import PolicyWeights
@@ -81,9 +82,9 @@ class FlowDPPOTrainer:
         self.objective = config.objective.build()
         self.accelerator = Accelerator(cpu=config.run.device == "cpu")
         self.workers = Workers(self.accelerator)
-        self.updates = self._plan_updates()
+        self.updates = plan_updates(config, self.workers)
         self.device = self.accelerator.device
-        self._check_processes()
+        check_processes(config, self.workers, self.prompts, len(self.recorder.modules))
         # reading a tensor on the CPU waits for nothing, so a gradient that is zero is worth looking for
         self._looks = not self.workers.sharded and (self.device.type == "cpu" or o.skip_dropped_backward)
         for name, component in pipeline.components.items():
@@ -94,6 +95,14 @@ class FlowDPPOTrainer:
                     component.to(self.device)
         if not self.workers.sharded:
             pipeline.to(self.device)
+        # what is not needed while the transformers are trained
+        self._idle = [
+            component
+            for name, component in pipeline.components.items()
+            if config.model.offload_idle
+            and isinstance(component, torch.nn.Module)
+            and name not in self.recorder.modules
+        ]
         self.weights = PolicyWeights(
             self.recorder.modules,
             config.model,
@@ -175,7 +184,7 @@ class FlowDPPOTrainer:
         """
         s, a, seed = self.config.sampling, self.config.advantage, self.config.run.seed
         groups = self.prompts.groups(iteration, s.prompts_per_rollout, seed)
-        calls = self._calls(groups)
+        calls = plan_calls(s, self.workers, self.updates, self.prompts, groups)
         trajectories, pending, shown = [], [], None
         # nothing is sampled while the rewards of an only call are computed
         background = s.background_rewards and len(calls) > 1
@@ -240,7 +249,7 @@ class FlowDPPOTrainer:
         """
         if self.evaluation is None:
             raise ValueError("eval_prompts: got none, expected held-out prompts")
-        with self.weights.averaged(), self._everything_on_device():
+        with self.weights.averaged(), on_device(self._idle, self.device):
             return self.evaluation.run()
 
     def save_checkpoint(self) -> Path:
@@ -252,48 +261,6 @@ class FlowDPPOTrainer:
         ``load_lora_adapter``, full transformers by ``from_pretrained``; one folder per transformer."""
         self.weights.save_pretrained(Path(folder))
         self.workers.agree()
-
-    def _plan_updates(self) -> list[range]:
-        """Rows of each update of a pass over a rollout."""
-        s, o = self.config.sampling, self.config.optimizer
-        size = s.prompts_per_rollout * s.group_size // o.updates_per_rollout
-        own = size // self.workers.count
-        if size % self.workers.count or (own % s.group_size and s.group_size % own):
-            raise ValueError(
-                f"optimizer.updates_per_rollout: an update has {size} samples for {self.workers.count} processes, "
-                f"expected equal shares that are a multiple or a divisor of sampling.group_size={s.group_size}"
-            )
-        return [range(start, start + size) for start in range(0, size * o.updates_per_rollout, size)]
-
-    def _check_processes(self) -> None:
-        """All processes do the same; what each of a sharded run would decide for itself is refused."""
-        texts = [text_of(entry) for entry in self.prompts.entries]
-        self.workers.check_same(derive_seed(self.config.to_dict(), texts), "settings or prompts")
-        if self.workers.sharded and self.config.optimizer.skip_dropped_backward:
-            raise ValueError("optimizer.skip_dropped_backward: got True, expected False in a sharded run (FSDP2)")
-        if self.workers.sharded and self.config.sampling.per_group_steps and len(self.recorder.modules) > 1:
-            raise ValueError(
-                f"sampling.per_group_steps: got True with {len(self.recorder.modules)} transformers, expected False in "
-                "a sharded run (FSDP2)"
-            )
-
-    def _calls(self, groups: Sequence[dict[str, Any]]) -> list[range]:
-        """Rows of each pipeline call that this process makes for a rollout."""
-        s = self.config.sampling
-        batch = s.batch_size or s.prompts_per_rollout * s.group_size
-        if s.per_group_steps:
-            batch = min(batch, s.group_size)
-        calls: list[range] = []
-        for rows in self.workers.rows_of(self.workers.rank, self.updates):
-            if calls and calls[-1].stop == rows.start:
-                rows = range(calls.pop().start, rows.stop)
-            calls.append(rows)
-        # prompts that differ in what a call has once, such as an image or a size, are sampled apart
-        return [
-            range(rows.start + part.start, rows.start + part.stop)
-            for rows in calls
-            for part in self.prompts.calls([groups[row // s.group_size] for row in rows], batch)
-        ]
 
     def _record(self, iteration: int, rows: range, entries: list[dict]) -> tuple[Trajectory, Any]:
         """Trajectory and images of one pipeline call."""
@@ -356,7 +323,7 @@ class FlowDPPOTrainer:
         started = time.perf_counter()
         state = random_state()
         try:
-            with self._everything_on_device():
+            with on_device(self._idle, self.device):
                 rollout = self.sample(self.iteration)
         except Exception:
             # a reward server that went away must not cost what was trained since the last checkpoint
@@ -470,19 +437,3 @@ class FlowDPPOTrainer:
     def _autocast(self) -> contextlib.AbstractContextManager:
         dtype = _AUTOCAST.get(self.config.model.mixed_precision)
         return contextlib.nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
-
-    @contextlib.contextmanager
-    def _everything_on_device(self):
-        """Within this context idle components are on the device, too."""
-        idle = [
-            component
-            for name, component in self.pipeline.components.items()
-            if isinstance(component, torch.nn.Module) and name not in self.recorder.modules
-        ]
-        for component in idle if self.config.model.offload_idle else ():
-            component.to(self.device)
-        try:
-            yield
-        finally:
-            for component in idle if self.config.model.offload_idle else ():
-                component.to("cpu")

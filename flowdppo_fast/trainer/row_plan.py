@@ -1,0 +1,69 @@
+"""Which rows an update trains on, and which of them a process samples in which call of the pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .config import FlowDPPOConfig, SamplingConfig
+from .distributed import Workers
+from .rollout import PromptSource, derive_seed, text_of
+
+
+def plan_updates(config: FlowDPPOConfig, workers: Workers) -> list[range]:
+    """Rows of each update of a pass over a rollout; they depend on the settings alone.
+
+    Raises:
+        ValueError: an update cannot be shared equally by the processes.
+    """
+    s, o = config.sampling, config.optimizer
+    size = s.prompts_per_rollout * s.group_size // o.updates_per_rollout
+    own = size // workers.count
+    if size % workers.count or (own % s.group_size and s.group_size % own):
+        raise ValueError(
+            f"optimizer.updates_per_rollout: an update has {size} samples for {workers.count} processes, "
+            f"expected equal shares that are a multiple or a divisor of sampling.group_size={s.group_size}"
+        )
+    return [range(start, start + size) for start in range(0, size * o.updates_per_rollout, size)]
+
+
+def plan_calls(
+    sampling: SamplingConfig,
+    workers: Workers,
+    updates: Sequence[range],
+    prompts: PromptSource,
+    groups: Sequence[dict[str, Any]],
+) -> list[range]:
+    """Rows of each pipeline call that this process makes for a rollout of ``groups``."""
+    s = sampling
+    batch = s.batch_size or s.prompts_per_rollout * s.group_size
+    if s.per_group_steps:
+        batch = min(batch, s.group_size)
+    own: list[range] = []
+    for rows in workers.rows_of(workers.rank, updates):
+        if own and own[-1].stop == rows.start:
+            rows = range(own.pop().start, rows.stop)
+        own.append(rows)
+    # prompts that differ in what a call has once, such as an image or a size, are sampled apart
+    return [
+        range(rows.start + part.start, rows.start + part.stop)
+        for rows in own
+        for part in prompts.calls([groups[row // s.group_size] for row in rows], batch)
+    ]
+
+
+def check_processes(config: FlowDPPOConfig, workers: Workers, prompts: PromptSource, transformers: int) -> None:
+    """All processes do the same; what each of a sharded run would decide for itself is refused.
+
+    Raises:
+        ValueError: settings or prompts that differ between processes, or that a sharded run cannot have.
+    """
+    texts = [text_of(entry) for entry in prompts.entries]
+    workers.check_same(derive_seed(config.to_dict(), texts), "settings or prompts")
+    if workers.sharded and config.optimizer.skip_dropped_backward:
+        raise ValueError("optimizer.skip_dropped_backward: got True, expected False in a sharded run (FSDP2)")
+    if workers.sharded and config.sampling.per_group_steps and transformers > 1:
+        raise ValueError(
+            f"sampling.per_group_steps: got True with {transformers} transformers, expected False in a sharded run "
+            "(FSDP2)"
+        )
