@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib
 import json
 import os
 import re
@@ -315,13 +314,12 @@ def resolve_callable(name: str, where: str) -> Callable[..., Any]:
     """
     _check_callable(name, where)
     search_working_directory()
-    module_name, _, attribute = name.partition(":")
+    from .rewards.registry import load_callable
+
     try:
-        found: Any = importlib.import_module(module_name)
-        for part in attribute.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{where}: got {name!r}, which cannot be imported ({error})") from error
+        found = load_callable(name)
+    except ValueError as error:
+        raise ValueError(f"{where}: got {name!r}, which cannot be imported ({error.__cause__})") from error
     if not callable(found):
         raise ValueError(f"{where}: got {name!r}, which is a {type(found).__name__}, expected something to call")
     return found
