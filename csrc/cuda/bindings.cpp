@@ -1,5 +1,5 @@
-// The CUDA implementations of the operators whose schemas flowdppo_fast/ops.py defines, on LibTorch's stable ABI and the
-// raw-pointer launchers of kernels/cuda. Nothing here waits for the device.
+// The CUDA implementations of the operators whose schemas flowdppo_fast/ops.py defines, on LibTorch's stable ABI and
+// the raw-pointer launchers of kernels/cuda. Nothing here waits for the device.
 
 #include <dlfcn.h>
 
@@ -7,7 +7,6 @@
 #include <mutex>
 #include <optional>
 #include <string>
-#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -17,7 +16,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "../../kernels/cuda/launchers.h"
-#include "../arguments.h"
+#include "../operators.h"
 
 namespace flowdppo {
 
@@ -153,67 +152,6 @@ void refuse_double(bool is_double, const char* name) {
       "backend='triton', for float64");
 }
 
-Tensor row_stats_op(
-    const Tensor& current,
-    const Tensor& old,
-    const OptionalTensor& noise,
-    const OptionalTensor& reference,
-    const OptionalTensor& streams,
-    const OptionalTensor& step,
-    const std::vector<double>& step_values,
-    int64_t seed,
-    int64_t first_stream,
-    int64_t form,
-    bool second_moment) {
-  const SourceArguments arguments{current, old, noise, reference, streams, step, step_values, seed, first_stream, form};
-  refuse_double(arguments.is_double(), "new");
-  const RowSource<float> source = arguments.unpack<float>();
-  const int64_t rows = source.shape.rows();
-  Tensor stats = torch::stable::new_empty(current, {4, rows}, ScalarType::Float);
-  if (rows == 0) return stats;
-  const Place place(current);
-  const StreamPlan plan = gpu::plan_forward(gpu::describe(source, nullptr), false);
-  const Scratch scratch(place, current, gpu::ticket_count(rows), gpu::scratch_bytes(plan, rows));
-  check(
-      gpu::row_stats(source, second_moment, stats.mutable_data_ptr<float>(), plan, scratch.workspace(), place.stream()),
-      "the launch of row_stats");
-  return stats;
-}
-
-Tensor row_grad_op(
-    const Tensor& current,
-    const Tensor& old,
-    const OptionalTensor& noise,
-    const OptionalTensor& reference,
-    const OptionalTensor& streams,
-    const OptionalTensor& step,
-    const std::vector<double>& step_values,
-    int64_t seed,
-    int64_t first_stream,
-    int64_t form,
-    const Tensor& coefficients,
-    const Tensor& upstream,
-    double factor) {
-  const SourceArguments arguments{current, old, noise, reference, streams, step, step_values, seed, first_stream, form};
-  refuse_double(arguments.is_double(), "new");
-  const RowSource<float> source = arguments.unpack<float>();
-  const int64_t rows = source.shape.rows();
-  const float* slopes = row_values<float>(coefficients, 3 * rows, "coefficients");
-  const Upstream<float> outer = upstream_of<float>(upstream, rows);
-  Tensor grad = torch::stable::new_empty(current, current.sizes());
-  if (rows == 0) return grad;
-  const Place place(current);
-  void* out = grad.mutable_data_ptr();
-  check(
-      gpu::row_grad(
-          source, slopes, outer.data, outer.stride, factor, out, gpu::plan_gradient(gpu::describe(source, out)),
-          place.stream()),
-      "the launch of row_grad");
-  return grad;
-}
-
-using LossTensors = std::tuple<Tensor, Tensor, Tensor>;
-
 // The summary of no rows, and the loss that it begins with.
 void write_nothing(const gpu::ObjectiveResults& results, cudaStream_t stream) {
   static const std::vector<float>& summary = *[] {
@@ -230,139 +168,119 @@ void write_nothing(const gpu::ObjectiveResults& results, cudaStream_t stream) {
   copy(results.loss, 1);
 }
 
-LossTensors run_policy_loss(
-    const SourceArguments& source_arguments, const ObjectiveArguments& objective, double factor, Tensor* grad) {
-  refuse_double(source_arguments.is_double(), "new");
-  const RowSource<float> source = source_arguments.unpack<float>();
-  const int64_t count = source.shape.rows();
-  const ObjectiveInputs<float> inputs = objective.unpack<float>(count);
-  const EpilogueOptions options = objective.options();
-  const Tensor& like = source_arguments.current;
-  Tensor loss = torch::stable::new_empty(like, std::vector<int64_t>(), ScalarType::Float);
-  Tensor rows = torch::stable::new_empty(like, {kRowFields, count}, ScalarType::Float);
-  Tensor summary = torch::stable::new_empty(like, {kSummaryFields}, ScalarType::Float);
-  if (grad != nullptr) *grad = torch::stable::new_empty(like, like.sizes());
-  const gpu::ObjectiveResults results = {
-      loss.mutable_data_ptr<float>(), rows.mutable_data_ptr<float>(), summary.mutable_data_ptr<float>()};
-  const Place place(like);
-  if (count == 0) {
-    write_nothing(results, place.stream());
+// One static function per operator; see csrc/operators.h.
+struct Cuda {
+  static Tensor row_stats(const SourceArguments& arguments, bool second_moment) {
+    refuse_double(arguments.is_double(), "new");
+    const RowSource<float> source = arguments.unpack<float>();
+    const int64_t rows = source.shape.rows();
+    Tensor stats = torch::stable::new_empty(arguments.current, {4, rows}, ScalarType::Float);
+    if (rows == 0) return stats;
+    const Place place(arguments.current);
+    const StreamPlan plan = gpu::plan_forward(gpu::describe(source, nullptr), false);
+    const Scratch scratch(place, arguments.current, gpu::ticket_count(rows), gpu::scratch_bytes(plan, rows));
+    check(
+        gpu::row_stats(
+            source, second_moment, stats.mutable_data_ptr<float>(), plan, scratch.workspace(), place.stream()),
+        "the launch of row_stats");
+    return stats;
+  }
+
+  static Tensor row_grad(
+      const SourceArguments& arguments, const Tensor& coefficients, const Tensor& upstream, double factor) {
+    refuse_double(arguments.is_double(), "new");
+    const RowSource<float> source = arguments.unpack<float>();
+    const int64_t rows = source.shape.rows();
+    const float* slopes = row_values<float>(coefficients, 3 * rows, "coefficients");
+    const Upstream<float> outer = upstream_of<float>(upstream, rows);
+    Tensor grad = torch::stable::new_empty(arguments.current, arguments.current.sizes());
+    if (rows == 0) return grad;
+    const Place place(arguments.current);
+    void* out = grad.mutable_data_ptr();
+    check(
+        gpu::row_grad(
+            source, slopes, outer.data, outer.stride, factor, out, gpu::plan_gradient(gpu::describe(source, out)),
+            place.stream()),
+        "the launch of row_grad");
+    return grad;
+  }
+
+  // `grad`: where the gradient goes, null if it is not asked for
+  static LossTensors policy_loss(
+      const SourceArguments& arguments, const ObjectiveArguments& objective, double factor, Tensor* grad) {
+    refuse_double(arguments.is_double(), "new");
+    const RowSource<float> source = arguments.unpack<float>();
+    const int64_t count = source.shape.rows();
+    const ObjectiveInputs<float> inputs = objective.unpack<float>(count);
+    const EpilogueOptions options = objective.options();
+    const Tensor& like = arguments.current;
+    Tensor loss = torch::stable::new_empty(like, std::vector<int64_t>(), ScalarType::Float);
+    Tensor rows = torch::stable::new_empty(like, {kRowFields, count}, ScalarType::Float);
+    Tensor summary = torch::stable::new_empty(like, {kSummaryFields}, ScalarType::Float);
+    if (grad != nullptr) *grad = torch::stable::new_empty(like, like.sizes());
+    const gpu::ObjectiveResults results = {
+        loss.mutable_data_ptr<float>(), rows.mutable_data_ptr<float>(), summary.mutable_data_ptr<float>()};
+    const Place place(like);
+    if (count == 0) {
+      write_nothing(results, place.stream());
+      return {loss, rows, summary};
+    }
+
+    void* out = grad != nullptr ? grad->mutable_data_ptr() : nullptr;
+    const Work work = gpu::describe(source, out);
+    if (grad != nullptr) {
+      const gpu::HoldingPlan plan =
+          gpu::plan_single_pass(work, options.couples_rows(), limits_of(place.device()));
+      if (plan.possible) {
+        const Scratch scratch(place, like, gpu::ticket_count(count), gpu::scratch_bytes({}, count));
+        check(
+            gpu::policy_loss_and_grad(
+                source, inputs, options, results, factor, out, plan, scratch.workspace(), place.stream()),
+            "the launch of policy_loss_and_grad");
+        return {loss, rows, summary};
+      }
+    }
+    const StreamPlan plan = gpu::plan_forward(work, true);
+    const Scratch scratch(place, like, gpu::ticket_count(count), gpu::scratch_bytes(plan, count));
+    check(
+        gpu::policy_loss(source, inputs, options, results, plan, scratch.workspace(), place.stream()),
+        "the launch of policy_loss");
+    if (grad != nullptr) {
+      check(
+          gpu::row_grad(
+              source, results.rows + kGradP * count, nullptr, 0, factor, out, gpu::plan_gradient(work), place.stream()),
+          "the launch of row_grad");
+    }
     return {loss, rows, summary};
   }
 
-  void* out = grad != nullptr ? grad->mutable_data_ptr() : nullptr;
-  const Work work = gpu::describe(source, out);
-  if (grad != nullptr) {
-    const gpu::HoldingPlan plan =
-        gpu::plan_single_pass(work, options.couples_rows(), limits_of(place.device()));
-    if (plan.possible) {
-      const Scratch scratch(place, like, gpu::ticket_count(count), gpu::scratch_bytes({}, count));
-      check(
-          gpu::policy_loss_and_grad(
-              source, inputs, options, results, factor, out, plan, scratch.workspace(), place.stream()),
-          "the launch of policy_loss_and_grad");
-      return {loss, rows, summary};
-    }
-  }
-  const StreamPlan plan = gpu::plan_forward(work, true);
-  const Scratch scratch(place, like, gpu::ticket_count(count), gpu::scratch_bytes(plan, count));
-  check(
-      gpu::policy_loss(source, inputs, options, results, plan, scratch.workspace(), place.stream()),
-      "the launch of policy_loss");
-  if (grad != nullptr) {
+  static StepTensors sde_step(const SampleArguments& arguments, bool with_mean, bool with_log_prob) {
+    refuse_double(arguments.is_double(), "sample");
+    refuse_double(arguments.next_dtype == ScalarType::Double, "dtype");
+    SampleSource<float> source = arguments.unpack<float>();
+    const Tensor& like = arguments.sample;
+    const int64_t rows = source.shape.rows();
+    const bool draws = !arguments.previous.has_value();
+    const auto empty = [&](bool wanted, ScalarType type) {
+      return wanted ? torch::stable::new_empty(like, like.sizes(), type) : torch::stable::new_empty(like, {0}, type);
+    };
+    Tensor next = empty(draws, arguments.next_dtype), mean = empty(with_mean, ScalarType::Float);
+    Tensor log_prob = torch::stable::new_empty(like, {with_log_prob ? rows : 0}, ScalarType::Float);
+    if (rows == 0) return {next, mean, log_prob};
+    if (draws) source.next = next.mutable_data_ptr();
+    if (with_mean) source.mean = mean.mutable_data_ptr<float>();
+    if (with_log_prob) source.log_prob = log_prob.mutable_data_ptr<float>();
+
+    const Place place(like);
+    const StreamPlan plan = gpu::plan_step(gpu::describe(source));
+    std::optional<Scratch> scratch;
+    if (with_log_prob) scratch.emplace(place, like, gpu::ticket_count(rows), gpu::scratch_bytes(plan, rows));
     check(
-        gpu::row_grad(
-            source, results.rows + kGradP * count, nullptr, 0, factor, out, gpu::plan_gradient(work), place.stream()),
-        "the launch of row_grad");
+        gpu::sde_step(source, plan, scratch.has_value() ? scratch->workspace() : gpu::Workspace(), place.stream()),
+        "the launch of sde_step");
+    return {next, mean, log_prob};
   }
-  return {loss, rows, summary};
-}
-
-LossTensors policy_loss_op(
-    const Tensor& current,
-    const Tensor& old,
-    const OptionalTensor& noise,
-    const OptionalTensor& reference,
-    const OptionalTensor& streams,
-    const OptionalTensor& step,
-    const std::vector<double>& step_values,
-    int64_t seed,
-    int64_t first_stream,
-    int64_t form,
-    const Tensor& advantages,
-    const OptionalTensor& row_weights,
-    const OptionalTensor& old_log_prob,
-    const std::vector<int64_t>& ints,
-    const std::vector<double>& floats) {
-  return run_policy_loss(
-      {current, old, noise, reference, streams, step, step_values, seed, first_stream, form},
-      {advantages, row_weights, old_log_prob, ints, floats}, 0.0, nullptr);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss_and_grad_op(
-    const Tensor& current,
-    const Tensor& old,
-    const OptionalTensor& noise,
-    const OptionalTensor& reference,
-    const OptionalTensor& streams,
-    const OptionalTensor& step,
-    const std::vector<double>& step_values,
-    int64_t seed,
-    int64_t first_stream,
-    int64_t form,
-    const Tensor& advantages,
-    const OptionalTensor& row_weights,
-    const OptionalTensor& old_log_prob,
-    const std::vector<int64_t>& ints,
-    const std::vector<double>& floats,
-    double factor) {
-  Tensor grad;
-  auto [loss, rows, summary] = run_policy_loss(
-      {current, old, noise, reference, streams, step, step_values, seed, first_stream, form},
-      {advantages, row_weights, old_log_prob, ints, floats}, factor, &grad);
-  return {loss, rows, summary, grad};
-}
-
-std::tuple<Tensor, Tensor, Tensor> sde_step_op(
-    const Tensor& sample,
-    const Tensor& velocity,
-    const OptionalTensor& noise,
-    const OptionalTensor& prev_sample,
-    const OptionalTensor& streams,
-    const OptionalTensor& step,
-    const std::vector<double>& step_values,
-    int64_t seed,
-    int64_t first_stream,
-    ScalarType dtype,
-    bool with_mean,
-    bool with_log_prob,
-    bool unnormalized) {
-  const SampleArguments arguments{
-      sample, velocity, noise, prev_sample, streams, step, step_values, seed, first_stream, dtype, unnormalized};
-  refuse_double(arguments.is_double(), "sample");
-  refuse_double(dtype == ScalarType::Double, "dtype");
-  SampleSource<float> source = arguments.unpack<float>();
-  const int64_t rows = source.shape.rows();
-  const bool draws = !prev_sample.has_value();
-  const auto empty = [&](bool wanted, ScalarType type) {
-    return wanted ? torch::stable::new_empty(sample, sample.sizes(), type) : torch::stable::new_empty(sample, {0}, type);
-  };
-  Tensor next = empty(draws, dtype), mean = empty(with_mean, ScalarType::Float);
-  Tensor log_prob = torch::stable::new_empty(sample, {with_log_prob ? rows : 0}, ScalarType::Float);
-  if (rows == 0) return {next, mean, log_prob};
-  if (draws) source.next = next.mutable_data_ptr();
-  if (with_mean) source.mean = mean.mutable_data_ptr<float>();
-  if (with_log_prob) source.log_prob = log_prob.mutable_data_ptr<float>();
-
-  const Place place(sample);
-  const StreamPlan plan = gpu::plan_step(gpu::describe(source));
-  std::optional<Scratch> scratch;
-  if (with_log_prob) scratch.emplace(place, sample, gpu::ticket_count(rows), gpu::scratch_bytes(plan, rows));
-  check(
-      gpu::sde_step(source, plan, scratch.has_value() ? scratch->workspace() : gpu::Workspace(), place.stream()),
-      "the launch of sde_step");
-  return {next, mean, log_prob};
-}
+};
 
 // The architectures that the library was compiled for.
 std::string architectures_op() { return FLOWDPPO_CUDA_ARCHS; }
@@ -380,9 +298,5 @@ STABLE_TORCH_LIBRARY_IMPL(flowdppo_cuda, CompositeExplicitAutograd, library) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flowdppo_cuda, CUDA, library) {
-  library.impl("row_stats", TORCH_BOX(&flowdppo::cuda::row_stats_op));
-  library.impl("row_grad", TORCH_BOX(&flowdppo::cuda::row_grad_op));
-  library.impl("policy_loss", TORCH_BOX(&flowdppo::cuda::policy_loss_op));
-  library.impl("policy_loss_and_grad", TORCH_BOX(&flowdppo::cuda::policy_loss_and_grad_op));
-  library.impl("sde_step", TORCH_BOX(&flowdppo::cuda::sde_step_op));
+  flowdppo::binding::register_operators<flowdppo::cuda::Cuda>(library);
 }
