@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from bench.command_line import open_named, recorded
+from bench.pages import put, shown
 
 from . import threads
-
-if TYPE_CHECKING:
-    from .devices import Device
 
 _README = "README.md"
 _PAGE = Path("docs") / "performance.md"
@@ -102,7 +100,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     from . import contenders, environment, results, table, workloads
     from .run import Plan, execute
 
-    device = _open(options.device)
+    device = open_named(options.device)
     kind = device.kind
     counts: tuple[int | None, ...] = (None,)
     if kind == "cpu":
@@ -116,7 +114,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
         dtypes=options.dtypes,
         threads=counts,
         quick=options.quick,
-        command=_command(arguments),
+        command=recorded("bench.ops", arguments),
         budget=options.budget,
     )
     folder = options.output
@@ -133,19 +131,11 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     return 1 if wrong else 0
 
 
-def _open(kind: str) -> Device:
-    import torch
-
-    from .devices import open_device
-
-    return open_device(("cuda" if torch.cuda.is_available() else "cpu") if kind == "auto" else kind)
-
-
 def _smoke(options: argparse.Namespace, arguments: list[str]) -> int:
     from . import contenders
     from .run import smoke
 
-    device = _open(options.device)
+    device = open_named(options.device)
     chosen = contenders.select(contenders.registry(device.torch_device.type), options.contenders)
     return 0 if smoke(chosen, options.dtypes, device, print) else 1
 
@@ -154,7 +144,7 @@ def _environment(options: argparse.Namespace, arguments: list[str]) -> int:
     from . import environment
 
     options.folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(environment.collect(_open(options.device)), indent=1)
+    text = json.dumps(environment.collect(open_named(options.device)), indent=1)
     (options.folder / "environment.json").write_text(text + "\n")
     print(text)
     return 0
@@ -163,7 +153,7 @@ def _environment(options: argparse.Namespace, arguments: list[str]) -> int:
 def _folder(options: argparse.Namespace, arguments: list[str]) -> int:
     from . import environment
 
-    print(environment.result_folder(_open(options.device)).as_posix())
+    print(environment.result_folder(open_named(options.device)).as_posix())
     return 0
 
 
@@ -195,17 +185,17 @@ def _readme(options: argparse.Namespace, arguments: list[str]) -> int:
     result = results.load(options.folder)
     if result["device"] == "rehearsal" or result["quick"]:
         raise ValueError(f"{options.folder}: a quick run or a rehearsal is nothing to put into a README")
-    content = table.short(result, _relative(options.folder))
-    return _place(options, f"ops:{result['device']}", content)
+    content = table.short(result, shown(options.folder))
+    return put(options.page, f"ops:{result['device']}", content, check=options.check, program="bench.ops")
 
 
 def _goals(options: argparse.Namespace, arguments: list[str]) -> int:
     from . import results, table
 
     found = [results.load(folder) for folder in options.folders]
-    sources = ", ".join(f"`{_relative(folder)}`" for folder in options.folders) or "none yet"
+    sources = ", ".join(f"`{shown(folder)}`" for folder in options.folders) or "none yet"
     content = f"Result folders: {sources}.\n\n{table.goals_table(found)}"
-    return _place(options, "goals", content)
+    return put(options.page, "goals", content, check=options.check, program="bench.ops")
 
 
 def _evidence(options: argparse.Namespace, arguments: list[str]) -> int:
@@ -215,35 +205,6 @@ def _evidence(options: argparse.Namespace, arguments: list[str]) -> int:
     state = ("differs" if options.check else "written") if differs else "is up to date"
     print(f"{options.page}: {state}")
     return 1 if differs and options.check else 0
-
-
-def _place(options: argparse.Namespace, name: str, content: str) -> int:
-    from .table import PageError, place
-
-    try:
-        changed = place(options.page, name, content, check=options.check)
-    except PageError as error:
-        print(f"bench.ops: {error}", file=sys.stderr)
-        return 1
-    print(f"{options.page}: block {name!r} {'written' if changed else 'is up to date'}")
-    return 0
-
-
-def _relative(folder: Path) -> str:
-    root = Path(__file__).resolve().parents[2]
-    resolved = folder.resolve()
-    return resolved.relative_to(root).as_posix() if resolved.is_relative_to(root) else folder.name
-
-
-def _command(arguments: list[str]) -> str:
-    """The command line for the record, without where its output went."""
-    kept, skip = [], False
-    for argument in arguments:
-        if skip or argument.startswith("--output"):
-            skip = argument == "--output"
-            continue
-        kept.append(argument)
-    return shlex.join(["python", "-m", "bench.ops", *kept])
 
 
 if __name__ == "__main__":

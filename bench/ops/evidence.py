@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.pages import shown
+
 from . import results
 from .results import TOTAL, by_name
 
@@ -75,7 +77,7 @@ def decide(folders: Sequence[Path]) -> tuple[dict[str, list[str]], list[str]]:
     for backend in BACKENDS:
         took_part = {folder: counts[backend] for folder, counts in tests.items() if backend in counts}
         if took_part and all(passed(counts) for counts in took_part.values()):
-            proven[backend] = [_name(folder) for folder in took_part]
+            proven[backend] = [shown(folder) for folder in took_part]
     order = [_DEFAULT]
     if "cuda" in proven:
         measured = [results.load(folder) for folder in folders if (folder / results.FILE).exists()]
@@ -111,9 +113,3 @@ def _tuple(names: Sequence[str]) -> str:
 def _environment(folder: Path) -> dict[str, Any]:
     path = folder / "environment.json"
     return json.loads(path.read_text()) if path.exists() else {}
-
-
-def _name(folder: Path) -> str:
-    root = Path(__file__).resolve().parents[2]
-    resolved = folder.resolve()
-    return resolved.relative_to(root).as_posix() if resolved.is_relative_to(root) else folder.name

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from . import goals
@@ -224,42 +222,6 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in table]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)
-
-
-class PageError(Exception):
-    """A page that has no place for a block, or whose block is not the generated one."""
-
-
-def place(page: Path, name: str, content: str, *, check: bool) -> bool:
-    """Writes ``content`` between the markers of block ``name`` in ``page``.
-
-    Args:
-        check: change nothing; raise if the block differs.
-
-    Returns:
-        Whether the page was changed.
-
-    Raises:
-        PageError: page or marker missing, or (``check``) the block differs.
-    """
-    begin, end = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
-    if not page.exists():
-        raise PageError(f"{page.name}: no such file; it must hold the lines {begin} and {end}")
-    text = page.read_text()
-    if text.count(begin) != 1 or text.count(end) != 1 or text.index(end) < text.index(begin):
-        raise PageError(
-            f"{page.name}: expected one line {begin} and below it one line {end}, around the generated block"
-        )
-    before, rest = text.split(begin)
-    old, after = rest.split(end)
-    new = f"\n\n{content.strip()}\n\n"
-    if old == new:
-        return False
-    if check:
-        diff = difflib.unified_diff(old.splitlines(), new.splitlines(), "in the page", "generated", lineterm="", n=1)
-        raise PageError(f"{page.name}: block {name!r} is not the generated one:\n" + "\n".join(diff))
-    page.write_text(before + begin + new + end + after)
-    return True
 
 
 def _threads(count: int) -> str:

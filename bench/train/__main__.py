@@ -7,8 +7,9 @@ import json
 import sys
 from pathlib import Path
 
+from bench.command_line import open_named, recorded
 from bench.ops import threads
-from bench.ops.__main__ import _command, _open, _relative
+from bench.pages import put, shown
 
 _PAGE = Path("docs") / "performance.md"
 
@@ -74,7 +75,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
     from .run import execute
     from .workloads import TINY, select
 
-    device = _open(options.device)
+    device = open_named(options.device)
     if device.kind == "cpu":
         torch.set_num_threads(options.threads)
     tiny = options.quick and device.kind == "cpu" and options.workloads == ["default"]
@@ -93,7 +94,7 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
         folder,
         lambda line: print(line, flush=True),
         quick=options.quick,
-        command=_command(arguments).replace("bench.ops", "bench.train"),
+        command=recorded("bench.train", arguments),
         count=options.rounds,
         budget=options.budget,
     )
@@ -141,7 +142,7 @@ def _memory(options: argparse.Namespace, arguments: list[str]) -> int:
             content = published.trajectories_table()
         else:
             content = published.peak_table(say=lambda line: print(line, file=sys.stderr, flush=True))
-        status = max(status, _place(options, f"memory:{name}", content))
+        status = max(status, put(options.page, f"memory:{name}", content, check=options.check, program="bench.train"))
     return status
 
 
@@ -151,19 +152,8 @@ def _page(options: argparse.Namespace, arguments: list[str]) -> int:
     result = results.load(options.folder)
     if result["quick"]:
         raise ValueError(f"{options.folder}: a quick run is nothing to put into a page")
-    return _place(options, f"train:{result['device']}", table.page(result, _relative(options.folder)))
-
-
-def _place(options: argparse.Namespace, name: str, content: str) -> int:
-    from bench.ops.table import PageError, place
-
-    try:
-        changed = place(options.page, name, content, check=options.check)
-    except PageError as error:
-        print(f"bench.train: {error}", file=sys.stderr)
-        return 1
-    print(f"{options.page}: block {name!r} {'written' if changed else 'is up to date'}")
-    return 0
+    content = table.page(result, shown(options.folder))
+    return put(options.page, f"train:{result['device']}", content, check=options.check, program="bench.train")
 
 
 if __name__ == "__main__":

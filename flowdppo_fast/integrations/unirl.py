@@ -27,7 +27,7 @@ from ..results import LossOutput, Metrics
 from ..samplers import Schedule, SDEStep, diffusion
 from ..sampling import sde_step
 from ._require import require
-from ._rows import log_prob_policy_loss, squared_drift
+from ._rows import UNIRL_METRICS, log_prob_policy_loss, squared_drift
 
 _SOURCE = "https://github.com/Tencent-Hunyuan/UniRL"
 _kernels = require("unirl.sde.kernels", "UniRL", _SOURCE)
@@ -255,7 +255,7 @@ class FlowDPPO(_FlowDPPO):
                 "prev_sample_means: the stage's replay returned None, expected the means of its transitions"
             )
         out = self._policy_loss(segment, steps, replay, advantages)
-        metrics = Metrics((name, value) for name, value in out.metrics().items() if name in _METRICS)
+        metrics = Metrics((name, value) for name, value in out.metrics().items() if name in UNIRL_METRICS)
         loss = out.loss
         beta = float(getattr(self, "beta", 0.0))
         if beta > 0.0:
@@ -316,20 +316,3 @@ class FlowDPPO(_FlowDPPO):
         sigma, sigma_next, sigma_max = self._levels(segment, steps, device)
         sampler = self._sampler()
         return torch.as_tensor(_step(sampler, sigma, sigma_next, float(self.params.eta), sigma_max).std)
-
-
-_METRICS = (
-    "policy_loss",
-    "ratio_mean",
-    "ratio_std",
-    "ratio_min",
-    "ratio_max",
-    "approx_kl",
-    "kl_new_old_mean",
-    "kl_new_old_max",
-    "kl_mask_fraction",
-    "pos_rm_fraction",
-    "neg_rm_fraction",
-    "masked_fraction",
-    "unmasked_fraction",
-)

@@ -25,7 +25,7 @@ from ..results import LossOutput
 from ..sampling import sde_step
 from ..schedule import HostSchedule, per_row
 from ._require import require
-from ._rows import log_prob_policy_loss, squared_drift
+from ._rows import UNIRL_METRICS, log_prob_policy_loss, squared_drift
 
 _SOURCE = "https://github.com/verl-project/verl-omni"
 _algos = require("verl_omni.trainer.diffusion.diffusion_algos", "verl-omni", _SOURCE)
@@ -412,23 +412,7 @@ _CLIP_NAMES = {
     "actor/ratio_mean": "ratio_mean",
     "actor/ratio_std": "ratio_std",
 }
-_MASK_NAMES = {
-    f"actor/{name}": name
-    for name in (
-        "approx_kl",
-        "ratio_mean",
-        "ratio_std",
-        "ratio_min",
-        "ratio_max",
-        "kl_new_old_mean",
-        "kl_new_old_max",
-        "kl_mask_fraction",
-        "pos_rm_fraction",
-        "neg_rm_fraction",
-        "masked_fraction",
-        "unmasked_fraction",
-    )
-}
+_MASK_NAMES = {f"actor/{name}": name for name in UNIRL_METRICS if name != "policy_loss"}
 
 
 def _floats(out: LossOutput, names: Mapping[str, str], *, population_std: bool = False) -> dict[str, float]:

@@ -166,7 +166,6 @@ int policy_loss(
   ForwardArguments arguments = {};
   arguments.source = source;
   arguments.objective = {inputs, options, results};
-  arguments.second_moment = inputs.old_log_prob != nullptr;
   return launch_forward(arguments, plan, workspace, stream);
 }
 
