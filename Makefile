@@ -6,7 +6,7 @@ PIP := $(PY) -m pip --disable-pip-version-check -q
 export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 0
 
-.PHONY: help demo test lint check-tables bench bench-quick bench-train bench-learning bench-learning-quick gpu build clean
+.PHONY: help demo test pytest lint check-tables bench bench-quick bench-train bench-learning bench-learning-quick gpu build clean
 .DEFAULT_GOAL := help
 
 help:
@@ -41,9 +41,13 @@ lint: build
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
+# side by side: lint and tables take one core each and would leave the other idle
+test: build
+	$(MAKE) --no-print-directory -j3 lint check-tables pytest
+
 # one thread per worker; the thread-count tests set their own
-test: lint check-tables
-	FLOWDPPO_REQUIRE_CPU=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
+pytest: build
+	FLOWDPPO_REQUIRE_CPU=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --durations=25
 
 # the generated tables in README.md and docs/ against the committed result folders they are made from
 README_RESULTS := bench/results/cpu/2026-11-20-749900e5a2
