@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -90,11 +89,3 @@ def load_file(path: Path) -> Run:
 def load(folder: Path) -> list[Run]:
     """All run files of a folder, in the order of their names."""
     return [load_file(path) for path in sorted(folder.glob("*.json"))]
-
-
-def by_group(runs: Iterable[Run]) -> dict[tuple, dict[int, Run]]:
-    """Runs of one cell by seed."""
-    groups: dict[tuple, dict[int, Run]] = defaultdict(dict)
-    for run in runs:
-        groups[run.cell.group][run.cell.seed] = run
-    return dict(groups)

@@ -174,4 +174,3 @@ def _quiet(pipeline: DigitsPipeline) -> DigitsPipeline:
 
 
 _TASKS = {"digits": _digits, "shapes": _shapes}
-TASKS = tuple(_TASKS)

@@ -104,20 +104,3 @@ class SlantReward:
         dy = y - (ink * y).sum(dim=(1, 2), keepdim=True)
         dx = x - (ink * x).sum(dim=(1, 2), keepdim=True)
         return -(ink * dx * dy).sum(dim=(1, 2)) / (ink * dy * dy).sum(dim=(1, 2)).clamp_min(1e-6)
-
-
-class WeightedReward:
-    """Weighted mean of several rewards.
-
-    Args:
-        terms: pairs of a reward and its weight; weights are positive and are divided by their sum.
-    """
-
-    def __init__(self, terms: Sequence[tuple[Reward, float]]):
-        if not terms or any(weight <= 0 for _, weight in terms):
-            raise ValueError(f"terms: got weights {[w for _, w in terms]}, expected at least one and all positive")
-        self.terms = list(terms)
-
-    def __call__(self, images: Images, prompts: Sequence[str], metadata: Any = None) -> torch.Tensor:
-        total = sum(weight for _, weight in self.terms)
-        return sum(reward(images, prompts, metadata) * (w / total) for reward, w in self.terms)

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 import flowdppo_fast as fast
@@ -107,6 +106,3 @@ def bounded_call(problem: Problem, form: str, objective: str, **options: Any) ->
 FORMS = ("velocity", "means")
 FORM_OBJECTIVES = [(form, objective) for form in FORMS for objective in OBJECTIVES if applicable(objective, form)]
 FORM_OBJECTIVE_OPTIONS = [(*pair, option) for pair in FORM_OBJECTIVES for option in OPTIONS]
-
-
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
