@@ -234,7 +234,7 @@ def test_what_a_plot_shows(tmp_path, monkeypatch):
     assert lines["reward", "clear"] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)]
     # measured before the iteration that logs it, and after the last one
     assert lines["reward", "reward (evaluation)"] == [(0, 0.1), (2, 0.2), (4, 0.3)]
-    assert lines["rows dropped by the bound", "all"] == [(i, 12.5) for i in range(1, 5)]
+    assert lines["rows dropped", "all"] == [(i, 12.5) for i in range(1, 5)]
     assert math.isnan(lines["gradient norm", "mean over updates"][1][1])
     assert lines["time of an iteration", "updates"] == [(i, 3.0) for i in range(1, 5)]
     by_label = {axis.get_ylabel().split("\n")[0]: axis for axis in figures[0].axes}
