@@ -157,7 +157,7 @@ def log_scale(axis: Axis) -> None:
     drawn: an axis of fewer than two decades gets the steps 1, 2, 5."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axis._set_axes_scale("log")  # type: ignore[attr-defined]
+    getattr(axis.axes, f"set_{axis.axis_name}scale")("log")  # type: ignore[attr-defined]
     low, high = axis.get_view_interval()
     steps = (1.0,) if high > 100 * low else (1.0, 2.0, 5.0)
     axis.set_major_locator(LogLocator(subs=steps, numticks=8))
@@ -173,8 +173,8 @@ def _log_text(value: float, low: float, high: float) -> str:
     if low > 3e-4 and high < 3e5:
         return f"{value:,.10g}"
     power = math.floor(math.log10(value) + 1e-9)
-    digit = round(value / 10.0**power)
-    return f"$10^{{{power}}}$" if digit == 1 else f"${digit}\\times10^{{{power}}}$"
+    digits = f"{value / 10.0**power:.4g}"
+    return f"$10^{{{power}}}$" if digits == "1" else f"${digits}\\times10^{{{power}}}$"
 
 
 def save(figure: Figure, path: Path) -> Path:

@@ -29,8 +29,8 @@ def along_training(
     chosen: Mapping[str, Mapping],
     evaluations: Callable[[Run], Sequence[Mapping]],
 ) -> Path | None:
-    """Medians of two measures (x, y) over the tuned runs' evaluations, and where every run ended; a line per method, a
-    panel per task."""
+    """Medians of two measures (x, y) over the tuned runs' evaluations, and each run's last of them; a line per method,
+    a panel per task."""
     x, y = measures
     tasks = [task for task in tasks if analyses.plain(runs, task)]
     if not tasks:
@@ -45,7 +45,7 @@ def along_training(
                 axis.plot(*np.median(grid, axis=0).T, **look.kwargs(label=METHODS[method].label))
         axis.set(xlabel=labels[0], title=task)
     axes[0].set_ylabel(labels[1])
-    axes[0].scatter([], [], s=12, color=style.GREY, alpha=0.6, linewidths=0, label="end of each run")
+    axes[0].scatter([], [], s=12, color=style.GREY, alpha=0.6, linewidths=0, label="last point of each run")
     style.legend(figure, axes)
     return style.save(figure, path)
 

@@ -30,17 +30,18 @@ _NEAR, _FAR, _RIGHT = style.VERMILION, "#6A3D9A", "#9AA1A9"
 
 def rows_of(request: Mapping[str, Any]) -> Rows:
     """The row log of a request, which is trained again for it."""
+    torch.set_num_threads(1)
     task = load_task(request["task"])
     with tempfile.TemporaryDirectory(prefix="bench-learning-") as folder:
         config = FlowDPPOConfig.from_dict(request["trainer"])
         config.run.output_dir, config.run.row_log = folder + "/run", True
-        torch.set_num_threads(1)
         FlowDPPOTrainer(task.pipeline(), NamedRewards(task, request["rewards"]), task.trained, config).train()
         return read_rows(Path(folder) / "run" / "rows.jsonl")
 
 
 def record(recorded: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """What ``rows.json`` holds of a run file called ``name``: its decisions, and every so-manieth row that moves away.
+    """What ``rows.json`` holds of a run file called ``name``: its decisions, and an even choice of the rows that
+    move away.
 
     Raises:
         ValueError: the run has no ratio clip, or gives other rows here than it did where its file was made.
@@ -73,7 +74,7 @@ def draw(held: Mapping[str, Any], path: Path) -> Path:
         axis.set_xlabel("distance to the old policy:\nexact KL of the row [nats]")
         axis.set(xscale="log", yscale="log")
         # rows without a ratio to speak of go far down and say nothing
-        axis.set(xlim=(kl.min() / 1.2, kl.max() * 1.2), ylim=(8e-3, 1.3 * ratio.max()))
+        axis.set(xlim=(kl.min() / 1.2, kl.max() * 1.2), ylim=(2e-3, 1.3 * ratio.max()))
         style.log_scale(axis.xaxis)
         style.log_scale(axis.yaxis)
     left.set_ylabel("size of the log-ratio of one sample [nats]")

@@ -53,7 +53,7 @@ def _figure(
     figure, axes = figures.panels(max(1, len(dtypes)), height=3.9, sharey=shared)
     for axis, dtype in zip(axes, dtypes):
         cases = [c for c in result["cases"] if c["dtype"] == dtype and (c["threads"] or 0) == threads]
-        _lines(axis, result, cases, looks, value)
+        _lines(axis, result, cases, looks, value, logarithmic)
         axis.set_title(dtype + (f", {threads} threads" if threads else ""))
         axis.set_xlabel("rows x elements per row")
         figures.log_scale(axis.xaxis)
@@ -72,13 +72,14 @@ def _lines(
     cases: list[Mapping[str, Any]],
     looks: Mapping[str, figures.Look],
     value: Callable[[Record], float | None],
+    logarithmic: bool,
 ) -> None:
     for number, (name, look) in enumerate(looks.items()):
         points: dict[int, list[float]] = {}
         for case in cases:
             record = by_name(result, case).get(name)
             y = value(record) if record else None
-            if y is not None:
+            if y is not None and (y > 0 or not logarithmic):
                 points.setdefault(math.prod(case["rows"]) * case["elements_per_row"], []).append(y)
         if points:
             # shapes of one size: a line through their middle, a mark for each
