@@ -358,7 +358,11 @@ def _draw_decisions(folder: RunFolder, moved: Rows, axis: Any) -> None:
     axis.axhline(-clip, color=figures.INK, linestyle="--", linewidth=1.2)
     figures.log_scale(axis.xaxis)
     axis.set_yscale("symlog", linthresh=clip)
-    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    # the clip range, and decades that are not too near to it for their labels
+    first, last = np.ceil(np.log10(3 * clip)), np.log10(max(axis.get_ylim()[1], -axis.get_ylim()[0]))
+    marks = [float(clip), *10.0 ** np.arange(first, last)]
+    axis.set_yticks([sign * mark for mark in marks for sign in (-1, 1)] + [0])
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
     axis.set(title="What clip and mask drop", xlabel="KL of a row [nats]", ylabel="log-ratio of a row [nats]")
 
 

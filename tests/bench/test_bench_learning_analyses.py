@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
-from support.figures import overlapping_texts
+from support.figures import watched
 
 from bench.learning import analyses, document, mask_and_clip, paths, plan, requests, statistics, tables
 from bench.learning.__main__ import main
@@ -150,14 +150,7 @@ def test_claims_follow_the_runs(settings):
 
 
 def test_every_table_and_figure_is_made_from_whole_and_from_empty_sweeps(settings, tmp_path, monkeypatch):
-    save, overlapping = figures.save, {}
-
-    def looked_at(figure, path):
-        save(figure, path)
-        overlapping[path.stem] = overlapping_texts(figure)
-        return path
-
-    monkeypatch.setattr(figures, "save", looked_at)
+    overlapping = watched(monkeypatch)
     for number, runs in enumerate(([], sweep_runs(settings, lambda cell: 2.0, seeds=range(2)))):
         for table in tables.TABLES.values():
             lines = table(runs, settings).splitlines()
@@ -165,7 +158,7 @@ def test_every_table_and_figure_is_made_from_whole_and_from_empty_sweeps(setting
         made = document.draw(runs, settings, tmp_path / str(number))
         assert all(path.stat().st_size > 5000 for path in made)
         assert len(made) == (0 if not runs else 7)
-    assert overlapping == {path.stem: [] for path in made}
+    assert overlapping == {path.name: [] for path in made}
 
 
 def test_an_unfinished_sweep_is_said(settings):

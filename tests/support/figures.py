@@ -4,6 +4,21 @@ from __future__ import annotations
 
 from itertools import combinations
 
+from flowdppo_fast import figures
+
+
+def watched(monkeypatch) -> dict[str, list[tuple[str, str]]]:
+    """Overlapping texts of every figure that is saved from now on, by the name of its file."""
+    save, found = figures.save, {}
+
+    def saved(figure, path):
+        save(figure, path)
+        found[path.name] = overlapping_texts(figure)
+        return path
+
+    monkeypatch.setattr(figures, "save", saved)
+    return found
+
 
 def overlapping_texts(figure) -> list[tuple[str, str]]:
     """Pairs of texts that lie on each other: titles, labels, ticks, legends, words in a plot.

@@ -12,9 +12,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
-from PIL import Image
+from PIL import Image, ImageFont
 
-from flowdppo_fast.trainer import logs, plots
+from flowdppo_fast.trainer import grids, logs, plots
 from flowdppo_fast.trainer.grids import caption, frames_of, image_grid
 from flowdppo_fast.trainer.logs import METRICS_FILE, drop_later_lines
 from flowdppo_fast.trainer.tracking import RunLog
@@ -317,6 +317,9 @@ def test_large_images_shrink_and_captions_wrap():
     assert page.height < 80 + 8 + 4 * 15 + 10
     assert caption("a cat", {"clip": 0.5, "jpeg": -2.0}) == "a cat\nclip 0.500  jpeg -2.000"
     assert image_grid([Image.new("RGB", (640, 320))], [""], tile=None).width == 640 + 8
+    # no reward is lost under a small image, and none is torn from its number
+    text, font = caption("2", {"readable": 0.968, "bold": 0.993}), ImageFont.load_default(12)
+    assert grids._wrap(text, 128, font) == ["2", "readable 0.968", "bold 0.993"]
 
 
 def test_videos_are_strips_of_their_frames():
