@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from . import figures
 from .objectives import DPPO, GRPOGuard, RatioClip
 from .row_data import Rows, clip_against_mask, read_rows
 from .samplers import sde_schedule
@@ -27,8 +28,6 @@ _MOST_ROWS = 0.8
 _HALF = 0.5
 # how many standard errors a change from the first to the last third of a run must have
 _CHANGE = 5.0
-# Okabe and Ito's palette, which colour-blind readers can tell apart
-_BLUE, _ORANGE, _GREEN, _PURPLE, _GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#595959"
 
 
 @dataclass(frozen=True)
@@ -290,55 +289,55 @@ def _dropped(rows: Rows, chosen: np.ndarray) -> float | None:
     return float(1 - rows.kept[chosen].mean()) if chosen.any() else None
 
 
+@figures.style()
 def draw(folder: RunFolder, path: Path) -> None:
     """Four plots into one PNG: KL by step, ratio noise, clip against mask, dropped rows by step and sign."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
+    figure, axes = figures.panels(4, height=3.8)
     moved = folder.rows.moved
-    for axis in axes.flat:
-        axis.grid(alpha=0.3)
-        if not len(moved):
-            axis.text(0.5, 0.5, "no row after a rollout's first update", ha="center", transform=axis.transAxes)
-    if len(moved):
-        _draw_kl(folder, moved, axes[0, 0])
-        _draw_noise(moved, axes[0, 1])
-        _draw_decisions(folder, moved, axes[1, 0])
-        _draw_dropped(moved, axes[1, 1])
+    for axis, plot in zip(axes, (_draw_kl, _draw_noise, _draw_decisions, _draw_dropped)):
+        if len(moved):
+            plot(folder, moved, axis)
+            axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, columnspacing=1.2, handlelength=1.6)
+        else:
+            text = "no row after a rollout's first update"
+            axis.text(0.5, 0.5, text, ha="center", transform=axis.transAxes)
     figure.suptitle(f"{folder.path.name}: {folder.objective}, N = {folder.rows.elements:,} elements per row")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    figures.save(figure, path)
 
 
 def _draw_kl(folder: RunFolder, moved: Rows, axis: Any) -> None:
-    styles = zip(np.unique(moved.step), _cycle((_BLUE, _ORANGE, _GREEN, _PURPLE, _GREY)), _cycle("os^vDPX"))
-    for step, colour, marker in styles:
+    for number, step in enumerate(np.unique(moved.step)):
         here = moved.where(moved.step == step)
         iterations = np.unique(here.iteration)
         medians = [np.median(here.kl[here.iteration == iteration]) for iteration in iterations]
-        axis.semilogy(iterations, medians, color=colour, marker=marker, markersize=4, label=f"step {step}")
+        look = figures.SERIES[number % len(figures.SERIES)]
+        axis.plot(iterations, medians, **look.kwargs(markersize=4, label=f"step {step}"))
     if folder.threshold is not None:
-        axis.axhline(folder.threshold, color="black", linestyle=":", label="threshold")
-    axis.set(xlabel="iteration [rollouts]", ylabel="KL(old || new), median of rows\n[nats per denoising step]")
-    axis.legend(fontsize=8)
+        axis.axhline(folder.threshold, color=figures.INK, linestyle=":", linewidth=1.2, label="threshold")
+    figures.log_scale(axis.yaxis)
+    axis.set(
+        title="How far updates move", xlabel="iteration [rollouts]",
+        ylabel="KL(old || new), median of rows\n[nats per denoising step]",
+    )  # fmt: skip
 
 
-def _draw_noise(moved: Rows, axis: Any) -> None:
+def _draw_noise(folder: RunFolder, moved: Rows, axis: Any) -> None:
     edges = np.geomspace(moved.kl.min(), moved.kl.max() * 1.0001, 13)
     place = np.digitize(moved.kl, edges)
     points = [moved.where(place == number) for number in np.unique(place) if (place == number).sum() >= 10]
     n = moved.elements
-    axis.loglog(
-        [p.kl.mean() / n for p in points], [p.log_ratio.std() / n for p in points], color=_BLUE, marker="o",
+    axis.plot(
+        [p.kl.mean() / n for p in points], [p.log_ratio.std() / n for p in points], color=figures.BLUE, marker="o",
         linestyle="", label="measured",
     )  # fmt: skip
-    axis.loglog(edges / n, np.sqrt(2 * edges) / n, color=_GREY, linestyle=":", label="sqrt(2 D / N)")
-    axis.loglog(edges / n, edges / n, color=_GREY, linestyle="--", label="D, what a clip means to bound")
-    axis.set(xlabel="KL of a row, per element: D", ylabel="standard deviation of log r, per element")
-    axis.legend(fontsize=8)
+    axis.plot(edges / n, np.sqrt(2 * edges) / n, color=figures.GREY, linestyle=":", label="sqrt(2 D / N)")
+    axis.plot(edges / n, edges / n, color=figures.GREY, linestyle="--", label="D, what a clip means to bound")
+    figures.log_scale(axis.xaxis)
+    figures.log_scale(axis.yaxis)
+    axis.set(
+        title="How noisy one ratio is", xlabel="KL of a row: D [nats per element]",
+        ylabel="standard deviation of log r\n[nats per element]",
+    )  # fmt: skip
 
 
 def _draw_decisions(folder: RunFolder, moved: Rows, axis: Any) -> None:
@@ -348,37 +347,42 @@ def _draw_decisions(folder: RunFolder, moved: Rows, axis: Any) -> None:
     threshold = folder.threshold or (found["threshold"] if found else float(moved.kl.max()))
     clipped, masked = shown.away & (np.abs(shown.log_ratio) > clip), shown.away & (shown.kl >= threshold)
     for label, chosen, colour, marker in (
-        ("neither", ~clipped & ~masked, "#BBBBBB", "."),
-        ("both drop", clipped & masked, _BLUE, "o"),
-        ("clip alone", clipped & ~masked, _ORANGE, "s"),
-        ("mask alone", masked & ~clipped, _GREEN, "^"),
+        ("neither drops", ~clipped & ~masked, figures.PALE, "."),
+        ("both drop", clipped & masked, figures.INK, "d"),
+        ("clip alone", clipped & ~masked, *figures.METHODS["flow_grpo"][:2]),
+        ("mask alone", masked & ~clipped, *figures.METHODS["flow_dppo"][:2]),
     ):
-        axis.scatter(shown.kl[chosen], shown.log_ratio[chosen], s=8, color=colour, marker=marker, label=label)
-    axis.axvline(threshold, color="black", linestyle=":", linewidth=1)
-    for side in (-clip, clip):
-        axis.axhline(side, color="black", linestyle="--", linewidth=1)
-    axis.set_xscale("log")
+        axis.scatter(shown.kl[chosen], shown.log_ratio[chosen], s=10, color=colour, marker=marker, label=label)
+    axis.axvline(threshold, color=figures.INK, linestyle=":", linewidth=1.2, label="threshold")
+    axis.axhline(clip, color=figures.INK, linestyle="--", linewidth=1.2, label="clip range")
+    axis.axhline(-clip, color=figures.INK, linestyle="--", linewidth=1.2)
+    figures.log_scale(axis.xaxis)
     axis.set_yscale("symlog", linthresh=clip)
-    axis.set(xlabel="KL of a row [nats]; dotted: threshold", ylabel="log-ratio of a row [nats]; dashed: clip range")
-    axis.legend(fontsize=8, markerscale=2)
+    # the clip range, and decades that are not too near to it for their labels
+    first, last = np.ceil(np.log10(3 * clip)), np.log10(max(axis.get_ylim()[1], -axis.get_ylim()[0]))
+    marks = [float(clip), *10.0 ** np.arange(first, last)]
+    axis.set_yticks([sign * mark for mark in marks for sign in (-1, 1)] + [0])
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
+    axis.set(title="What clip and mask drop", xlabel="KL of a row [nats]", ylabel="log-ratio of a row [nats]")
 
 
-def _draw_dropped(moved: Rows, axis: Any) -> None:
+def _draw_dropped(folder: RunFolder, moved: Rows, axis: Any) -> None:
     steps = np.unique(moved.step)
-    for offset, label, sign, colour, hatch in ((-0.2, "A > 0", 1, _BLUE, ""), (0.2, "A < 0", -1, _ORANGE, "//")):
+    # the looks that metrics.png gives the two signs
+    for offset, label, sign, look, hatch in (
+        (-0.2, "advantage > 0", 1, figures.SERIES[1], ""),
+        (0.2, "advantage < 0", -1, figures.SERIES[2], "//"),
+    ):
         shares = [_dropped(moved, (moved.step == step) & (sign * moved.advantage > 0)) or 0.0 for step in steps]
         axis.bar(
-            np.arange(len(steps)) + offset, [100 * share for share in shares], 0.4, color=colour, hatch=hatch,
-            edgecolor="white", label=label,
+            np.arange(len(steps)) + offset, [100 * share for share in shares], 0.4, color=look.colour, hatch=hatch,
+            edgecolor=figures.PAPER, label=label,
         )  # fmt: skip
     axis.set_xticks(range(len(steps)), [str(step) for step in steps])
-    axis.set(xlabel="denoising step (0 is the noisiest)", ylabel="rows dropped by the bound [%]")
-    axis.legend(fontsize=8)
-
-
-def _cycle(values: Any) -> Iterator[Any]:
-    while True:
-        yield from values
+    axis.grid(False, axis="x")
+    axis.set(
+        title="Rows dropped by the bound", xlabel="denoising step (0 is the noisiest)", ylabel="dropped [% of rows]"
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

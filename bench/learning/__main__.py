@@ -43,6 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     repeat = commands.add_parser("repeat", help="run a run file's request again and compare")
     repeat.add_argument("file", type=Path)
 
+    rows = commands.add_parser("rows", help="run a run file's request again and keep rows for the README's figure")
+    rows.add_argument("file", type=Path)
+    rows.add_argument("--output", type=Path, default=paths.ROWS)
+
     quick = commands.add_parser("quick", help="one short run of every method; asserts mechanics, not who wins")
     quick.add_argument("--output", type=Path, help="keep the run files there")
 
@@ -101,6 +105,14 @@ def _repeat(options: argparse.Namespace) -> int:
     return 1 if found else 0
 
 
+def _rows(options: argparse.Namespace) -> int:
+    from .mask_and_clip import record
+
+    results.write(record(results.load_file(options.file).result, options.file.name), options.output)
+    print(options.output)
+    return 0
+
+
 def _quick(options: argparse.Namespace) -> int:
     from .quick import check
 
@@ -123,6 +135,7 @@ _COMMANDS = {
     "status": _status,
     "choose": _choose,
     "repeat": _repeat,
+    "rows": _rows,
     "quick": _quick,
     "document": _document,
 }

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import analyses, figures, plan, tables
+from flowdppo_fast import figures as style
+
+from . import analyses, figures, mask_and_clip, paths, plan, tables
 from .methods import METHODS
 from .results import Run, load
+from .statistics import estimate
 from .tasks import load_task
 
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -45,11 +49,14 @@ def update(folder: Path, settings: Mapping[str, Any], page: Path, pictures: Path
         print(f"{page.name}: tables are those of {len(runs)} run files")
         return 0
     page.write_text(after)
-    for path in draw(runs, settings, pictures):
+    held = json.loads(paths.ROWS.read_text())
+    # the README's figure lies beside the folder of the page's
+    for path in (*draw(runs, settings, pictures), mask_and_clip.draw(held, pictures.parent / "mask_and_clip.png")):
         print(path)
     return 0
 
 
+@style.style()
 def draw(runs: Sequence[Run], settings: Mapping[str, Any], folder: Path) -> list[Path]:
     """All figures for which there are runs."""
     whole = [run for run in runs if not run.failed]
@@ -98,18 +105,19 @@ def _balance(runs: Sequence[Run], settings: Mapping[str, Any], path: Path) -> Pa
             found.append((task, count, values))
     if not found:
         return None
-    figure, axes = figures.panels(len(found))
+    figure, axes = style.panels(len(found), height=3.4)
     for axis, (task, count, values) in zip(axes, found):
-        figures.bars(values, axis, "gain [sd of the pretrained model's pages]")
+        figures.side_by_side(values, axis, "gain\n[sd of the pretrained model's pages]")
         axis.set_title(f"{task}, {count} rewards")
-    return figures.save(figure, path)
+    style.legend(figure, axes)
+    return style.save(figure, path)
 
 
 def _reuse(runs: Sequence[Run], settings: Mapping[str, Any], path: Path) -> Path | None:
     tasks = [t for t in tables.present_tasks(runs) if any(r.cell.task == t and r.cell.inner_epochs != 2 for r in runs)]
     if not tasks:
         return None
-    figure, axes = figures.panels(2 * len(tasks))
+    figure, axes = style.panels(2 * len(tasks), height=3.6)
     values: list[tuple[str, Callable[[Run], float]]] = [
         ("final judge reward\n[margins of a real page]", lambda run: run.reward()),
         ("largest fall from the run's own best\n[margins of a real page]", analyses.fall),
@@ -127,46 +135,55 @@ def _reuse(runs: Sequence[Run], settings: Mapping[str, Any], path: Path) -> Path
             axis.set_xticks(plan.EPOCHS, [str(epochs) for epochs in plan.EPOCHS])
             axis.minorticks_off()
             axis.set(ylabel=label, title=task)
-    figures.legend_beside(figure, axes)
-    return figures.save(figure, path)
+    style.legend(figure, axes)
+    return style.save(figure, path)
 
 
 def _noise(runs: Sequence[Run], settings: Mapping[str, Any], path: Path) -> Path | None:
     tasks = tables.present_tasks(runs)
     if not tasks:
         return None
-    figure, (left, right) = figures.panels(2)
-    for task, colour, marker in zip(tasks, ("#0072B2", "#D55E00"), "os"):
-        elements = load_task(task).elements
+    figure, (left, right) = style.panels(2, height=4.2)
+    for task in tasks:
+        look, elements = figures.TASKS[task], load_task(task).elements
         members = [r for r in analyses.plain(runs, task) if r.cell.method in ("flow_grpo", "flow_dppo", "unclipped")]
         table = [entry for entry in analyses.pooled_noise(members) if entry["rows"] >= 200]
         kl = [entry["kl"] / elements for entry in table]
         spread = [entry["log_ratio_std"] / elements for entry in table]
-        left.loglog(kl, spread, color=colour, marker=marker, linestyle="", label=f"{task}, N={elements:,}")
-        left.loglog(kl, [(2 * value / elements) ** 0.5 for value in kl], color=colour, linestyle=":")
-    left.plot([], [], color="black", linestyle=":", label="sqrt(2 D / N)")
+        left.plot(kl, spread, **look.kwargs(linestyle="", label=f"{task}, N = {elements:,}"))
+        left.plot(kl, [(2 * value / elements) ** 0.5 for value in kl], color=look.colour, linestyle=":")
+    left.plot([], [], color=style.INK, linestyle=":", label="sqrt(2 D / N)")
+    left.set_xscale("log")
     span = left.get_xlim()
-    left.plot(span, span, color="#595959", linestyle="--", linewidth=1, label="D itself: the mean is -D")
+    left.plot(span, span, color=style.GREY, linestyle="--", linewidth=1.2, label="D itself: the mean is -D")
     left.set_xlim(span)
-    left.set(xlabel="KL of a row, per element: D", ylabel="standard deviation of log r, per element")
-    left.legend(fontsize=8, frameon=False)
-    for task, colour, marker, place_of_text in zip(tasks, ("#0072B2", "#D55E00"), "os", ((4, 6), (-14, -14))):
+    style.log_scale(left.xaxis)
+    style.log_scale(left.yaxis)
+    left.set(
+        title="How noisy one ratio is", xlabel="KL of a row: D [nats per element]",
+        ylabel="standard deviation of log r\n[nats per element]",
+    )  # fmt: skip
+    for task, place_of_text in zip(tasks, ((5, 7), (-6, -15))):
         members = analyses.tuned(analyses.plain(runs, task), "flow_grpo", settings["tuned"])
         points: dict[float, tuple[float, float]] = {}
         for clip in settings["clips"]:
             dropped, wrong, _ = analyses.spurious(members, clip)
             if dropped:
-                pair = (figures.estimate(list(values.values())).median for values in (dropped, wrong))
+                pair = (estimate(list(values.values())).median for values in (dropped, wrong))
                 points[clip] = tuple(100 * value for value in pair)  # type: ignore[assignment]
-        right.plot(*zip(*points.values()), color=colour, marker=marker, label=task)
+        right.plot(*zip(*points.values()), **figures.TASKS[task].kwargs())
         for clip, place in points.items():
-            right.annotate(f"{clip:g}", place, textcoords="offset points", xytext=place_of_text, fontsize=8)
+            right.annotate(
+                f"{clip:g}", place, textcoords="offset points", xytext=place_of_text, ha="center", fontsize=9
+            )
     right.set(
-        xlabel="rows that the clip drops [%]", ylabel="of these: spurious, near by the exact KL [%]", ylim=(0, 105)
-    )
-    right.set_title("Flow-GRPO runs; labels: clip range [nats]", fontsize=10)
-    right.legend(fontsize=8, frameon=False)
-    return figures.save(figure, path)
+        title="Flow-GRPO: what its clip drops", xlabel="rows that the clip drops [%]\n(numbers: clip range [nats])",
+        ylabel="of these near by the exact KL [%]",
+    )  # fmt: skip
+    right.margins(0.12)
+    right.set_ylim(bottom=0)
+    style.legend(figure, (left,))
+    return style.save(figure, path)
 
 
 _MASKS = ("flow_dppo", "flow_dppo_cps", "symmetric")
@@ -179,7 +196,7 @@ def _thresholds(runs: Sequence[Run], settings: Mapping[str, Any], path: Path) ->
     tasks = [task for task, bounds in swept.items() if len(bounds) > 1]
     if not tasks:
         return None
-    figure, axes = figures.panels(2 * len(tasks))
+    figure, axes = style.panels(2 * len(tasks), height=3.6)
     values: list[tuple[str, Callable[[Run], float]]] = [
         ("final judge reward\n[margins of a real page]", lambda run: run.reward()),
         (figures.DRIFT, lambda run: run.drift),
@@ -194,8 +211,8 @@ def _thresholds(runs: Sequence[Run], settings: Mapping[str, Any], path: Path) ->
                         groups.setdefault(method, {}).setdefault(run.cell.bound, []).append(value(run))
             figures.against(groups, axis, "threshold of the mask [nats per step]")
             axis.set(ylabel=label, title=task)
-    figures.legend_beside(figure, axes)
-    return figures.save(figure, path)
+    style.legend(figure, axes)
+    return style.save(figure, path)
 
 
 _FIGURES: dict[str, Callable[[Sequence[Run], Mapping[str, Any], Path], Path | None]] = {

@@ -9,6 +9,7 @@ ROOT = HERE.parents[1]
 EXAMPLE = ROOT / "examples" / "digits"
 CHECKPOINTS = HERE / "checkpoints"
 RESULTS = HERE / "results"
+ROWS = HERE / "rows.json"
 SETTINGS = HERE / "settings.json"
 TUNING = HERE / "tuning"
 FIGURES = ROOT / "docs" / "figures" / "learning"

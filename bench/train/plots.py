@@ -6,23 +6,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 from bench.ops.table import describe
+from flowdppo_fast import figures
 
 from .names import OURS, THEIRS
 from .results import Spread, ratios, timed
 from .table import peak_bytes
 
-_COLORS = {OURS: "#009E73", THEIRS: "#D55E00"}
+_COLOURS = {OURS: figures.FORMS["velocity"].colour, THEIRS: figures.FORMS["eager"].colour}
 
 
 def draw(result: Mapping[str, Any], folder: Path) -> list[Path]:
     """Writes a PNG per workload into ``folder`` and returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for workload in result["workloads"]:
         entries = list(timed(workload))
@@ -32,25 +27,25 @@ def draw(result: Mapping[str, Any], folder: Path) -> list[Path]:
     return paths
 
 
+@figures.style()
 def _figure(result: Mapping[str, Any], workload: Mapping[str, Any], entries: list, path: Path) -> None:
     names = [entry["name"] for entry in entries]
     spreads = [ratios(workload, name) or Spread(1.0, 1.0, 1.0) for name in names]
     errors = [[s.median - s.low for s in spreads], [s.high - s.median for s in spreads]]
     panels = (
-        ("iteration time over this library's", [s.median for s in spreads], errors),
-        ("trajectory MB per sample", [entry["trajectory_bytes"] / 1e6 for entry in entries], None),
-        ("peak memory, MB", [(peak_bytes(entry) or 0) / 1e6 for entry in entries], None),
+        ("iteration time\n[x this library's]", [s.median for s in spreads], errors),
+        ("trajectory\n[MB per sample]", [entry["trajectory_bytes"] / 1e6 for entry in entries], None),
+        ("peak memory\n[MB]", [(peak_bytes(entry) or 0) / 1e6 for entry in entries], None),
     )
-    figure, axes = plt.subplots(1, len(panels), figsize=(13, 3.6), sharey=True)
+    figure, axes = figures.panels(len(panels), columns=len(panels), height=3.4, sharey=True)
     for axis, (label, values, spread) in zip(axes, panels):
-        bars = axis.barh(names, values, xerr=spread, color=[_COLORS.get(name, "#56B4E9") for name in names])
-        axis.bar_label(bars, fmt="%.3g", padding=3, fontsize=8)
+        colours = [_COLOURS.get(name, figures.PALE) for name in names]
+        bars = axis.barh(names, values, xerr=spread, color=colours, ecolor=figures.VERMILION)
+        axis.bar_label(bars, fmt="%.3g", padding=4)
         axis.set_xlabel(label)
-        axis.margins(x=0.15)
-        axis.grid(True, axis="x", alpha=0.3)
+        axis.margins(x=0.24)
+        axis.grid(False, axis="y")
     axes[0].invert_yaxis()
     warning = "QUICK RUN, " if result["quick"] else ""
-    figure.suptitle(f"{warning}{workload['name']}: {describe(result)}", fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    figure.suptitle(f"{warning}{workload['name']}: {describe(result)}", fontsize=9, color=figures.GREY)
+    figures.save(figure, path)

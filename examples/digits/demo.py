@@ -15,24 +15,19 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 from judge import Judge
 from pipeline import DigitsPipeline
 from rewards import BoldReward, ReadableReward
 from tqdm import tqdm
 
+from flowdppo_fast import figures
 from flowdppo_fast.trainer import FlowDPPOConfig, FlowDPPOTrainer
 
 HERE = Path(__file__).parent
 DIGITS = [str(digit) for digit in range(10)]
 # seeds that no rollout draws: those are 63-bit hashes
 HELD_OUT_SEEDS = range(20)
-# Okabe and Ito's palette, which colour-blind readers can tell apart
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#595959"
 
 
 class BoldDigits:
@@ -54,33 +49,36 @@ def draw(pipeline: DigitsPipeline, num_steps: int) -> tuple[torch.Tensor, list[s
     return images, asked
 
 
+@figures.style()
 def plot_metrics(history: Sequence[dict[str, float]], threshold: float | None, latent_size: int, path: Path) -> None:
     """Reward, KL and masked fraction over the iterations."""
     iterations = [m["iteration"] for m in history]
-    figure, (top, middle, bottom) = plt.subplots(3, 1, figsize=(9, 8), sharex=True, layout="constrained")
-    top.plot(iterations, [m["reward"] for m in history], color=BLUE, label="mean of both")
-    top.plot(iterations, [m["reward/readable"] for m in history], color=GREEN, linestyle="--", label="readable")
-    top.plot(iterations, [m["reward/bold"] for m in history], color=ORANGE, linestyle=":", label="bold")
+    first, second, third = (look.kwargs(marker="") for look in figures.SERIES[:3])
+    figure, (top, middle, bottom) = figures.panels(3, columns=1, height=2.2, sharex=True)
+    top.plot(iterations, [m["reward"] for m in history], **first, label="mean of both")
+    top.plot(iterations, [m["reward/readable"] for m in history], **second, label="readable")
+    top.plot(iterations, [m["reward/bold"] for m in history], **third, label="bold")
     top.set_ylabel("reward of the rollout\n[0 to 1]")
     largest = [m["kl_new_old_max"] * latent_size for m in history]
-    middle.semilogy(iterations, [m["kl_new_old_nats"] for m in history], color=BLUE, label="mean over rows")
-    middle.semilogy(iterations, largest, color=ORANGE, linestyle="--", label="largest row")
+    middle.plot(iterations, [m["kl_new_old_nats"] for m in history], **first, label="mean over rows")
+    middle.plot(iterations, largest, **second, label="largest row")
     if threshold is not None:
-        middle.axhline(threshold * latent_size, color=GREY, linestyle=":", label="threshold of the mask")
-    middle.set_ylabel("KL(old || new)\n[nats per denoising step]")
-    bottom.plot(iterations, [100 * m["masked_fraction"] for m in history], color=BLUE, label="dropped")
-    bottom.set_ylabel("rows dropped by the bound\n[%]")
+        middle.axhline(threshold * latent_size, color=figures.GREY, linestyle=":", label="threshold of the mask")
+    figures.log_scale(middle.yaxis)
+    middle.set_ylabel("KL(old || new)\n[nats per\ndenoising step]")
+    bottom.plot(iterations, [100 * m["masked_fraction"] for m in history], **first, label="dropped")
+    bottom.set_ylabel("rows dropped\nby the bound\n[% of rows]")
     bottom.set_xlabel("iteration [rollouts]")
     for axes in (top, middle, bottom):
-        axes.grid(alpha=0.3)
-        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+        figures.legend_beside(axes)
+    figure.align_ylabels()
+    figures.save(figure, path)
 
 
+@figures.style()
 def plot_samples(before: torch.Tensor, after: torch.Tensor, path: Path, columns: int = 8) -> None:
     """The first ``columns`` held-out seeds of each digit, before on the left and after on the right."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 6.6), layout="constrained")
+    figure, axes = figures.panels(2, height=5.4)
     for axis, images, title in ((axes[0], before, "before"), (axes[1], after, "after")):
         tiles = images[:, 0].unflatten(0, (len(DIGITS), -1))[:, :columns]
         tiles = torch.nn.functional.pad(tiles, (1, 1, 1, 1), value=0.5)
@@ -91,8 +89,8 @@ def plot_samples(before: torch.Tensor, after: torch.Tensor, path: Path, columns:
         axis.set_xticks([width * (column + 0.5) for column in range(columns)], list(HELD_OUT_SEEDS)[:columns])
         axis.set_xlabel("seed")
         axis.set_ylabel("asked digit")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+        axis.grid(False)
+    figures.save(figure, path)
 
 
 def report_rows(history: Sequence[dict[str, float]]) -> tuple[int, int, int]:

@@ -11,13 +11,15 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from ..figures import INK, PAPER
+
 # a caption needs room even under an image of 16 pixels
 _SMALLEST_TILE, _MARGIN, _FONT_SIZE, _LINE_HEIGHT = 128, 4, 12, 15
 _FRAMES_SHOWN = 8
 
 
 def caption(prompt: Any, rewards: Mapping[str, float]) -> str:
-    """Two lines under an image: its prompt, and its rewards by name."""
+    """Two paragraphs under an image: its prompt, and its rewards by name."""
     return f"{prompt}\n" + "  ".join(f"{name} {value:.3f}" for name, value in rewards.items())
 
 
@@ -86,14 +88,14 @@ def image_grid(
     texts = [_wrap(text, width, font) for text in captions]
     cell_height = height + max(len(lines) for lines in texts) * _LINE_HEIGHT + 2 * _MARGIN
     rows = math.ceil(len(strips) / columns)
-    page = Image.new("RGB", (columns * (width + _MARGIN) + _MARGIN, rows * cell_height + _MARGIN), "white")
+    page = Image.new("RGB", (columns * (width + _MARGIN) + _MARGIN, rows * cell_height + _MARGIN), PAPER)
     draw = ImageDraw.Draw(page)
     for position, (strip, lines) in enumerate(zip(strips, texts)):
         row, column = divmod(position, columns)
         left, top = _MARGIN + column * (width + _MARGIN), _MARGIN + row * cell_height
         page.paste(strip, (left, top))
         for number, line in enumerate(lines):
-            draw.text((left, top + height + _MARGIN / 2 + number * _LINE_HEIGHT), line, fill="black", font=font)
+            draw.text((left, top + height + _MARGIN / 2 + number * _LINE_HEIGHT), line, fill=INK, font=font)
     return page
 
 
@@ -118,7 +120,7 @@ def _fit(frame: Image.Image, tile: int | None) -> Image.Image:
 def _strip(frames: list[Image.Image]) -> Image.Image:
     gap = 2
     width = sum(frame.width + gap for frame in frames) - gap
-    strip = Image.new("RGB", (width, max(frame.height for frame in frames)), "white")
+    strip = Image.new("RGB", (width, max(frame.height for frame in frames)), PAPER)
     left = 0
     for frame in frames:
         strip.paste(frame, (left, 0))
@@ -127,10 +129,12 @@ def _strip(frames: list[Image.Image]) -> Image.Image:
 
 
 def _wrap(text: str, width: int, font: Any) -> list[str]:
-    """Lines that fit ``width`` pixels: the first paragraph on at most two, the others on one."""
+    """Lines that fit ``width`` pixels: the first paragraph on at most two, the others whole, broken between rewards."""
     letters = max(8, int(width / font.getlength("n")))
-    lines: list[str] = []
-    for number, paragraph in enumerate(text.split("\n")):
-        count = 2 if number == 0 else 1
-        lines += textwrap.wrap(paragraph, letters, max_lines=count, placeholder=" ...") or [""]
+    prompt, *others = text.split("\n")
+    lines = textwrap.wrap(prompt, letters, max_lines=2, placeholder=" ...") or [""]
+    for paragraph in others:
+        # no break between a name and its number
+        tied = "  ".join(reward.replace(" ", "\u00a0") for reward in paragraph.split("  "))
+        lines += [line.replace("\u00a0", " ") for line in textwrap.wrap(tied, letters)] or [""]
     return lines

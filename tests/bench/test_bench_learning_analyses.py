@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 
 import numpy as np
 import pytest
+from support.figures import watched
 
-from bench.learning import analyses, document, paths, plan, requests, statistics, tables
+from bench.learning import analyses, document, mask_and_clip, paths, plan, requests, statistics, tables
 from bench.learning.__main__ import main
+from bench.learning.figures import TASKS
 from bench.learning.methods import METHODS
 from bench.learning.requests import Cell
-from bench.learning.results import Run
+from bench.learning.results import Run, load_file
+from flowdppo_fast import figures
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +149,8 @@ def test_claims_follow_the_runs(settings):
     assert found["final reward: Flow-DPPO - Flow-GRPO"] == "opposite"
 
 
-def test_every_table_and_figure_is_made_from_whole_and_from_empty_sweeps(settings, tmp_path):
+def test_every_table_and_figure_is_made_from_whole_and_from_empty_sweeps(settings, tmp_path, monkeypatch):
+    overlapping = watched(monkeypatch)
     for number, runs in enumerate(([], sweep_runs(settings, lambda cell: 2.0, seeds=range(2)))):
         for table in tables.TABLES.values():
             lines = table(runs, settings).splitlines()
@@ -153,6 +158,7 @@ def test_every_table_and_figure_is_made_from_whole_and_from_empty_sweeps(setting
         made = document.draw(runs, settings, tmp_path / str(number))
         assert all(path.stat().st_size > 5000 for path in made)
         assert len(made) == (0 if not runs else 7)
+    assert overlapping == {path.name: [] for path in made}
 
 
 def test_an_unfinished_sweep_is_said(settings):
@@ -175,12 +181,10 @@ def test_a_page_without_a_table_is_refused(settings):
     assert document.filled(old, [], settings) == document.filled(text, [], settings)
 
 
-def test_every_method_has_a_style():
-    from bench.learning import figures
-
-    assert set(figures.STYLES) == set(METHODS)
-    assert len({style[0] for style in figures.STYLES.values()}) == len(METHODS)
-    assert len({style[1] for style in figures.STYLES.values()}) == len(METHODS)
+def test_every_method_has_a_look_and_every_task():
+    assert set(figures.METHODS) == set(METHODS)
+    assert set(TASKS) == set(requests.REWARDS)
+    assert not {look.colour for look in TASKS.values()} & {look.colour for look in figures.METHODS.values()}
 
 
 def test_runs_without_numbers_are_counted_and_not_averaged(settings):
@@ -191,3 +195,24 @@ def test_runs_without_numbers_are_counted_and_not_averaged(settings):
     assert "| stopped without finite numbers | - | 1 |" in with_it
     without = document.filled(text, runs[1:], settings)
     assert with_it.split("## The two tasks")[1] == without.split("## The two tasks")[1]
+
+
+def test_the_figure_of_the_readme_is_drawn_from_rows_of_its_run_file(tmp_path):
+    held = json.loads(paths.ROWS.read_text())
+    recorded = load_file(paths.RESULTS / held["run"]).result
+    (decision,) = [entry for entry in recorded["rows"]["decisions"] if entry["clip"] == recorded["request"]["bound"]]
+    assert {key: held[key] for key in decision} == decision, "run `python -m bench.learning rows` on that file"
+    assert held["moved_rows"] == recorded["rows"]["moved_rows"]
+    # the rows that are shown say what all of them do: as many are far and kept as near and dropped
+    kl, clipped = np.array(held["kl"]), np.abs(held["log_ratio"]) > held["clip"]
+    near = kl < held["threshold"]
+    assert (clipped & near).sum() / clipped.sum() == pytest.approx(held["spurious"], abs=0.05)
+    assert (~clipped & ~near).sum() / clipped.sum() == pytest.approx(held["spurious"], abs=0.05)
+    first, again = (mask_and_clip.draw(held, tmp_path / name) for name in ("first.png", "again.png"))
+    assert first.read_bytes() == again.read_bytes()
+
+
+def test_only_a_clipped_run_is_asked_for_its_rows(tmp_path):
+    (file,) = paths.RESULTS.glob("digits-flow_dppo-b0.066-s0.json")
+    with pytest.raises(ValueError, match="got method 'flow_dppo', expected one that clips"):
+        mask_and_clip.record(load_file(file).result, file.name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
+from support.figures import watched
 
 from bench.ops import compare, goals, plots, results, table
 from bench.ops.__main__ import main
@@ -266,7 +267,9 @@ def test_comparison_knows_noise(tmp_path, cpu_result, quiet, capsys):
     assert "note: torch differs" in text
 
 
-def test_figures_from_json_alone(tmp_path, cpu_result):
+def test_figures_from_json_alone(tmp_path, cpu_result, monkeypatch):
+    overlapping = watched(monkeypatch)
     paths = plots.draw(cpu_result, tmp_path / "plots")
     assert {path.name for path in paths} == {"time.png", "bandwidth.png", "memory.png", "error.png"}
+    assert overlapping == {path.name: [] for path in paths}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)

@@ -9,6 +9,7 @@ import json
 import pytest
 import torch
 from bench_support import ROOT
+from support.figures import watched
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("diffusers")
@@ -202,7 +203,8 @@ def test_goals_are_judged_by_paired_rounds_and_stored_bytes(result, factor, shar
     assert {goal.verdict for goal in results.goals(result)} == {"not yet measured"}
 
 
-def test_tables_plots_and_pages_are_made_from_the_files_alone(result, tmp_path, quiet):
+def test_tables_plots_and_pages_are_made_from_the_files_alone(result, tmp_path, quiet, monkeypatch):
+    overlapping = watched(monkeypatch)
     folder = tmp_path / "result"
     results.write(result, folder)
     assert results.load(folder) == json.loads(json.dumps(result))
@@ -211,6 +213,7 @@ def test_tables_plots_and_pages_are_made_from_the_files_alone(result, tmp_path, 
     assert "left out: other: too large" in text
     assert main(["plot", str(folder)]) == 0
     assert (folder / "plots" / "tiny.png").stat().st_size > 10_000
+    assert overlapping == {"tiny.png": []}
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- bench:train:cpu -->\n<!-- /bench:train:cpu -->\nafter\n")
     arguments = ["page", str(folder), "--page", str(page)]

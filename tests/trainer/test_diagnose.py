@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from support.figures import watched
 
 from flowdppo_fast import diagnose, row_data
 from flowdppo_fast.samplers import sde_schedule
@@ -157,7 +158,8 @@ def test_the_shift_of_the_schedule_counts(tmp_path):
     assert (name in named(folder)) != (name in named(folder, shift=12.0))
 
 
-def test_report_plots_and_status(tmp_path, capsys):
+def test_report_plots_and_status(tmp_path, capsys, monkeypatch):
+    overlapping = watched(monkeypatch)
     parser = argparse.ArgumentParser()
     diagnose.add_arguments(parser)
     good, bad = write_run(tmp_path / "good"), write_run(tmp_path / "bad", updates=1)
@@ -171,6 +173,7 @@ def test_report_plots_and_status(tmp_path, capsys):
     assert report["moved_rows"] == 0
     assert [trouble["name"] for trouble in report["troubles"]] == ["one update per rollout"]
     assert (tmp_path / "here.png").exists()
+    assert overlapping == {"diagnose.png": [], "here.png": []}
 
 
 @pytest.mark.parametrize("missing", ["config.yaml", "metrics.jsonl", "rows.jsonl"])

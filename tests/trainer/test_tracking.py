@@ -12,9 +12,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
-from PIL import Image
+from PIL import Image, ImageFont
 
-from flowdppo_fast.trainer import logs, plots
+from flowdppo_fast.trainer import grids, logs, plots
 from flowdppo_fast.trainer.grids import caption, frames_of, image_grid
 from flowdppo_fast.trainer.logs import METRICS_FILE, drop_later_lines
 from flowdppo_fast.trainer.tracking import RunLog
@@ -234,7 +234,7 @@ def test_what_a_plot_shows(tmp_path, monkeypatch):
     assert lines["reward", "clear"] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)]
     # measured before the iteration that logs it, and after the last one
     assert lines["reward", "reward (evaluation)"] == [(0, 0.1), (2, 0.2), (4, 0.3)]
-    assert lines["rows dropped by the bound", "all"] == [(i, 12.5) for i in range(1, 5)]
+    assert lines["rows dropped", "all"] == [(i, 12.5) for i in range(1, 5)]
     assert math.isnan(lines["gradient norm", "mean over updates"][1][1])
     assert lines["time of an iteration", "updates"] == [(i, 3.0) for i in range(1, 5)]
     by_label = {axis.get_ylabel().split("\n")[0]: axis for axis in figures[0].axes}
@@ -317,6 +317,9 @@ def test_large_images_shrink_and_captions_wrap():
     assert page.height < 80 + 8 + 4 * 15 + 10
     assert caption("a cat", {"clip": 0.5, "jpeg": -2.0}) == "a cat\nclip 0.500  jpeg -2.000"
     assert image_grid([Image.new("RGB", (640, 320))], [""], tile=None).width == 640 + 8
+    # no reward is lost under a small image, and none is torn from its number
+    text, font = caption("2", {"readable": 0.968, "bold": 0.993}), ImageFont.load_default(12)
+    assert grids._wrap(text, 128, font) == ["2", "readable 0.968", "bold 0.993"]
 
 
 def test_videos_are_strips_of_their_frames():
