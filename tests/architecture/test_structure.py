@@ -18,6 +18,7 @@ LAYERS = {
     "autograd": ("autograd",),
     "public losses": ("losses", "sampling"),
     "front door": ("",),
+    "style of figures": ("figures",),
     "users of the losses": ("integrations", "trainer", "diagnose"),
     "command line": ("cli",),
 }
