@@ -6,12 +6,13 @@ PIP := $(PY) -m pip --disable-pip-version-check -q
 export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 0
 
-.PHONY: help demo test lint check-tables bench bench-quick bench-train bench-learning bench-learning-quick gpu build clean
+.PHONY: help demo test lint check-tables docs bench bench-quick bench-train bench-learning bench-learning-quick gpu build clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo         fine-tune a small flow model with Flow-DPPO and look at the result (about 3 minutes)"
 	@echo "make test         lint, types and all tests"
+	@echo "make docs         the documentation site, into build/site; warnings are errors"
 	@echo "make bench        op benchmark against every contender on this CPU"
 	@echo "make bench-quick  the same with few samples, to try the harness"
 	@echo "make bench-train  one training iteration against the habits of other trainers on this CPU"
@@ -42,7 +43,7 @@ lint: build
 	.venv/bin/mypy
 
 # one thread per worker; the thread-count tests set their own
-test: lint check-tables
+test: lint check-tables docs
 	FLOWDPPO_REQUIRE_CPU=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 # the generated tables in README.md and docs/ against the committed result folders they are made from
@@ -55,6 +56,9 @@ check-tables: build
 	$(PY) -m bench.ops goals --check $(GOALS_RESULTS)
 	$(PY) -m bench.learning document --check
 	$(PY) -m bench.ops evidence --check $(EVIDENCE)
+
+docs: build
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
 
 bench: build
 	$(PY) -m bench.ops run
