@@ -1,4 +1,7 @@
-"""What the site shows otherwise than the repository does: links out of ``docs/``, and blocks that no test runs."""
+"""What the site shows otherwise than the repository does, and what a page of it may not have.
+
+Links out of ``docs/`` become paths, and a block that no test runs says so. Warnings fail a strict build.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 log = logging.getLogger("mkdocs.hooks.flowdppo")
 
-_LINK = re.compile(r"(?<!!)\[([^\]]*)\]\((\.\./[^)\s#]*)(?:#[^)\s]*)?\)")
+_LINK = re.compile(r"(?<!!)\[([^\]]*)\]\((\.\.?/[^)\s#]*)(?:#[^)\s]*)?\)")
 _NOT_RUN = re.compile(r"^<!-- not run: (.+?) -->\n(```.*?^```$)", re.MULTILINE | re.DOTALL)
+_FOREIGN = re.compile(r'<(?:script|link|img|iframe)\b[^>]*(?:src|href)="(?:https?:)?//[^"]*"[^>]*>')
+# what is left where python-markdown reads a page otherwise than its author meant
+_LEFTOVERS = re.compile(r"\|\s*-{3,}|<p>(?:[-*] |\d+\. |#)|\n[-*] |\]\(|:[a-z]+:<code>|^```", re.MULTILINE)
 
 
 def on_page_markdown(markdown: str, page, config, files) -> str:
@@ -30,3 +36,16 @@ def on_page_markdown(markdown: str, page, config, files) -> str:
 
     markdown = _LINK.sub(outside, markdown)
     return _NOT_RUN.sub(r'\2\n\n<p class="not-run">Not run by the tests: \1.</p>', markdown)
+
+
+def on_post_page(output: str, page, config) -> str:
+    """A page that fetches something from another host, or shows its markup, is a warning."""
+    for found in _FOREIGN.findall(output):
+        if 'rel="canonical"' not in found:
+            log.warning("%s fetches from another host: %s", page.file.src_path, found)
+    article = output.partition("<article")[2].partition("</article>")[0]
+    prose = re.sub(r"<(pre|code)\b.*?</\1>", "<code></code>", article, flags=re.DOTALL)
+    for found in _LEFTOVERS.finditer(prose):
+        near = " ".join(prose[max(0, found.start() - 40) : found.end() + 40].split())
+        log.warning("%s shows its markup: %s", page.file.src_path, near)
+    return output
