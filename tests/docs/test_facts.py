@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from flowdppo_fast import DPPO, SAMPLERS, GRPOGuard, RatioClip, Unclipped, cli, diagnose, sde_schedule
+from flowdppo_fast.objectives import SUMMARY
 from flowdppo_fast.trainer.config import FlowDPPOConfig
 from flowdppo_fast.trainer.recipe import Recipe
 from flowdppo_fast.trainer.rewards import HTTPReward, registry, serve
@@ -278,6 +279,13 @@ def test_every_public_name_is_on_an_api_page():
 
 # made by a method of theirs or another class's
 NOT_CONSTRUCTED = ("FlowMatchSDEScheduler", "RewardHandle")
+
+
+def test_the_table_of_metrics_is_complete():
+    cells = re.findall(r"^\| (`[\w`, ]+`) \|", page("api/results.md").text, re.MULTILINE)
+    named = [name for cell in cells for name in re.findall(r"\w+", cell)]
+    # the loss itself is not among the metrics
+    assert sorted(named) == sorted(SUMMARY[1:])
 
 
 def _parameters(kind: object) -> list[str]:
