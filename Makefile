@@ -57,8 +57,9 @@ check-tables: build
 	$(PY) -m bench.learning document --check
 	$(PY) -m bench.ops evidence --check $(EVIDENCE)
 
+# not --quiet: --strict counts the warnings that are logged
 docs: build
-	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 
 bench: build
 	$(PY) -m bench.ops run

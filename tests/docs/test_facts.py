@@ -14,6 +14,8 @@ import pytest
 import torch
 import yaml
 
+pytest.importorskip("diffusers")
+
 from flowdppo_fast import DPPO, SAMPLERS, GRPOGuard, RatioClip, Unclipped, cli, diagnose, sde_schedule
 from flowdppo_fast.objectives import SUMMARY
 from flowdppo_fast.trainer.config import FlowDPPOConfig

@@ -13,6 +13,8 @@ import pytest
 import torch
 import yaml
 
+pytest.importorskip("diffusers")
+
 from .commands import check
 from .pages import ALL, COMMAND_LINE, LANGUAGES, ROOT, SHELL, Block, Page, load
 

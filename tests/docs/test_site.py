@@ -6,10 +6,11 @@ import importlib.util
 import logging
 from types import ModuleType, SimpleNamespace
 
-import griffe
 import pytest
 
 from .pages import ROOT
+
+griffe = pytest.importorskip("griffe")
 
 
 def load(name: str) -> ModuleType:
