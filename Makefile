@@ -6,12 +6,13 @@ PIP := $(PY) -m pip --disable-pip-version-check -q
 export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 0
 
-.PHONY: help demo test pytest lint check-tables bench bench-quick bench-train bench-learning bench-learning-quick gpu build clean
+.PHONY: help demo test pytest lint check-tables docs bench bench-quick bench-train bench-learning bench-learning-quick gpu build clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo         fine-tune a small flow model with Flow-DPPO and look at the result (about 3 minutes)"
 	@echo "make test         lint, types and all tests"
+	@echo "make docs         the documentation site, into build/site; warnings are errors"
 	@echo "make bench        op benchmark against every contender on this CPU"
 	@echo "make bench-quick  the same with few samples, to try the harness"
 	@echo "make bench-train  one training iteration against the habits of other trainers on this CPU"
@@ -41,9 +42,9 @@ lint: build
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-# side by side: lint and tables take one core each and would leave the other idle
+# side by side: lint, tables and pages take one core each and would leave the other idle
 test: build
-	$(MAKE) --no-print-directory -j3 lint check-tables pytest
+	$(MAKE) --no-print-directory -j3 lint check-tables docs pytest
 
 # one thread per worker; the thread-count tests set their own
 pytest: build
@@ -59,6 +60,10 @@ check-tables: build
 	$(PY) -m bench.ops goals --check $(GOALS_RESULTS)
 	$(PY) -m bench.learning document --check
 	$(PY) -m bench.ops evidence --check $(EVIDENCE)
+
+# not --quiet: --strict counts the warnings that are logged
+docs: build
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 
 bench: build
 	$(PY) -m bench.ops run

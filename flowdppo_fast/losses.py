@@ -186,9 +186,15 @@ def fused_dppo_loss(
     trust_region: str = "kl",
     **options: Unpack[LossOptions],
 ) -> LossOutput:
-    """Flow-DPPO on step means: :func:`fused_policy_loss` with :class:`DPPO`.
+    """Flow-DPPO (arXiv 2606.11025, Eq. 14 and 18) on step means: :func:`fused_policy_loss` with :class:`DPPO`.
 
-    ``threshold`` bounds the mean-reduced KL (1e-5: UniRL, verl-omni, FLUX.1-dev; 1e-6: Flow-Factory SD3.5, FLUX.2).
+    Tensors, results and errors are those of :func:`fused_policy_loss`.
+
+    Args:
+        threshold: bound on the mean-reduced KL, nats per latent element (1e-5: UniRL, verl-omni, FLUX.1-dev; 1e-6:
+            Flow-Factory SD3.5, FLUX.2).
+        symmetric, trust_region: see :class:`DPPO`; ``"velocity_drift"`` needs velocities.
+        options: see :class:`LossOptions`.
     """
     objective = DPPO(threshold, symmetric, trust_region)
     return fused_policy_loss(objective, prev_sample_mean, old_prev_sample_mean, prev_sample, std, advantages, **options)
@@ -206,7 +212,15 @@ def fused_dppo_velocity_loss(
     trust_region: str = "kl",
     **options: Unpack[LossOptions],
 ) -> LossOutput:
-    """Flow-DPPO on velocities: :func:`fused_velocity_policy_loss` with :class:`DPPO`."""
+    """Flow-DPPO (arXiv 2606.11025, Eq. 14 and 18) on velocities: :func:`fused_velocity_policy_loss` with :class:`DPPO`.
+
+    Tensors, results and errors are those of :func:`fused_velocity_policy_loss`.
+
+    Args:
+        threshold: bound on the mean-reduced KL, nats per latent element, as in :func:`fused_dppo_loss`.
+        symmetric, trust_region: see :class:`DPPO`.
+        options: see :class:`LossOptions`.
+    """
     objective = DPPO(threshold, symmetric, trust_region)
     return fused_velocity_policy_loss(objective, velocity, old_velocity, noise, step, advantages, **options)
 
@@ -221,9 +235,13 @@ def fused_ratio_clip_loss(
     clip_range: float | tuple[float, float] = 1e-4,
     **options: Unpack[LossOptions],
 ) -> LossOutput:
-    """Flow-GRPO's ratio clipping on step means: :func:`fused_policy_loss` with :class:`RatioClip`.
+    """Flow-GRPO's ratio clipping (arXiv 2505.05470) on step means: :func:`fused_policy_loss` with :class:`RatioClip`.
 
-    ``clip_range`` is ``c`` or ``(low, high)``: ratios are kept in ``[1-low, 1+high]``.
+    Tensors, results and errors are those of :func:`fused_policy_loss`.
+
+    Args:
+        clip_range: ``c`` or ``(low, high)``: ratios of mean-reduced log-probs are kept in ``[1-low, 1+high]``.
+        options: see :class:`LossOptions`.
     """
     objective = RatioClip(*clip_pair(clip_range))
     return fused_policy_loss(objective, prev_sample_mean, old_prev_sample_mean, prev_sample, std, advantages, **options)
@@ -239,7 +257,14 @@ def fused_ratio_clip_velocity_loss(
     clip_range: float | tuple[float, float] = 1e-4,
     **options: Unpack[LossOptions],
 ) -> LossOutput:
-    """Flow-GRPO's ratio clipping on velocities: :func:`fused_velocity_policy_loss` with :class:`RatioClip`."""
+    """Flow-GRPO's ratio clipping on velocities: :func:`fused_velocity_policy_loss` with :class:`RatioClip`.
+
+    Tensors, results and errors are those of :func:`fused_velocity_policy_loss`.
+
+    Args:
+        clip_range: as in :func:`fused_ratio_clip_loss`.
+        options: see :class:`LossOptions`.
+    """
     objective = RatioClip(*clip_pair(clip_range))
     return fused_velocity_policy_loss(objective, velocity, old_velocity, noise, step, advantages, **options)
 
@@ -256,7 +281,16 @@ def fused_grpo_guard_loss(
     bias: str = "row",
     **options: Unpack[LossOptions],
 ) -> LossOutput:
-    """GRPO-Guard on step means: :func:`fused_policy_loss` with :class:`GRPOGuard`; ``dt`` is ``sigma_next - sigma``."""
+    """GRPO-Guard (arXiv 2510.22319) on step means: :func:`fused_policy_loss` with :class:`GRPOGuard`.
+
+    Tensors, results and errors are those of :func:`fused_policy_loss`.
+
+    Args:
+        dt: ``sigma_next - sigma``, negative: float, or a tensor that broadcasts to the rows.
+        clip_range: ``c`` or ``(low, high)`` on the normalised ratio.
+        bias: ``"row"`` or ``"batch"``, see :class:`GRPOGuard`.
+        options: see :class:`LossOptions`.
+    """
     objective = GRPOGuard(*clip_pair(clip_range), bias)
     return fused_policy_loss(
         objective, prev_sample_mean, old_prev_sample_mean, prev_sample, std, advantages, dt=dt, **options
@@ -274,7 +308,14 @@ def fused_grpo_guard_velocity_loss(
     bias: str = "row",
     **options: Unpack[LossOptions],
 ) -> LossOutput:
-    """GRPO-Guard on velocities: :func:`fused_velocity_policy_loss` with :class:`GRPOGuard`."""
+    """GRPO-Guard on velocities: :func:`fused_velocity_policy_loss` with :class:`GRPOGuard`.
+
+    Tensors, results and errors are those of :func:`fused_velocity_policy_loss`.
+
+    Args:
+        clip_range, bias: as in :func:`fused_grpo_guard_loss`; the step has ``dt``.
+        options: see :class:`LossOptions`.
+    """
     objective = GRPOGuard(*clip_pair(clip_range), bias)
     return fused_velocity_policy_loss(objective, velocity, old_velocity, noise, step, advantages, **options)
 

@@ -19,10 +19,15 @@ class Metrics(dict):
 
 
 class Rows(NamedTuple):
-    """Per-row results, detached, shaped like ``advantages``.
+    """Per-row results, detached, shaped like ``advantages``; float32 (float64 for float64 latents).
 
-    ``log_ratio`` L; ``ratio`` the ratio of the objective (``exp(L)``; for GRPO-Guard the normalised ratio); ``kl`` the
-    divergence compared with the threshold; ``kept`` bool, False where the bound removes the policy gradient; ``loss``.
+    Attributes:
+        log_ratio: ``L``, nats, mean-reduced unless ``reduce="sum"``.
+        ratio: of the objective: ``exp(L)``; for GRPO-Guard the normalised ratio.
+        kl: the divergence compared with the threshold, reduced like ``log_ratio``; the KL unless ``trust_region`` says
+            otherwise.
+        kept: bool, False where the bound removes the policy gradient.
+        loss: with row weight and reference KL.
     """
 
     log_ratio: Tensor

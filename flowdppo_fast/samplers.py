@@ -23,7 +23,12 @@ Level = float | Tensor
 
 @dataclass(frozen=True)
 class Schedule:
-    """The noise levels a sampler may look at besides its own two: the whole descending schedule, 1 -> 0."""
+    """The noise levels a sampler may look at besides its own two: of the whole descending schedule, 1 -> 0.
+
+    Args:
+        sigma_max: the level that stands in for 1 where ``1 - sigma`` would be 0 (``flow_sde``).
+        first, last: the two levels between which ``wan``'s diffusion is linear in sigma.
+    """
 
     sigma_max: Level
     first: Level
@@ -326,7 +331,12 @@ class SDEStep:
 
 
 def sde_schedule(sampler: str, sigmas: Sequence[float], *, eta: float = 0.7) -> list[SDEStep]:
-    """All steps of a descending schedule ``sigmas`` (``[T+1]`` levels, 1 -> 0) under one sampler.
+    """All T steps of a descending schedule under one sampler, in float64.
+
+    Args:
+        sampler: a name from :data:`SAMPLERS`.
+        sigmas: ``[T+1]`` levels, 1 -> 0.
+        eta: noise level, >= 0 (for ``cps`` at most 1).
 
     Raises:
         ValueError: fewer than two levels, or anything :meth:`SDEStep.from_sigmas` refuses.

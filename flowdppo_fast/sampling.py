@@ -133,7 +133,10 @@ def sde_step_with_logprob(
         model_output, sample: ``[B, *latent]`` of any rank.
         timestep: ``[B]`` timesteps of the schedule.
         noise_level: eta.
+        prev_sample: the next state of a recorded step, same shape as ``sample``; None draws it.
+        generator: of the drawn noise, one or one per row.
         sde_type: ``"sde"`` (Flow-SDE) or ``"cps"``; for ``"cps"`` the log-prob is theirs, ``-mean((x'-mu)**2)``.
+        return_sqrt_dt: also return ``sqrt(-dt)``.
 
     Returns:
         ``(prev_sample, log_prob [B], prev_sample_mean, std_dev_t [B, 1, ...])``, float32, and ``sqrt_dt [B, 1, ...]``

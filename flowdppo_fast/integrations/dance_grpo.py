@@ -25,7 +25,7 @@ __all__ = ["dppo_loss_from_sample", "flux_step", "policy_loss_from_sample", "rat
 
 
 def transition_std(eta: float, sigmas: Tensor, index: int) -> float:
-    """Standard deviation ``eta * sqrt(sigma - sigma_next)`` of the step at ``index``, for the losses."""
+    """Standard deviation ``eta * sqrt(sigma - sigma_next)`` of step ``index`` of ``sigmas [T+1]``, for the losses."""
     return float(eta) * math.sqrt(float(sigmas[index]) - float(sigmas[index + 1]))
 
 
@@ -62,6 +62,7 @@ def flux_step(
         grpo: False returns the mean instead of a draw.
         sde_solver: add the score correction to the mean.
         return_mean: append the mean.
+        backend: as for the losses.
 
     Returns:
         ``(prev_sample, pred_original, log_prob [B])`` and the mean if asked; with ``grpo=False``
@@ -113,6 +114,7 @@ def policy_loss_from_sample(
         prev_sample_mean: ``[B, *latent]`` from ``flux_step(..., return_mean=True)``, with gradient.
         std: :func:`transition_std` at the *permuted* index (``perms[i][j]``), or what the step function returned.
         adv_clip_max: clamp on advantages (``args.adv_clip_max``).
+        backend: as for :func:`~flowdppo_fast.fused_policy_loss`.
 
     Raises:
         ValueError: a key that ``sample`` lacks.
@@ -144,7 +146,12 @@ def dppo_loss_from_sample(
     threshold: float = 1e-5,
     **options: Any,
 ) -> LossOutput:
-    """Flow-DPPO: :func:`policy_loss_from_sample` with ``DPPO(threshold)``."""
+    """Flow-DPPO: :func:`policy_loss_from_sample` with ``DPPO(threshold)``.
+
+    Args:
+        threshold: bound on the mean-reduced KL, nats per latent element.
+        options: keywords of :func:`policy_loss_from_sample`, which also has the other arguments.
+    """
     return policy_loss_from_sample(DPPO(threshold), sample, j, prev_sample_mean, std, **options)
 
 
@@ -156,7 +163,13 @@ def ratio_clip_loss(
     clip_range: float | tuple[float, float] = 1e-4,
     adv_clip_max: float | None = 5.0,
 ) -> LossOutput:
-    """The inline clip loss from the script's own log-probs, all ``[B]``; nothing has to be stored for it."""
+    """The inline clip loss from the script's own log-probs; nothing has to be stored for it.
+
+    Args:
+        new_log_probs, old_log_probs, advantages: ``[B]``; the first one with gradient.
+        clip_range: ``c`` or ``(low, high)``.
+        adv_clip_max: clamp on advantages (``args.adv_clip_max``).
+    """
     return log_prob_policy_loss(
         RatioClip(*clip_pair(clip_range)),
         new_log_probs,

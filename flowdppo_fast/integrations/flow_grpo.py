@@ -235,7 +235,12 @@ def dppo_loss_from_sample(
     threshold: float = 1e-5,
     **options: Any,
 ) -> LossOutput:
-    """Flow-DPPO in place of the inline clip loss: :func:`policy_loss_from_sample` with ``DPPO(threshold)``."""
+    """Flow-DPPO in place of the inline clip loss: :func:`policy_loss_from_sample` with ``DPPO(threshold)``.
+
+    Args:
+        threshold: bound on the mean-reduced KL, nats per latent element.
+        options: keywords of :func:`policy_loss_from_sample`, which also has the other arguments.
+    """
     return policy_loss_from_sample(DPPO(threshold), sample, j, prev_sample_mean, std_dev_t, sqrt_dt, **options)
 
 
@@ -249,7 +254,12 @@ def ratio_clip_loss_from_sample(
     clip_range: float | tuple[float, float] = 1e-4,
     **options: Any,
 ) -> LossOutput:
-    """The inline loss as it is (``config.train.clip_range``): :func:`policy_loss_from_sample` with ``RatioClip``."""
+    """The inline loss as it is (``config.train.clip_range``): :func:`policy_loss_from_sample` with ``RatioClip``.
+
+    Args:
+        clip_range: ``c`` or ``(low, high)``.
+        options: keywords of :func:`policy_loss_from_sample`, which also has the other arguments.
+    """
     objective = RatioClip(*clip_pair(clip_range))
     return policy_loss_from_sample(objective, sample, j, prev_sample_mean, std_dev_t, sqrt_dt, **options)
 
@@ -267,10 +277,12 @@ def grpo_guard_loss_from_sample(
 ) -> LossOutput:
     """The loss of ``train_sd3_GRPO_Guard.py``: :func:`policy_loss_from_sample` with ``GRPOGuard``.
 
-    ``bias="row"`` (default) is GRPO-Guard as published: each row's own divergence. ``bias="batch"`` is what the script
-    computes: its reduction runs over no dim but ends as one number for the batch; with ``log_prob`` given,
-        ``std_dev_t``
-    and ``sqrt_dt`` are batch means too, as there.
+    Args:
+        clip_range: ``c`` or ``(low, high)`` on the normalised ratio.
+        bias: ``"row"`` (default) is GRPO-Guard as published: each row's own divergence. ``"batch"`` is what the script
+            computes: its reduction runs over no dim but ends as one number for the batch; with ``log_prob`` given,
+            ``std_dev_t`` and ``sqrt_dt`` are batch means too, as there.
+        options: keywords of :func:`policy_loss_from_sample`, which also has the other arguments.
     """
     objective = GRPOGuard(*clip_pair(clip_range), bias)
     return policy_loss_from_sample(objective, sample, j, prev_sample_mean, std_dev_t, sqrt_dt, **options)
@@ -327,7 +339,12 @@ def velocity_policy_loss_from_sample(
 def dppo_velocity_loss_from_sample(
     sample: Mapping[str, Tensor], j: int, velocity: Tensor, step: SDEStep, *, threshold: float = 1e-5, **options: Any
 ) -> LossOutput:
-    """Flow-DPPO on velocities: :func:`velocity_policy_loss_from_sample` with ``DPPO(threshold)``."""
+    """Flow-DPPO on velocities: :func:`velocity_policy_loss_from_sample` with ``DPPO(threshold)``.
+
+    Args:
+        threshold: bound on the mean-reduced KL, nats per latent element.
+        options: keywords of :func:`velocity_policy_loss_from_sample`, which also has the other arguments.
+    """
     return velocity_policy_loss_from_sample(DPPO(threshold), sample, j, velocity, step, **options)
 
 
@@ -336,6 +353,9 @@ def training_info(out: LossOutput) -> dict[str, Tensor]:
 
     ``policy_loss``, ``approx_kl``, ``clipfrac*`` (clip objectives), ``kl_loss`` (with a reference), ``loss``, and every
     metric of the objective that the scripts do not have.
+
+    Args:
+        out: result of one of the losses here.
     """
     info = dict(out.metrics())
     if "kl_ref_mean" in info:

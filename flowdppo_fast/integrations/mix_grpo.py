@@ -51,6 +51,7 @@ def flow_grpo_step(
         prev_sample: the next state of a recorded step, or None to draw it.
         generator: source of the noise.
         determistic: take the ODE step; the log-prob is the stochastic step's density of it.
+        backend: as for the losses.
 
     Returns:
         ``(prev_sample, pred_original, log_prob [B], mean, std)``; ``std`` is the standard deviation of the step, 0-d.
@@ -103,8 +104,7 @@ def dance_grpo_step(
     It differs from :func:`flowdppo_fast.integrations.dance_grpo.flux_step` in two ways, both as in MixGRPO: without
     ``sde_solver`` the next state is the mean itself, and log-probs carry no normaliser (it cancels in the ratio).
 
-    Args and Returns:
-        as ``flux_step``.
+    Arguments and results are otherwise those of ``flux_step``.
     """
     step = dance_step(eta, sigmas, index, sde_solver)
     original = None
@@ -143,7 +143,13 @@ def ratio_clip_loss(
     adv_clip_max: float | None = 5.0,
     kl_coeff: float = 0.0,
 ) -> tuple[LossOutput, Tensor]:
-    """The inline loss with MixGRPO's penalty on the distance to the *old* policy, all arguments ``[B]``.
+    """The inline loss with MixGRPO's penalty on the distance to the *old* policy.
+
+    Args:
+        new_log_probs, old_log_probs, advantages: ``[B]``; the first one with gradient.
+        clip_range: ``c`` or ``(low, high)``.
+        adv_clip_max: clamp on advantages.
+        kl_coeff: weight of the penalty.
 
     Returns:
         the clip loss, and ``kl_loss = mean((new - old)**2) / 2``; the script's loss is ``out.loss + kl_coeff *

@@ -304,7 +304,8 @@ def register(
     Args:
         losses: names to replace, of ``flow_dppo``, ``flow_grpo``, ``dance_grpo``, ``grpo_guard``, ``kl``.
         fused_step: also replace ``FlowMatchSDEDiscreteScheduler.sample_previous_step`` by :func:`sample_previous_step`.
-        options: :class:`Options`; or give its fields as keywords.
+        options: :class:`Options`.
+        flags: or its fields as keywords.
 
     Raises:
         ValueError: a loss that is not one of the above, or a flag out of its choices.
@@ -353,6 +354,17 @@ def sample_previous_step(
 
     Latents may be of any float dtype (verl-omni asserts float32); results are float32. Timesteps are looked up with one
     sync per call instead of one per row.
+
+    Args:
+        sample, model_output: ``[B, *latent]``; differentiable in the second.
+        timestep: ``[B]``; None takes the scheduler's own position.
+        generator: of the drawn noise.
+        per_token_timesteps: must be None.
+        noise_level: eta, one for all rows or ``[B]``.
+        prev_sample: the next state of a recorded step; None draws it.
+        sde_type: ``"sde"``, ``"cps"`` or ``"dance_sde"``.
+        return_logprobs, return_sqrt_dt: what is returned besides, see below.
+        include_logprob_normalizer: False leaves the normaliser out of the log-prob.
 
     Returns:
         ``(prev_sample, log_prob [B] or None, prev_sample_mean, std_dev_t)`` and ``sqrt_dt [B]`` if asked; ``std_dev_t``

@@ -255,6 +255,15 @@ class RunConfig:
 class FlowDPPOConfig:
     """All settings of :class:`FlowDPPOTrainer`, by section; see the sections' own documentation.
 
+    Args:
+        model: what is trained.
+        sampling: the rollout.
+        advantage: how rewards become advantages.
+        objective: the bound on each update.
+        optimizer: the updates.
+        evaluation: held-out prompts.
+        run: length, seed, output folder, logs.
+
     Raises:
         ValueError: an unknown key, a value out of range, or settings that contradict each other.
         TypeError: a value of the wrong type.

@@ -42,6 +42,9 @@ class JPEGIncompressibility:
 
 
 class JPEGCompressibility(JPEGIncompressibility):
-    """Minus the size of the image as a JPEG file in kB: smooth images score higher."""
+    """Minus the size of the image as a JPEG file in kB: smooth images score higher.
+
+    Arguments are those of :class:`JPEGIncompressibility`.
+    """
 
     sign = -1.0

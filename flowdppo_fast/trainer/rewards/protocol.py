@@ -35,6 +35,11 @@ def score(
 
     Reading whether all of them are finite waits for the device once.
 
+    Args:
+        reward: what is called, without gradients.
+        images, prompts, metadata: as :class:`Reward` takes them, B of each.
+        device: of the results.
+
     Raises:
         TypeError: no tensor or mapping of tensors.
         ValueError: not one number per image, or one that is not finite in float32; it is named with its sample.

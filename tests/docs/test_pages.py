@@ -1,0 +1,153 @@
+"""Every page: python runs, commands parse, other blocks are what they say, links lead somewhere."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+pytest.importorskip("diffusers")
+
+from .commands import check
+from .pages import ALL, COMMAND_LINE, LANGUAGES, ROOT, SHELL, Block, Page, load
+
+NOT_RUN = [block for page in ALL for block in page.blocks() if block.reason is not None]
+
+
+def _readme(folder: Path) -> dict[str, Any]:
+    """The names that the README's fragments take for granted."""
+    shape = (4, 16, 8, 8)
+    old_velocity, noise = torch.randn(shape), torch.randn(shape)
+    config = {
+        "model": {"train": "full"},
+        "sampling": {"prompts_per_rollout": 2, "group_size": 2},
+        "run": {"iterations": 1, "output_dir": "runs/readme", "progress": False, "device": "cpu"},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    sys.path.insert(0, "examples/digits")
+    from pipeline import DigitsPipeline
+
+    return {
+        "sigmas": torch.linspace(1, 0, 11).tolist(),
+        "old_velocity": old_velocity,
+        "velocity": (old_velocity + 0.01).requires_grad_(),
+        "noise": noise,
+        "advantages": torch.tensor([1.0, -1.0, 0.5, -0.5]),
+        "log": print,
+        "prev_sample_mean": (old_velocity + 0.01).requires_grad_(),
+        "old_prev_sample_mean": old_velocity,
+        "prev_sample": old_velocity + 0.1 * noise,
+        "std": 0.1,
+        "pipeline": DigitsPipeline.from_pretrained("examples/digits/checkpoint"),
+        "reward": lambda images, prompts, metadata: images.mean(dim=(1, 2, 3)),
+        "prompts": ["3", "8"],
+    }
+
+
+GIVEN: dict[str, Callable[[Path], dict[str, Any]]] = {"README.md": _readme}
+
+
+def having(*languages: str) -> list[Page]:
+    return [page for page in ALL if any(block.reason is None for block in page.blocks(*languages))]
+
+
+@pytest.fixture(autouse=True)
+def ordinary_memory(poisoned_memory):
+    """Whole models allocate uninitialised memory for good reasons; the kernels' own tests poison it."""
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("page", having("python"), ids=str)
+def test_python_blocks_run_in_order(page, tmp_path, monkeypatch, capsys):
+    """All blocks of a page in one namespace, as a reader would type them in the root of the repository."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    namespace: dict = {"__name__": page.path.stem}
+    if str(page) in GIVEN:
+        namespace |= GIVEN[str(page)](tmp_path)
+    for block in page.blocks("python"):
+        if block.reason is None:
+            # lines of a traceback are those of the page
+            exec(compile("\n" * (block.line - 1) + block.body, str(page.path), "exec"), namespace)
+    printed = capsys.readouterr().out
+    for said in re.findall(r"^prints ``(.+?)``", page.text, re.MULTILINE | re.DOTALL):
+        assert " ".join(said.split()) in printed
+
+
+@pytest.mark.parametrize("block", NOT_RUN, ids=str)
+def test_blocks_that_are_not_run_here(block):
+    """Counted, with the reason; a block that says why for no reason would go unnoticed."""
+    assert block.language in ("python", *SHELL), "only blocks that could run need a reason"
+    assert block.reason.startswith("needs "), block.reason
+    if block.language == "python":
+        compile(block.body, str(block), "exec")
+    pytest.skip(f"{block} is not run: {block.reason}")
+
+
+@pytest.mark.parametrize("page", [page for page in ALL if page.commands()], ids=str)
+def test_commands_are_understood(page):
+    """By the parser of the program; settings on the command line are checked against the config they change."""
+    for where, words in page.commands():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(ROOT)
+            try:
+                check(words, patch)
+            except (Exception, SystemExit) as error:
+                raise AssertionError(f"{where}: {' '.join(words)}: {error}") from error
+
+
+@pytest.mark.parametrize("page", ALL, ids=str)
+def test_blocks_are_what_they_say(page):
+    blocks = page.blocks()
+    assert {block.language for block in blocks} <= LANGUAGES
+    assert page.text.count("```") == 2 * len(blocks), "a fence is not closed"
+    for block in blocks:
+        if block.language in ("", "text"):
+            assert not COMMAND_LINE.search(block.body), f"{block}: commands are in a block of bash or sh"
+        elif block.language == "yaml":
+            _check_yaml(block, integration="integrations" in page.path.parts)
+        elif block.language == "json" and not _is_json(block.body):
+            assert all(_is_json(line) for line in block.body.splitlines()), f"{block}: neither JSON nor JSON lines"
+
+
+def _check_yaml(block: Block, *, integration: bool) -> None:
+    values = yaml.safe_load(block.body)
+    assert isinstance(values, dict), block
+    # other trainers have sections of the same names
+    if not integration and values.keys() & {"pipeline", "rewards", "sampling", "optimizer", "model"}:
+        from flowdppo_fast.trainer.recipe import Recipe
+
+        smallest = {
+            "pipeline": {"pretrained": "owner/name"},
+            "prompts": {"train": ["x"]},
+            "rewards": [{"name": "clip"}],
+        }
+        Recipe.from_dict(
+            {**smallest, **{k: {**smallest.get(k, {}), **v} if isinstance(v, dict) else v for k, v in values.items()}}
+        )
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except json.JSONDecodeError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("page", ALL, ids=str)
+def test_links_lead_somewhere(page):
+    for target, anchor in page.links():
+        linked = (page.path.parent / target).resolve() if target else page.path
+        assert linked.exists(), f"{page} links to {target}"
+        assert linked.is_relative_to(ROOT), f"{page} links to {target}"
+        if anchor and linked.suffix == ".md":
+            assert anchor in load(linked).anchors(), f"{page} links to {target}#{anchor}"
