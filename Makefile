@@ -6,13 +6,14 @@ PIP := $(PY) -m pip --disable-pip-version-check -q
 export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 0
 
-.PHONY: help demo test pytest lint check-tables docs bench bench-quick bench-train bench-learning bench-learning-quick gpu build clean
+.PHONY: help demo test pytest lint audit check-tables docs bench bench-quick bench-train bench-learning bench-learning-quick gpu build clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo         fine-tune a small flow model with Flow-DPPO and look at the result (about 3 minutes)"
 	@echo "make test         lint, types and all tests"
 	@echo "make docs         the documentation site, into build/site; warnings are errors"
+	@echo "make audit        look for known vulnerabilities in what constraints.txt pins (needs a network)"
 	@echo "make bench        op benchmark against every contender on this CPU"
 	@echo "make bench-quick  the same with few samples, to try the harness"
 	@echo "make bench-train  one training iteration against the habits of other trainers on this CPU"
@@ -45,6 +46,12 @@ lint: build
 # side by side: lint, tables and pages take one core each and would leave the other idle
 test: build
 	$(MAKE) --no-print-directory -j3 lint check-tables docs pytest
+
+# strict: without its service, or for a version that the service does not know, it fails
+audit:
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/python -m pip --disable-pip-version-check -q install pip-audit==2.10.1
+	build/audit/bin/pip-audit --strict --disable-pip --no-deps -r constraints.txt
 
 # one thread per worker; the thread-count tests set their own
 pytest: build

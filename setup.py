@@ -250,8 +250,10 @@ def compile_cuda(folder: Path, depends: list[str]) -> list[str]:
             subprocess.run(command, check=True)
         return str(made)
 
+    # the largest take longest, and go first
+    sources = sorted(CUDA_SOURCES.glob("*.cu"), key=lambda source: source.stat().st_size, reverse=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        made = list(pool.map(compile_one, sorted(CUDA_SOURCES.glob("*.cu"))))
+        made = sorted(pool.map(compile_one, sources))
     last_flags.write_text(shlex.join(flags))
     return made
 
@@ -284,14 +286,21 @@ def extension_builder() -> type[build_ext]:
             super().build_extension(extension)
 
         def compile_isas(self, extension: Extension) -> None:
-            for isa, flags in ISA_FLAGS.items():
-                extension.extra_objects += self.compiler.compile(
+            """Objects of the streaming kernels, compiled side by side."""
+
+            def compile_one(isa: str) -> list[str]:
+                return self.compiler.compile(
                     [str(SOURCES / "kernels.cpp")],
                     output_dir=os.path.join(self.build_temp, isa),
                     include_dirs=extension.include_dirs,
-                    extra_postargs=[*extension.extra_compile_args, *KERNEL_FLAGS, *flags, f"-DFLOWDPPO_ISA={isa}"],
+                    extra_postargs=[
+                        *extension.extra_compile_args, *KERNEL_FLAGS, *ISA_FLAGS[isa], f"-DFLOWDPPO_ISA={isa}"
+                    ],
                     depends=extension.depends,
-                )
+                )  # fmt: skip
+
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                extension.extra_objects += [made for objects in pool.map(compile_one, ISA_FLAGS) for made in objects]
 
         def run(self) -> None:
             super().run()

@@ -225,17 +225,20 @@ def test_doctor_says_why_cuda_cannot_run(monkeypatch):
 
 
 def test_import_is_light():
-    """On top of torch: no trainer stack, no Triton, and no module outside the package and the standard library."""
+    """On top of torch: no trainer stack, no Triton, no module outside the package and the standard library, no time."""
     code = (
-        "import sys, json, torch; before = set(sys.modules); import flowdppo_fast; "
-        "print(json.dumps(sorted({name.partition('.')[0] for name in set(sys.modules) - before})))"
+        "import sys, json, time, torch; before, started = set(sys.modules), time.process_time(); import flowdppo_fast; "
+        "print(json.dumps([time.process_time() - started, sorted(set(sys.modules) - before)]))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    new = set(json.loads(run.stdout.splitlines()[-1]))
+    seconds, modules = json.loads(run.stdout.splitlines()[-1])
+    new = {name.partition(".")[0] for name in modules}
     assert "flowdppo_fast" in new
     heavy = {"diffusers", "transformers", "triton", "accelerate", "peft", "numpy", "matplotlib", "safetensors", "yaml"}
     assert new & heavy == set()
     assert new - {"flowdppo_fast"} <= set(sys.stdlib_module_names)
+    # of the processor, which a busy machine stretches little; it takes a tenth of this
+    assert seconds < 0.5
     assert "flowdppo_fast: " not in run.stderr
 
 
