@@ -31,8 +31,6 @@ HERE = Path(__file__).parent
 DIGITS = [str(digit) for digit in range(10)]
 # seeds that no rollout draws: those are 63-bit hashes
 HELD_OUT_SEEDS = range(20)
-# Okabe and Ito's palette, which colour-blind readers can tell apart
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#595959"
 
 
 class BoldDigits:
@@ -54,30 +52,6 @@ def draw(pipeline: DigitsPipeline, num_steps: int) -> tuple[torch.Tensor, list[s
     return images, asked
 
 
-def plot_metrics(history: Sequence[dict[str, float]], threshold: float | None, latent_size: int, path: Path) -> None:
-    """Reward, KL and masked fraction over the iterations."""
-    iterations = [m["iteration"] for m in history]
-    figure, (top, middle, bottom) = plt.subplots(3, 1, figsize=(9, 8), sharex=True, layout="constrained")
-    top.plot(iterations, [m["reward"] for m in history], color=BLUE, label="mean of both")
-    top.plot(iterations, [m["reward/readable"] for m in history], color=GREEN, linestyle="--", label="readable")
-    top.plot(iterations, [m["reward/bold"] for m in history], color=ORANGE, linestyle=":", label="bold")
-    top.set_ylabel("reward of the rollout\n[0 to 1]")
-    largest = [m["kl_new_old_max"] * latent_size for m in history]
-    middle.semilogy(iterations, [m["kl_new_old_nats"] for m in history], color=BLUE, label="mean over rows")
-    middle.semilogy(iterations, largest, color=ORANGE, linestyle="--", label="largest row")
-    if threshold is not None:
-        middle.axhline(threshold * latent_size, color=GREY, linestyle=":", label="threshold of the mask")
-    middle.set_ylabel("KL(old || new)\n[nats per denoising step]")
-    bottom.plot(iterations, [100 * m["masked_fraction"] for m in history], color=BLUE, label="dropped")
-    bottom.set_ylabel("rows dropped by the bound\n[%]")
-    bottom.set_xlabel("iteration [rollouts]")
-    for axes in (top, middle, bottom):
-        axes.grid(alpha=0.3)
-        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
 def plot_samples(before: torch.Tensor, after: torch.Tensor, path: Path, columns: int = 8) -> None:
     """The first ``columns`` held-out seeds of each digit, before on the left and after on the right."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 6.6), layout="constrained")
@@ -93,6 +67,11 @@ def plot_samples(before: torch.Tensor, after: torch.Tensor, path: Path, columns:
         axis.set_ylabel("asked digit")
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def mean_rewards(reward: BoldDigits, images: torch.Tensor, asked: list[str]) -> dict[str, float]:
+    """The mean of each reward over images."""
+    return {name: value.mean().item() for name, value in reward(images, asked, None).items()}
 
 
 def report_rows(history: Sequence[dict[str, float]]) -> tuple[int, int, int]:
@@ -146,13 +125,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
 
     after, _ = draw(pipeline, steps)
     trainer.save_pretrained(folder / "final")
-    threshold = getattr(trainer.objective, "threshold", None)
-    plot_metrics(history, threshold, before[0].numel(), folder / "metrics.png")
     plot_samples(before, after, folder / "samples.png")
     rows, moved, masked = report_rows(history)
     result = {"rows": rows, "rows_moved": moved, "rows_masked": masked}
     for name, images in (("before", before), ("after", after)):
-        scores = {key: value.mean().item() for key, value in reward(images, asked, None).items()}
+        scores = mean_rewards(reward, images, asked)
         result[name] = sum(config.advantage.reward_weights.get(key, 1.0) * score for key, score in scores.items())
         parts = ", ".join(f"{key} {score:.3f}" for key, score in scores.items())
         variety = images.unflatten(0, (len(DIGITS), -1)).std(1).mean().item()
