@@ -50,32 +50,6 @@ def draw(pipeline: DigitsPipeline, num_steps: int) -> tuple[torch.Tensor, list[s
 
 
 @figures.style()
-def plot_metrics(history: Sequence[dict[str, float]], threshold: float | None, latent_size: int, path: Path) -> None:
-    """Reward, KL and masked fraction over the iterations."""
-    iterations = [m["iteration"] for m in history]
-    first, second, third = (look.kwargs(marker="") for look in figures.SERIES[:3])
-    figure, (top, middle, bottom) = figures.panels(3, columns=1, height=2.2, sharex=True)
-    top.plot(iterations, [m["reward"] for m in history], **first, label="mean of both")
-    top.plot(iterations, [m["reward/readable"] for m in history], **second, label="readable")
-    top.plot(iterations, [m["reward/bold"] for m in history], **third, label="bold")
-    top.set_ylabel("reward of the rollout\n[0 to 1]")
-    largest = [m["kl_new_old_max"] * latent_size for m in history]
-    middle.plot(iterations, [m["kl_new_old_nats"] for m in history], **first, label="mean over rows")
-    middle.plot(iterations, largest, **second, label="largest row")
-    if threshold is not None:
-        middle.axhline(threshold * latent_size, color=figures.GREY, linestyle=":", label="threshold of the mask")
-    figures.log_scale(middle.yaxis)
-    middle.set_ylabel("KL(old || new)\n[nats per\ndenoising step]")
-    bottom.plot(iterations, [100 * m["masked_fraction"] for m in history], **first, label="dropped")
-    bottom.set_ylabel("rows dropped\nby the bound\n[% of rows]")
-    bottom.set_xlabel("iteration [rollouts]")
-    for axes in (top, middle, bottom):
-        figures.legend_beside(axes)
-    figure.align_ylabels()
-    figures.save(figure, path)
-
-
-@figures.style()
 def plot_samples(before: torch.Tensor, after: torch.Tensor, path: Path, columns: int = 8) -> None:
     """The first ``columns`` held-out seeds of each digit, before on the left and after on the right."""
     figure, axes = figures.panels(2, height=5.4)
@@ -91,6 +65,11 @@ def plot_samples(before: torch.Tensor, after: torch.Tensor, path: Path, columns:
         axis.set_ylabel("asked digit")
         axis.grid(False)
     figures.save(figure, path)
+
+
+def mean_rewards(reward: BoldDigits, images: torch.Tensor, asked: list[str]) -> dict[str, float]:
+    """The mean of each reward over images."""
+    return {name: value.mean().item() for name, value in reward(images, asked, None).items()}
 
 
 def report_rows(history: Sequence[dict[str, float]]) -> tuple[int, int, int]:
@@ -144,13 +123,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
 
     after, _ = draw(pipeline, steps)
     trainer.save_pretrained(folder / "final")
-    threshold = getattr(trainer.objective, "threshold", None)
-    plot_metrics(history, threshold, before[0].numel(), folder / "metrics.png")
     plot_samples(before, after, folder / "samples.png")
     rows, moved, masked = report_rows(history)
     result = {"rows": rows, "rows_moved": moved, "rows_masked": masked}
     for name, images in (("before", before), ("after", after)):
-        scores = {key: value.mean().item() for key, value in reward(images, asked, None).items()}
+        scores = mean_rewards(reward, images, asked)
         result[name] = sum(config.advantage.reward_weights.get(key, 1.0) * score for key, score in scores.items())
         parts = ", ".join(f"{key} {score:.3f}" for key, score in scores.items())
         variety = images.unflatten(0, (len(DIGITS), -1)).std(1).mean().item()

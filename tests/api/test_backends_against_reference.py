@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.cases import FORM_OBJECTIVE_OPTIONS, FORM_OBJECTIVES, FORMS, OPTIONS, bounded_call
 from support.compare import check_backend
-from support.problems import make_problem
+from support.problems import STOCHASTIC, make_problem
 
 import flowdppo_fast as fast
 
@@ -124,7 +124,7 @@ def test_steps_that_differ_between_rows(backend, form, objective, rows, index):
     check_backend(call, backend.name)
 
 
-@pytest.mark.parametrize("sampler", ["flow_sde", "dance", "wan", "cps"])
+@pytest.mark.parametrize("sampler", STOCHASTIC)
 @pytest.mark.parametrize("index", [0, 8])
 def test_every_sampler(backend, sampler, index):
     call = bounded_call(

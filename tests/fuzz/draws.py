@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from support.cases import OBJECTIVES, bounded_call
 from support.layouts import DENSE, LAYOUTS
-from support.problems import MEAN_NAMES, VELOCITY_NAMES, Call, library, make_problem, textbook
+from support.problems import MEAN_NAMES, STOCHASTIC, VELOCITY_NAMES, Call, library, make_problem, textbook
 
 import flowdppo_fast as fast
 
@@ -52,7 +52,7 @@ def draw_call(choose: Chooser, device: str, *, float64: bool) -> tuple[Call, str
     objective = choose.choice(
         [name for name, case in OBJECTIVES.items() if form == "velocity" or not case.velocity_only]
     )
-    sampler = choose.choice(("flow_sde", "dance", "wan", "cps"))
+    sampler = choose.choice(STOCHASTIC)
     # the last step of cps has no density
     index: Any = choose.randint(0, 8)
     if choose.choice((False, True)):

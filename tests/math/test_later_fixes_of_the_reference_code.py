@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 from support import oracle
-from support.problems import ETA, SIGMAS, make_problem
+from support.problems import ETA, SIGMAS, STOCHASTIC, make_problem
 
 import flowdppo_fast as fast
 
@@ -35,7 +35,7 @@ def fused_kl(problem, backend) -> torch.Tensor:
     return out.rows.kl.cpu().double()
 
 
-@pytest.mark.parametrize("sampler", ["flow_sde", "dance", "wan", "cps"])
+@pytest.mark.parametrize("sampler", STOCHASTIC)
 def test_unirl_38_sigma_of_the_kl_is_the_samplers(backend, sampler):
     """The KL took Flow-SDE's sigma under every sampler."""
     problem = make_problem(sampler=sampler, index=4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.cases import FORM_OBJECTIVE_OPTIONS, FORM_OBJECTIVES, FORMS, OPTIONS, bounded_call
-from support.problems import Outcome, library, make_problem, textbook
+from support.problems import STOCHASTIC, Outcome, library, make_problem, textbook
 from support.tolerance import check_float64
 
 
@@ -60,7 +60,7 @@ def test_steps_that_differ_between_rows(form, objective, rows, index):
     assert_same(library(call, "reference"), textbook(call), 4.0)
 
 
-@pytest.mark.parametrize("sampler", ["flow_sde", "dance", "wan", "cps"])
+@pytest.mark.parametrize("sampler", STOCHASTIC)
 @pytest.mark.parametrize("index", [0, 4, 8])
 @pytest.mark.parametrize("objective", ["dppo", "grpo_guard"])
 def test_every_sampler(sampler, index, objective):

@@ -10,14 +10,13 @@ import pytest
 import torch
 from support import oracle
 from support.layouts import LAYOUTS, channels_last, trajectory_slice
-from support.problems import ETA, SIGMAS, make_problem
+from support.problems import ETA, SIGMAS, STOCHASTIC, make_problem
 from support.tolerance import check_within, eager_bound
 
 import flowdppo_fast as fast
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 SCHEDULE = fast.Schedule.from_sigmas(SIGMAS)
-STOCHASTIC = ["flow_sde", "dance", "wan", "cps"]
 
 
 @pytest.mark.parametrize("sampler", fast.SAMPLERS)

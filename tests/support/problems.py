@@ -18,6 +18,8 @@ from . import oracle
 # ten-step schedule of a rectified-flow model with shift 3, 1 -> 0
 SIGMAS = [3.0 * t / (1.0 + 2.0 * t) for t in (1.0 - i / 10 for i in range(11))]
 ETA = 0.7
+# samplers whose steps have a density
+STOCHASTIC = [name for name in fast.SAMPLERS if name != "ode"]
 VELOCITY_NAMES = ("velocity", "old_velocity", "noise", "reference_velocity")
 MEAN_NAMES = ("prev_sample_mean", "old_prev_sample_mean", "prev_sample", "reference_prev_sample_mean")
 ROW_TENSORS = ("row_weights", "old_log_prob")

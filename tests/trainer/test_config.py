@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import typing
+
 import pytest
 
-from flowdppo_fast import DPPO, GRPOGuard, RatioClip, Unclipped
+from flowdppo_fast import DPPO, SAMPLERS, GRPOGuard, RatioClip, Unclipped
 from flowdppo_fast.trainer import FlowDPPOConfig
-from flowdppo_fast.trainer.config import ObjectiveConfig
+from flowdppo_fast.trainer.config import ObjectiveConfig, SamplingConfig
+
+
+def test_every_sampler_with_noise_can_be_configured():
+    choices = typing.get_args(typing.get_type_hints(SamplingConfig)["sampler"])
+    assert {*choices, "ode"} == set(SAMPLERS)
 
 
 def test_yaml_and_overrides(tmp_path):
