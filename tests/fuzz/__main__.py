@@ -1,6 +1,7 @@
 """The long form: many random calls of one backend, and a tally of them.
 
     python -m tests.fuzz --backend cpu --cases 100000 --output FILE.json
+    TRITON_INTERPRET=1 python -m tests.fuzz --backend triton --cases 2000 --output FILE.json
     python -m tests.fuzz --merge A.json B.json --output FILE.json
 
 With ``--output`` the tally is written as it grows, and the same command goes on where it ended. Calls that are
@@ -24,6 +25,7 @@ import torch
 
 from bench.ops.devices import open_device
 from bench.ops.environment import collect, git_sha
+from flowdppo_fast.backend import problem, triton_interpreted
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -119,8 +121,10 @@ class Tally:
             self.counts["layout"][layout] += 1
 
     def as_dict(self) -> dict[str, Any]:
+        variable = "TRITON_INTERPRET=1 " if self.backend == "triton" and triton_interpreted() else ""
+        options = f"--backend {self.backend} --cases {self.done} --seed {self.first}"
         return {
-            "command": f"python -m tests.fuzz --backend {self.backend} --cases {self.done} --seed {self.first}",
+            "command": f"{variable}python -m tests.fuzz {options}",
             "environment": self.environment,
             "backend": self.backend,
             "first_seed": self.first,
@@ -187,9 +191,8 @@ def run(args: argparse.Namespace) -> Tally:
     # as in the tests: memory that a kernel forgets to write is NaN
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
-    if args.backend == "triton" and args.device == "cpu":
-        # Triton is imported by the first call
-        os.environ["TRITON_INTERPRET"] = "1"
+    if (reason := problem(args.backend, args.device)) is not None:
+        sys.exit(f"--backend {args.backend}: {reason}")
     tally = Tally(args.backend, args.seed)
     if args.output is not None and args.output.exists():
         tally = Tally.read(args.output)
