@@ -285,21 +285,25 @@ def decidable(call: Call, eager: Outcome, exact: Outcome) -> bool:
 def check_reference(call: Call, reference: Outcome, exact: Outcome) -> None:
     """Asserts that the library's reference in float64, the oracle of the other backends, is the textbook in float64.
 
-    The textbook subtracts log-densities of next states: it loses what ``S`` is smaller than the states, and the size
-    of what it sums.
+    Both are float64, so only their roundings differ: the textbook subtracts log-densities of next states, and loses
+    what ``S`` is smaller than the states and the size of what it sums. That is still far below a float32.
     """
     problem, latent_dims = call.problem, call.first.ndim - len(call.problem.rows)
-    numel = math.prod(call.first.shape[-latent_dims:])
+    numel = math.prod(call.first.shape[-latent_dims:]) if call.options.get("reduce") == "sum" else 1
     std = problem.mean_of(torch.zeros_like(problem.state))[1]
     # what log-densities are made of: mean squares of (e - u)
-    size = 1.0 + 2.0 * float(exact.size.max()) / (numel if call.options.get("reduce") == "sum" else 1)
-    scale = 4.0 * max(1.0, 1.0 / float(std.min())) * size * (numel if call.options.get("reduce") == "sum" else 1)
-    check_float64("loss", reference.loss, exact.loss, scale)
+    size = 1.0 + 2.0 * float(exact.size.max()) / numel
+    scale = 64.0 * max(1.0, 1.0 / float(std.min())) * size * numel
+    row_loss = float(exact.rows["loss"].abs().max())
+    count = exact.rows["loss"].numel() if call.options.get("reduction") == "sum" else 1
+    # rows cancel in their mean
+    check_float64("loss", reference.loss, exact.loss, scale * max(1.0, 1e3 * row_loss * count))
     for name in ("log_ratio", "ratio", "kl", "loss"):
         check_float64(f"rows.{name}", reference.rows[name], exact.rows[name], scale)
     assert torch.equal(reference.rows["kept"], exact.rows["kept"])
     for name, value in reference.metrics.items():
-        check_float64(name, value, exact.metrics[name], scale)
+        cancelled = max(1.0, 1e3 * row_loss) if name == "policy_loss" else 1.0
+        check_float64(name, value, exact.metrics[name], scale * cancelled)
     check_float64("gradient", reference.grad, exact.grad, scale)
 
 
