@@ -6,12 +6,14 @@ import os
 from collections.abc import Sequence
 
 import pytest
+import torch
 from hypothesis import HealthCheck, assume, given, note, settings
 from hypothesis import strategies as st
 from support.backends import CPU, REFERENCE, Backend, require
 from support.compare import check_backend
+from support.steps import check_statistics, check_step
 
-from .draws import decidable, draw_call, in_range, seeded
+from .draws import draw_call, draw_statistics, draw_step, seeded, yardstick_of
 
 CASES = int(os.environ.get("FLOWDPPO_FUZZ_CASES", "150"))
 
@@ -41,13 +43,28 @@ class FromHypothesis:
 @given(data=st.data())
 def test_random_calls_agree_with_the_reference(backend: Backend, data):
     require(backend)
-    call, words = draw_call(FromHypothesis(data), backend.device, float64=backend.float64)
-    note(words)
-    assume(in_range(call) and decidable(call))
-    check_backend(call, backend.name)
+    drawn = draw_call(FromHypothesis(data), backend.device, float64=backend.float64)
+    note(str(drawn))
+    yardstick, _ = yardstick_of(drawn.call)
+    assume(yardstick is not None)
+    check_backend(drawn.call, backend.name, yardstick)
 
 
-def test_a_seed_repeats_its_call():
-    first, second = (draw_call(seeded(11), "cpu", float64=True) for _ in range(2))
-    assert first[1] == second[1]
-    assert (first[0].first == second[0].first).all()
+@pytest.mark.parametrize("backend", [REFERENCE, CPU], ids=lambda backend: backend.name)
+@pytest.mark.parametrize(("draw", "check"), [(draw_step, check_step), (draw_statistics, check_statistics)])
+def test_random_steps_and_statistics_agree_with_the_textbook(backend: Backend, draw, check):
+    require(backend)
+    for seed in range(CASES // 3):
+        drawn = draw(seeded(seed), backend.device, float64=backend.float64)
+        try:
+            check(drawn.call, backend.name)
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}: {drawn}") from error
+
+
+@pytest.mark.parametrize("draw", [draw_call, draw_step, draw_statistics])
+def test_a_seed_repeats_its_call(draw):
+    first, second = (draw(seeded(11), "cpu", float64=True) for _ in range(2))
+    assert str(first) == str(second)
+    velocity = (lambda call: call.first) if draw is draw_call else (lambda call: call.velocity)
+    assert torch.equal(velocity(first.call), velocity(second.call))

@@ -11,7 +11,8 @@ import torch
 from support import oracle
 from support.layouts import LAYOUTS, channels_last, trajectory_slice
 from support.problems import ETA, SIGMAS, STOCHASTIC, make_problem
-from support.tolerance import check_within, eager_bound
+from support.steps import StepCall, check_step, eager_step
+from support.tolerance import check_within
 
 import flowdppo_fast as fast
 
@@ -113,22 +114,6 @@ def test_stacked_steps():
     assert torch.equal(per_sample.row_table((3, 2), torch.device("cpu"), F32), expected.repeat_interleave(2, 0))
 
 
-def eager_step(problem, sample, velocity, noise, dtype):
-    """The textbook's step in ``dtype``: mean, next state."""
-    sigma, sigma_next = problem.levels(dtype)
-    mean, std = oracle.sampler_step(
-        problem.sampler, sample.cpu().to(dtype), velocity.cpu().to(dtype), sigma, sigma_next, ETA, SIGMAS
-    )
-    return mean, mean + oracle.lift(std, mean) * noise.cpu().to(dtype), std
-
-
-def log_prob_of(state, mean, std, kind):
-    density = -((state - mean) ** 2)
-    if kind == "gaussian":
-        density = oracle.log_density(state, mean, oracle.lift(std, mean))
-    return density.flatten(std.ndim).mean(-1)
-
-
 @pytest.mark.parametrize("sampler", STOCHASTIC)
 @pytest.mark.parametrize("dtype", [F32, BF16, F16, F64])
 @pytest.mark.parametrize("source", ["noise", "seed", "prev_sample"])
@@ -139,43 +124,16 @@ def test_fused_step(backend, sampler, dtype, source, kind, rows, index):
     if dtype == F64 and not backend.float64:
         pytest.skip(f"{backend.name} makes no promise for float64")
     problem = make_problem(rows, (3, 5), sampler=sampler, index=index)
-    sample, velocity = (x.to(device=backend.device, dtype=dtype) for x in (problem.state, problem.velocity))
-    velocity.requires_grad_()
-    noise = problem.noise.to(device=backend.device, dtype=dtype)
-    options = {"noise": noise}
+    sample, velocity, noise = (
+        x.to(device=backend.device, dtype=dtype) for x in (problem.state, problem.velocity, problem.noise)
+    )
+    call = StepCall(problem, sample, velocity, noise, log_prob=kind)
     if source == "seed":
-        options = {"noise": fast.PhiloxNoise(3, 8)}
-        noise = options["noise"].materialize((*rows, 3, 5), row_dims=len(rows), dtype=F64)
+        call.noise = fast.PhiloxNoise(3, 8)
     elif source == "prev_sample":
         _, state, _ = eager_step(problem, problem.state, problem.old_velocity, problem.noise, F64)
-        options = {"prev_sample": state.to(device=backend.device, dtype=dtype)}
-    result = fast.sde_step(
-        sample, velocity, problem.step, return_mean=True, log_prob=kind, rows=len(rows), backend=backend.name, **options
-    )
-
-    compute = F64 if dtype == F64 else F32
-    answers = {}
-    for precision in (F64, compute):
-        leaf = velocity.detach().cpu().to(precision).requires_grad_()
-        mean, state, std = eager_step(problem, sample, leaf, noise, precision)
-        if source == "prev_sample":
-            state = options["prev_sample"].cpu().to(precision)
-        density = log_prob_of(state.detach(), mean, std, kind)
-        (of_density,) = torch.autograd.grad(density.sum(), leaf, retain_graph=True)
-        (of_mean,) = torch.autograd.grad((mean * (1.0 + problem.noise.to(precision))).sum(), leaf)
-        answers[precision] = {
-            "mean": mean.detach(), "state": state.detach(), "log_prob": density.detach(),
-            "of_density": of_density, "of_mean": of_mean,
-        }  # fmt: skip
-    upstream = (1.0 + problem.noise).to(result.mean)
-    actual = {"mean": result.mean, "state": result.prev_sample, "log_prob": result.log_prob}
-    (actual["of_density"],) = torch.autograd.grad(result.log_prob.sum(), velocity, retain_graph=True)
-    (actual["of_mean"],) = torch.autograd.grad((result.mean * upstream).sum(), velocity)
-    assert result.mean.dtype == result.log_prob.dtype == compute
-    assert result.prev_sample.dtype == actual["of_density"].dtype == actual["of_mean"].dtype == dtype
-    for name, value in actual.items():
-        exact, eager = answers[F64][name], answers[compute][name]
-        check_within(name, value.cpu(), exact, eager_bound(exact, eager, compute), compute)
+        call.noise, call.prev_sample = None, state.to(device=backend.device, dtype=dtype)
+    check_step(call, backend.name)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

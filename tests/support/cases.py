@@ -89,16 +89,19 @@ def middle_gap(values: Tensor) -> float:
     return math.sqrt(float(ordered[at]) * float(ordered[at + 1]))
 
 
-def bounded_call(problem: Problem, form: str, objective: str, **options: Any) -> Call:
-    """The call with a bound in the middle of what its rows reach, so that no rounding can move a row across."""
-    case = OBJECTIVES[objective]
+def bounded_call(problem: Problem, form: str, objective: str | Case, *, factor: float = 1.0, **options: Any) -> Call:
+    """The call with a bound in the middle of what its rows reach, so that no rounding can move a row across.
+
+    A ``factor`` other than 1 moves the bound away from there: wherever it then falls between the rows.
+    """
+    case = OBJECTIVES[objective] if isinstance(objective, str) else objective
     call = make_call(problem, form, *case.bounded(0.5), **options)
     # what the rows reach does not depend on the bound
     reached = textbook(call)
     if case.rule in ("ratio_clip", "grpo_guard"):
-        bound = min(middle_gap(reached.rows["ratio"] - 1.0), 0.9)
+        bound = min(factor * middle_gap(reached.rows["ratio"] - 1.0), 0.9)
     else:
-        bound = middle_gap(reached.rows["kl"])
+        bound = factor * middle_gap(reached.rows["kl"])
     call.objective, call.rule = case.bounded(bound)
     return call
 

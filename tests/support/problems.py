@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,7 @@ class Problem:
     """Recorded steps under an old, a new and a reference policy, in float64.
 
     Rows come in all combinations of advantage sign, direction of the ratio and distance from the old policy, so that
-    every branch of every objective is taken. ``index`` holds each row's step in :data:`SIGMAS`, shaped to broadcast.
+    every branch of every objective is taken. ``index`` holds each row's step in ``sigmas``, shaped to broadcast.
     """
 
     rows: tuple[int, ...]
@@ -43,13 +43,19 @@ class Problem:
     noise: Tensor
     advantages: Tensor
     row_weights: Tensor
+    eta: float = ETA
+    sigmas: Sequence[float] = tuple(SIGMAS)
 
     @property
     def step(self) -> fast.SDEStep:
         """The library's step: scalar where one serves all rows, else stacked in ``index``'s shape."""
         steps = [
             fast.SDEStep.from_sigmas(
-                self.sampler, SIGMAS[i], SIGMAS[i + 1], eta=ETA, schedule=fast.Schedule.from_sigmas(SIGMAS)
+                self.sampler,
+                self.sigmas[i],
+                self.sigmas[i + 1],
+                eta=self.eta,
+                schedule=fast.Schedule.from_sigmas(self.sigmas),
             )
             for i in self.index.flatten().tolist()
         ]
@@ -64,7 +70,7 @@ class Problem:
 
     def levels(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
         """``sigma`` and ``sigma_next`` of each row."""
-        table = torch.tensor(SIGMAS, dtype=dtype)
+        table = torch.tensor(self.sigmas, dtype=dtype)
         index = self.index.expand(self.rows)
         return table[index], table[index + 1]
 
@@ -72,7 +78,7 @@ class Problem:
         """Textbook mean and standard deviation of the step, in ``velocity``'s dtype."""
         sigma, sigma_next = self.levels(velocity.dtype)
         state = self.state.to(velocity.dtype)
-        return oracle.sampler_step(self.sampler, state, velocity, sigma, sigma_next, ETA, SIGMAS)
+        return oracle.sampler_step(self.sampler, state, velocity, sigma, sigma_next, self.eta, self.sigmas)
 
 
 def make_problem(
@@ -83,6 +89,8 @@ def make_problem(
     index: int | list = 2,
     drift: float = 1.0,
     seed: int = 0,
+    eta: float = ETA,
+    sigmas: Sequence[float] = tuple(SIGMAS),
 ) -> Problem:
     """Rows that differ from the old policy by ``drift * 0.5`` (far) or ``drift * 0.05`` (near) standard deviations."""
     g = torch.Generator().manual_seed(seed)
@@ -100,7 +108,7 @@ def make_problem(
     problem = Problem(
         rows, sampler, step_index, state, old, old, old, noise,
         sign * (0.5 + torch.rand(rows, generator=g, dtype=torch.float64)),
-        0.5 + torch.rand(rows, generator=g, dtype=torch.float64),
+        0.5 + torch.rand(rows, generator=g, dtype=torch.float64), eta, sigmas,
     )  # fmt: skip
     # u = size * (toward * 0.8 * e + 0.6 * other), so that log-ratios have the sign of `toward`
     u = oracle.lift(size, noise) * (0.8 * oracle.lift(toward, noise) * noise + (0.6 if numel > 4 else 0.0) * other)
@@ -113,7 +121,10 @@ def make_problem(
 
 @dataclass
 class Call:
-    """One loss call: tensors as the user holds them, and everything the textbook needs to answer it."""
+    """One loss call: tensors as the user holds them, and everything the textbook needs to answer it.
+
+    ``upstream`` is what flows into a scalar loss from above, the factor of a gradient scaler; 1 is the loss as it is.
+    """
 
     problem: Problem
     form: str
@@ -125,6 +136,7 @@ class Call:
     std: float | Tensor | None = None
     dt: float | Tensor | None = None
     step: fast.SDEStep | None = None
+    upstream: float = 1.0
 
     @property
     def first(self) -> Tensor:
@@ -300,7 +312,7 @@ def textbook(call: Call, dtype: torch.dtype = torch.float64) -> Outcome:
         velocities=velocities, reference_mean=reference_mean, **options,
     )  # fmt: skip
     loss = {"mean": answer.row_loss.mean(), "sum": answer.row_loss.sum(), "none": answer.row_loss}[reduction]
-    (grad,) = torch.autograd.grad((loss * upstream_of(loss)).sum(), first)
+    (grad,) = torch.autograd.grad((loss * upstream_of(loss, call.upstream)).sum(), first)
     rows = {name: getattr(answer, name) for name in ("log_ratio", "ratio", "kl", "kept")}
     rows["loss"] = answer.row_loss.detach()
     return Outcome(loss.detach(), rows, answer.metrics, grad, size=answer.size)
@@ -325,9 +337,10 @@ def library(call: Call, backend: str) -> Outcome:
         )  # fmt: skip
     grad = out.grad
     if grad is None:
-        upstream = upstream_of(out.loss).to(out.loss)
         # a scalar loss is differentiated as it is: that is the path trainers take
-        (grad,) = torch.autograd.grad(out.loss, first, None if out.loss.ndim == 0 else upstream)
+        plain = out.loss.ndim == 0 and call.upstream == 1.0
+        upstream = None if plain else upstream_of(out.loss, call.upstream).to(out.loss)
+        (grad,) = torch.autograd.grad(out.loss, first, upstream)
     return Outcome(
         out.loss.detach().cpu(),
         {name: x.cpu() for name, x in out.rows._asdict().items()},
@@ -337,8 +350,8 @@ def library(call: Call, backend: str) -> Outcome:
     )
 
 
-def upstream_of(loss: Tensor) -> Tensor:
-    """What flows into the loss from above: 1 for a scalar, different numbers for a vector of row losses."""
+def upstream_of(loss: Tensor, scalar: float = 1.0) -> Tensor:
+    """What flows into the loss from above: ``scalar`` for a scalar, different numbers for a vector of row losses."""
     if loss.ndim == 0:
-        return torch.ones((), dtype=loss.dtype)
+        return torch.full((), scalar, dtype=loss.dtype)
     return (torch.arange(loss.numel(), dtype=loss.dtype) * 0.3 - 0.7).reshape(loss.shape)
