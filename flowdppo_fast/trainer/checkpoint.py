@@ -8,7 +8,6 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -164,23 +163,16 @@ def _state_and_fault(path: Path) -> tuple[dict[str, Any], str | None]:
     return state, None
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Iterable[str]) -> dict[str, Tensor]:
-    """State of ``optimizer`` as ``parameter/entry`` tensors; ``names`` are its parameters', in order."""
+def optimizer_values(optimizer: torch.optim.Optimizer) -> dict[str, list[Tensor]]:
+    """State of ``optimizer`` by entry, one value for each of its parameters, in order; empty before its first step."""
     state = optimizer.state_dict()["state"]
-    return {
-        f"{name}/{key}": torch.as_tensor(value)
-        for index, name in enumerate(names)
-        for key, value in state.get(index, {}).items()
-    }
+    return {key: [torch.as_tensor(state[index][key]) for index in sorted(state)] for key in state.get(0, {})}
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, names: Iterable[str], tensors: dict[str, Tensor]) -> None:
-    """The inverse of :func:`optimizer_tensors`; hyper-parameters stay as the optimizer was built."""
-    index = {name: position for position, name in enumerate(names)}
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        parameter, _, key = name.rpartition("/")
-        state.setdefault(index[parameter], {})[key] = value
+def load_optimizer(optimizer: torch.optim.Optimizer, values: dict[str, list[Tensor]]) -> None:
+    """The inverse of :func:`optimizer_values`; hyper-parameters stay as the optimizer was built."""
+    count = len(next(iter(values.values()), ()))
+    state = {index: {key: entries[index] for key, entries in values.items()} for index in range(count)}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -1,38 +1,27 @@
-"""The processes of a run: which rows each of them samples and trains on, and the sums they exchange.
+"""The processes of a run: which rows each of them samples and trains on, and what they exchange besides weights.
 
-Rows, seeds and updates are numbered for the whole run, so that a run does the same on one process as on many. The
-transformer is not wrapped: gradients of one update are summed once, after its last micro-batch.
+Rows, seeds and updates are numbered for the whole run, so that a run does the same on one process as on many.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed
 from accelerate import Accelerator
-from accelerate.utils import (
-    DistributedType,
-    FullyShardedDataParallelPlugin,
-    broadcast_object_list,
-    gather_object,
-    parse_flag_from_env,
-)
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor
 
-# gradients travel in pieces of this many numbers
-_BUCKET = 1 << 25
+from .sharding import sharding_of
 
 
 class Workers:
     """All processes of ``accelerator``, of which this is number ``rank``.
 
     Attributes:
-        sharded: weights, gradients and optimizer state are split over the processes (FSDP2); then all processes have to
-            make the same calls of a transformer and the same backwards, in the same order.
+        sharding: how they hold the trained weights.
 
     Raises:
         ValueError: a launcher's setting that this trainer cannot follow.
@@ -42,11 +31,15 @@ class Workers:
         self.count, self.rank = accelerator.num_processes, accelerator.process_index
         self.is_main = accelerator.is_main_process
         self._accelerator = accelerator
-        self._plugin = _sharding_plugin(accelerator)
-        self.sharded = self._plugin is not None
+        self.sharding = sharding_of(accelerator)
         self._error: Exception | None = None
         # an error that all processes were told of: they may still do things together
         self.agreed = False
+
+    @property
+    def sharded(self) -> bool:
+        """Whether weights are split: then all processes make the same calls and backwards, in the same order."""
+        return self.sharding.split
 
     def rows_of(self, rank: int, updates: Sequence[range]) -> list[range]:
         """Rows of process ``rank``: an equal, contiguous share of each update's."""
@@ -75,15 +68,6 @@ class Workers:
         if self.count > 1:
             torch.distributed.all_reduce(tensor)
         return tensor
-
-    def sum_gradients(self, gradients: Sequence[Tensor]) -> None:
-        """Replaces the gradients by their sum over processes."""
-        if self.count == 1:
-            return
-        for bucket in _buckets(gradients):
-            flat = self.sum(torch.cat([grad.flatten() for grad in bucket]))
-            parts = flat.split([grad.numel() for grad in bucket])
-            torch._foreach_copy_(bucket, [part.view_as(grad) for part, grad in zip(parts, bucket)])
 
     def from_main(self, value: Any) -> Any:
         """The main process's ``value``."""
@@ -130,64 +114,3 @@ class Workers:
             raise ValueError(
                 f"{name} of process {odd} are others than those of process 0, expected the same on all {self.count}"
             )
-
-    def shard(self, module: nn.Module) -> None:
-        """Splits the weights of ``module`` over all processes, block by block, and moves them to the device.
-
-        Gradients come out of a backward as sums over processes, as in :meth:`sum_gradients`. Blocks are what the
-        launcher's settings name, or else what diffusers does not split.
-        """
-        assert self._plugin is not None
-        mesh = init_device_mesh(self._accelerator.device.type, (self.count,))
-        kinds = set(self._plugin.transformer_cls_names_to_wrap or getattr(module, "_no_split_modules", None) or ())
-        # inner ones first
-        parts: Any = [part for part in reversed(list(module.modules())) if type(part).__name__ in kinds] + [module]
-        for part in parts:
-            name = type(part).__name__
-            # always resharded: what is gathered must not outlive a change of the weights
-            fully_shard(part, mesh=mesh, reshard_after_forward=True)
-            # diffusers looks classes up by their name, and writes it into configs
-            type(part).__name__ = name
-            part.set_gradient_divide_factor(1.0)
-            # gloo knows no scaled sums
-            part.set_force_sum_reduction_for_comms(True)
-        for part in parts:
-            # the first gathering may move the shards; from now on they stay where they are
-            part.unshard()
-            part.reshard()
-
-
-def _sharding_plugin(accelerator: Accelerator) -> FullyShardedDataParallelPlugin | None:
-    kind = accelerator.distributed_type
-    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise ValueError(
-            f"accelerate: got distributed_type {kind.value}, expected processes with whole weights (DDP), or FSDP with "
-            "fsdp_version: 2, which splits weights, gradients and optimizer state as ZeRO-3 does"
-        )
-    # on CPUs accelerate's state does not know the plugin
-    if accelerator.num_processes == 1 or not parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        return None
-    plugin = FullyShardedDataParallelPlugin()
-    for name, got, expected in (
-        ("fsdp_version", plugin.fsdp_version, 2),
-        ("fsdp_reshard_after_forward", plugin.reshard_after_forward, True),
-        ("fsdp_offload_params", isinstance(plugin.cpu_offload, CPUOffloadPolicy), False),
-        ("fsdp_activation_checkpointing", plugin.activation_checkpointing, False),
-    ):
-        if got != expected:
-            hint = "; set model.gradient_checkpointing instead" if "checkpointing" in name else ""
-            raise ValueError(f"accelerate: got {name}: {got}, expected {expected}{hint}")
-    return plugin
-
-
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    bucket: list[Tensor] = []
-    size = 0
-    for tensor in tensors:
-        if bucket and size + tensor.numel() > _BUCKET:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(tensor)
-        size += tensor.numel()
-    if bucket:
-        yield bucket

@@ -21,10 +21,6 @@ class MovingAverage:
         """Moves the averages towards the present parameters."""
         torch._foreach_lerp_(self.averages, self.parameters, 1.0 - self.decay)
 
-    def applied(self) -> contextlib.AbstractContextManager[None]:
-        """Within this context the parameters hold the averages."""
-        return holding(self.parameters, self.averages)
-
 
 @contextlib.contextmanager
 def holding(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[None]:

@@ -53,11 +53,15 @@ class PolicyOptimizer:
         Returns:
             0-d device tensors: ``grad_norm`` before clipping, ``skipped`` (not finite) and ``stopped`` (too far).
         """
+        loss, kl = self.workers.sum(torch.stack([loss, kl])).unbind()
+        taken: dict[str, Tensor] = {}
+        self.workers.sharding.step(lambda: taken.update(self._take(loss, kl)))
+        return taken
+
+    def _take(self, loss: Tensor, kl: Tensor) -> dict[str, Tensor]:
         s = self.settings
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        if not self.workers.sharded:
-            self.workers.sum_gradients(gradients)
-        loss, kl = self.workers.sum(torch.stack([loss, kl])).unbind()
+        self.workers.sharding.sum_gradients(gradients)
         if self.scaled:
             torch._foreach_mul_(gradients, 1.0 / self.scale)
         norm = torch.nn.utils.get_total_norm(gradients, foreach=True)

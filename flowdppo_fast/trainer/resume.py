@@ -38,10 +38,14 @@ def save_run(trainer: FlowDPPOTrainer) -> Path:
     """
     weights, workers, folder = trainer.weights, trainer.workers, trainer.output / "checkpoints"
     randoms = workers.gather_objects([checkpoint.random_state()])
-    moments = checkpoint.optimizer_tensors(trainer.optimizer.adamw, weights.names)
+    moments = checkpoint.optimizer_values(trainer.optimizer.adamw)
     tensors: dict[str, dict[str, Tensor]] = {
         **weights.state(),
-        "optimizer": {name: weights.whole(name.rpartition("/")[0], value) for name, value in moments.items()},
+        "optimizer": {
+            f"{name}/{entry}": value
+            for entry, values in moments.items()
+            for name, value in workers.sharding.whole(values).items()
+        },
         "scale": trainer.optimizer.state(),
         "history": trainer.history.tables,
         **{f"random-{rank}": tensors for rank, (tensors, _) in enumerate(randoms)},
@@ -136,8 +140,12 @@ def _restore(trainer: FlowDPPOTrainer, path: Path) -> None:
     weights = trainer.weights
     weights.load_state(tensors)
     trainer.optimizer.load_state(tensors["scale"])
-    moments = {name: weights.shard(name.rpartition("/")[0], value) for name, value in tensors["optimizer"].items()}
-    checkpoint.load_optimizer(trainer.optimizer.adamw, weights.names, moments)
+    moments: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors["optimizer"].items():
+        name, _, entry = key.rpartition("/")
+        moments.setdefault(entry, {})[name] = value
+    own = {entry: trainer.workers.sharding.own(whole) for entry, whole in moments.items()}
+    checkpoint.load_optimizer(trainer.optimizer.adamw, own)
     trainer.history.tables = {name: table.to(trainer.device) for name, table in tensors["history"].items()}
     rank = trainer.workers.rank
     if len(state["random"]) == trainer.workers.count:

@@ -60,10 +60,8 @@ def check_processes(config: FlowDPPOConfig, workers: Workers, prompts: PromptSou
     """
     texts = [text_of(entry) for entry in prompts.entries]
     workers.check_same(derive_seed(config.to_dict(), texts), "settings or prompts")
+    how = f"in a run with {workers.sharding.kind}"
     if workers.sharded and config.optimizer.skip_dropped_backward:
-        raise ValueError("optimizer.skip_dropped_backward: got True, expected False in a sharded run (FSDP2)")
+        raise ValueError(f"optimizer.skip_dropped_backward: got True, expected False {how}")
     if workers.sharded and config.sampling.per_group_steps and transformers > 1:
-        raise ValueError(
-            f"sampling.per_group_steps: got True with {transformers} transformers, expected False in a sharded run "
-            "(FSDP2)"
-        )
+        raise ValueError(f"sampling.per_group_steps: got True with {transformers} transformers, expected False {how}")

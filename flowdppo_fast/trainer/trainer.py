@@ -286,15 +286,16 @@ class FlowDPPOTrainer:
         """Images of one pipeline call, one per entry."""
         # equal neighbours are one prompt with several images, if all runs of them have a common length
         runs = [len(list(run)) for _, run in itertools.groupby(entries, key=id)]
-        with torch.no_grad(), self._autocast():
-            return self.pipeline(
-                **source.arguments(entries, math.gcd(*runs), self.device),
-                **options,
-                num_inference_steps=num_steps,
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-                output_type=self.config.sampling.output_type,
-                return_dict=False,
-            )[0]
+        arguments = {
+            **source.arguments(entries, math.gcd(*runs), self.device),
+            **options,
+            "num_inference_steps": num_steps,
+            "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
+            "output_type": self.config.sampling.output_type,
+            "return_dict": False,
+        }
+        with torch.no_grad():
+            return self._call(lambda: self.pipeline(**arguments))[0]
 
     def _score(self, images: Any, entries: list[dict], scorer: BackgroundScorer | None = None) -> Callable[[], Any]:
         """Starts to score the images of a call; what is returned waits for the rewards."""
@@ -356,8 +357,7 @@ class FlowDPPOTrainer:
     def _verify(self, trajectory: Trajectory) -> None:
         """The replay must give the recorded velocities before anything is trained on it."""
         rows = range(min(self.config.optimizer.micro_batch_size, len(trajectory)))
-        with self._autocast():
-            self.replay_check = check = self.recorder.verify(trajectory, rows)
+        self.replay_check = check = self._call(lambda: self.recorder.verify(trajectory, rows))
         logger.info("replay reproduces the rollout: %s", check)
 
     def _micro_batch(
@@ -366,11 +366,14 @@ class FlowDPPOTrainer:
         """Forward, loss and backward of some rows with some of their steps."""
         objective = self.config.objective
         reference = None
-        with self._autocast():
-            if objective.needs_reference:
-                with torch.no_grad(), self.weights.reference():
-                    reference = self.recorder.replay(trajectory, rows, steps)
-            velocity = self.recorder.replay(trajectory, rows, steps)
+
+        def replay() -> Tensor:
+            return self.recorder.replay(trajectory, rows, steps)
+
+        if objective.needs_reference:
+            with torch.no_grad(), self.weights.reference():
+                reference = self._call(replay)
+        velocity = self._call(replay)
         out = self._loss(trajectory, rows, steps, velocity, reference, advantages[:, None].expand(-1, len(steps)))
         assert out.grad is not None
         # on a GPU looking for a gradient costs a sync
@@ -434,6 +437,12 @@ class FlowDPPOTrainer:
         )
         return True
 
-    def _autocast(self) -> contextlib.AbstractContextManager:
+    def _call(self, function: Callable[[], Any]) -> Any:
+        """``function()``, which calls the transformers, in the precision of the run."""
         dtype = _AUTOCAST.get(self.config.model.mixed_precision)
-        return contextlib.nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
+
+        def call() -> Any:
+            with contextlib.nullcontext() if dtype is None else torch.autocast(self.device.type, dtype):
+                return function()
+
+        return self.workers.sharding.call(call)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from .adapters import add_lora, save_lora, without_adapters
 from .config import ModelConfig
@@ -29,8 +28,8 @@ class PolicyWeights:
         workers: processes that train the same weights, or shards of them.
 
     Attributes:
-        names, parameters: of the trained weights, in one order; float32, with gradients that are never None. In a
-            sharded run plain tensors that share memory with this process's shards.
+        names: of the trained weights.
+        parameters: this process's own tensors of them (:mod:`.sharding`), float32.
         ema: their moving average, or None.
 
     Raises:
@@ -65,21 +64,11 @@ class PolicyWeights:
                     parameter.data = parameter.data.to(device=where, dtype=torch.float32)
             if workers.count > 1:
                 workers.check_same(_fingerprint(module), f"{name} weights")
-            if workers.sharded:
-                workers.shard(module)
-            if model.compile:
+        self.parameters = workers.sharding.prepare(self.modules)
+        self.names = list(workers.sharding.named)
+        if model.compile:
+            for module in self.modules.values():
                 _compile(module)
-        named = {
-            f"{name}.{key}": p
-            for name, module in self.modules.items()
-            for key, p in module.named_parameters()
-            if p.requires_grad
-        }
-        for parameter in named.values():
-            # always there, so that an update whose backwards were all skipped is one with zeros
-            parameter.grad = torch.zeros_like(parameter)
-        self._split = {name: p for name, p in named.items() if isinstance(p, DTensor)}
-        self.names, self.parameters = list(named), [_own(parameter) for parameter in named.values()]
         self.ema = None if model.ema_decay is None else MovingAverage(self.parameters, model.ema_decay)
         self._start = [p.detach().clone() for p in self.parameters] if keep_start and model.train == "full" else None
 
@@ -98,7 +87,7 @@ class PolicyWeights:
             raise RuntimeError("reference: the weights at the start were not kept, expected keep_start=True")
         if self.workers.sharded:
             # what is gathered is read from the memory that the shards had at first
-            with holding(self.parameters, self._start):
+            with self._holding(self._start):
                 yield
             return
         own = [p.data for p in self.parameters]
@@ -112,35 +101,11 @@ class PolicyWeights:
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """Within this context the weights are their moving average, if there is one."""
-        return self.ema.applied() if self.ema is not None else contextlib.nullcontext()
+        return self._holding(self.ema.averages) if self.ema is not None else contextlib.nullcontext()
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """What a checkpoint keeps, by file: whole tensors; all processes have to come here."""
-        return {
-            file: {name: self.whole(name, value) for name, value in zip(self.names, values)}
-            for file, values in self._kept().items()
-        }
-
-    def whole(self, name: str, value: Tensor) -> Tensor:
-        """The whole of which ``value`` is this process's shard, of the weight ``name`` or of what belongs to it.
-
-        In a sharded run it is on the host of the main process, and empty elsewhere; all processes have to come here.
-        """
-        like = self._split.get(name)
-        if like is None or value.ndim == 0:
-            return value
-        split = DTensor.from_local(
-            value, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-        )
-        gathered = split.full_tensor()
-        return gathered.cpu() if self.workers.is_main else gathered.new_empty(0, device="cpu")
-
-    def shard(self, name: str, value: Tensor) -> Tensor:
-        """This process's shard of a whole ``value``: the inverse of :meth:`whole`."""
-        if name not in self._split or value.ndim == 0:
-            return value
-        parts = value.chunk(self.workers.count)
-        return parts[self.workers.rank] if self.workers.rank < len(parts) else value[:0]
+        return {file: self.workers.sharding.whole(values) for file, values in self._kept().items()}
 
     @torch.no_grad()
     def load_state(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -154,24 +119,24 @@ class PolicyWeights:
             odd = sorted(set(saved) ^ set(self.names))
             if odd:
                 raise ValueError(f"checkpoint: {file} has other weights than the pipeline, {odd[0]!r} among them")
-            for name, value in zip(self.names, values):
-                shard = self.shard(name, saved[name])
-                if shard.shape != value.shape:
+            for name, shape in self.workers.sharding.shapes.items():
+                if saved[name].shape != shape:
                     raise ValueError(
-                        f"checkpoint: {file} has shape {list(saved[name].shape)} for {name!r}, expected that of the "
-                        "pipeline's weight"
+                        f"checkpoint: {file} has shape {list(saved[name].shape)} for {name!r}, expected {list(shape)}"
                     )
-                value.copy_(shard)
+            for own, value in zip(self.workers.sharding.own(saved), values):
+                value.copy_(own)
+        self.workers.sharding.changed()
 
     def save_pretrained(self, folder: Path) -> None:
         """Writes the (averaged) weights as diffusers loads them, one folder per transformer, from the main process; all
         processes have to come here."""
         with self.averaged():
+            whole = self.workers.sharding.whole(self.parameters) if self.workers.sharded else {}
             for name, module in self.modules.items():
-                own = [(key, p) for key, p in zip(self.names, self.parameters) if key.startswith(f"{name}.")]
-                whole = {key.removeprefix(f"{name}."): self.whole(key, p) for key, p in own if key in self._split}
+                own = {k.removeprefix(f"{name}."): value for k, value in whole.items() if k.startswith(f"{name}.")}
                 # its own state has shards
-                hook = module.register_state_dict_post_hook(lambda _, state, *__, whole=whole: state.update(whole))
+                hook = module.register_state_dict_post_hook(lambda _, state, *__, own=own: state.update(own))
                 try:
                     if self.workers.is_main:
                         if self.model.train == "lora":
@@ -181,6 +146,15 @@ class PolicyWeights:
                 finally:
                     hook.remove()
 
+    @contextlib.contextmanager
+    def _holding(self, values: Sequence[Tensor]) -> Iterator[None]:
+        try:
+            with holding(self.parameters, values):
+                self.workers.sharding.changed()
+                yield
+        finally:
+            self.workers.sharding.changed()
+
     def _kept(self) -> dict[str, Sequence[Tensor]]:
         kept = {
             "weights": self.parameters,
@@ -188,17 +162,6 @@ class PolicyWeights:
             "start": self._start,
         }
         return {file: values for file, values in kept.items() if values is not None}
-
-
-def _own(parameter: nn.Parameter) -> nn.Parameter:
-    """``parameter``, or a plain one in the memory of this process's shard and of its gradient."""
-    if not isinstance(parameter, DTensor):
-        return parameter
-    assert isinstance(parameter.grad, DTensor)
-    with torch.no_grad():
-        own = nn.Parameter(parameter.to_local())
-        own.grad = parameter.grad.to_local()
-    return own
 
 
 def _fingerprint(module: nn.Module) -> list[int]:

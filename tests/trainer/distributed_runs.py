@@ -92,7 +92,7 @@ def train(
         clip = torch.nn.utils.clip_grads_with_norm_
 
         def keep(parameters, *args, **kwargs):
-            parts = [trainer.weights.whole(n, p.grad) for n, p in zip(trainer.weights.names, parameters)]
+            parts = trainer.workers.sharding.whole([p.grad for p in parameters]).values()
             kept[f"update{number}"] = torch.cat([part.flatten() for part in parts]).clone()
             return clip(parameters, *args, **kwargs)
 

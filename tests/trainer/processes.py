@@ -26,6 +26,13 @@ _WARM = (
     "flowdppo_fast.trainer.trainer",
 )
 
+# what a launcher sets
+SHARDINGS = {
+    "whole": {},
+    "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+    **{f"zero{n}": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": f"{n}"} for n in (1, 2, 3)},
+}
+
 
 def start(function: Callable[..., None], *args: Any, env: Mapping[str, str] | None = None) -> Any:
     """A process that runs ``function(*args)``; it is importable from a module of this folder."""
@@ -36,14 +43,13 @@ def start(function: Callable[..., None], *args: Any, env: Mapping[str, str] | No
     return process
 
 
-def start_all(function: Callable[..., None], *args: Any, count: int, sharded: bool = False) -> list[Any]:
-    """``count`` processes of one run."""
+def start_all(function: Callable[..., None], *args: Any, count: int, sharding: str = "whole") -> list[Any]:
+    """``count`` processes of one run that holds its weights in a way of :data:`SHARDINGS`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), "GLOO_SOCKET_IFNAME": "lo"}
-    if sharded:
-        env |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    env |= SHARDINGS[sharding]
     return [start(function, *args, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(count)]
 
 
@@ -60,9 +66,9 @@ def join(processes: Sequence[Any], seconds: float = 90) -> list[int | None]:
     return codes
 
 
-def run(function: Callable[..., None], *args: Any, count: int = 1, sharded: bool = False) -> None:
+def run(function: Callable[..., None], *args: Any, count: int = 1, sharding: str = "whole") -> None:
     """Runs ``function`` in ``count`` processes, which must all succeed."""
-    processes = start_all(function, *args, count=count, sharded=sharded) if count > 1 else [start(function, *args)]
+    processes = start_all(function, *args, count=count, sharding=sharding) if count > 1 else [start(function, *args)]
     codes = join(processes)
     assert codes == [0] * count, f"exit codes {codes}; see what the processes printed"
 

@@ -82,7 +82,7 @@ def sections_of(name: str, **changes) -> dict[str, dict]:
     return {**sections, "run": run}
 
 
-def start(folder: Path, name: str, *, count: int = 1, sharded: bool = False, resume: bool = False, **changes) -> Path:
+def start(folder: Path, name: str, *, count: int = 1, sharding: str = "whole", resume: bool = False, **changes) -> Path:
     arguments = (
         str(folder),
         sections_of(name, **changes),
@@ -90,7 +90,7 @@ def start(folder: Path, name: str, *, count: int = 1, sharded: bool = False, res
         SETTINGS[name]["reward"],
         resume,
     )
-    processes.run(distributed_runs.train, *arguments, count=count, sharded=sharded)
+    processes.run(distributed_runs.train, *arguments, count=count, sharding=sharding)
     return folder
 
 
@@ -168,7 +168,7 @@ def test_two_processes_do_what_one_does(alone, tmp_path, name):
 @pytest.mark.parametrize("name", ["lora, whole groups", "full, groups split", "guidance, bf16 base"])
 def test_sharded_weights_do_what_whole_ones_do(alone, tmp_path, name):
     iterations = 1 if "drift_budget" in SETTINGS[name].get("objective", {}) else 2
-    sharded = start(tmp_path / "sharded", name, count=2, sharded=True)
+    sharded = start(tmp_path / "sharded", name, count=2, sharding="fsdp2")
     # gathered weights lie elsewhere in memory, where matrix products may round otherwise; the largest sum here has
     # some hundred terms, and the moments square what a gradient's rounding leaves
     tolerance = 256 * EPS if name == "full, groups split" else 0.0
@@ -180,8 +180,8 @@ def test_clipped_gradients_and_one_large_micro_batch(tmp_path):
     name = "full, groups split"
     clip = {"optimizer": {"max_grad_norm": 1e-3, "micro_batch_size": 8}, "sampling": {"batch_size": None}}
     one = start(tmp_path / "one", name, **clip)
-    for sharded in (False, True):
-        two = start(tmp_path / f"two-{sharded}", name, count=2, sharded=sharded, **clip)
+    for sharding in ("whole", "fsdp2"):
+        two = start(tmp_path / sharding, name, count=2, sharding=sharding, **clip)
         assert_same_run(one, two, tolerance=256 * EPS)
 
 
@@ -191,7 +191,7 @@ def test_no_process_skips_a_backward_alone(tmp_path):
     folders = [tmp_path / "one", tmp_path / "sharded"]
     for folder, count in zip(folders, (1, 2)):
         arguments = (str(folder), sections, "digits", "odd")
-        processes.run(distributed_runs.train, *arguments, count=count, sharded=count == 2)
+        processes.run(distributed_runs.train, *arguments, count=count, sharding="fsdp2" if count == 2 else "whole")
     assert_same_run(*folders)
     idle = [[not any(line["advantage"][part : part + 4]) for part in (0, 4)] for line in rows(folders[0])]
     assert [True, False] in idle or [False, True] in idle
@@ -211,17 +211,17 @@ def test_no_process_skips_a_backward_alone(tmp_path):
 def test_what_processes_would_decide_alone_is_refused_in_sharded_runs(tmp_path, section, values, message):
     sections = {"sampling": {"num_steps": 4, "sde_steps": [0], "prompts_per_rollout": 2, "group_size": 2}}
     sections = {**sections, section: values, "run": {"iterations": 1, "progress": False, "device": "cpu"}}
-    processes.run(distributed_runs.fail, str(tmp_path), sections, message, count=2, sharded=True)
+    processes.run(distributed_runs.fail, str(tmp_path), sections, message, count=2, sharding="fsdp2")
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [((2, False), (2, False)), ((2, True), (1, False)), ((1, False), (2, True))]
+    ("before", "after"), [((2, "whole"), (2, "whole")), ((2, "fsdp2"), (1, "whole")), ((1, "whole"), (2, "fsdp2"))]
 )
 def test_resume_on_the_same_and_on_another_number_of_processes(alone, tmp_path, before, after):
     name = "lora, whole groups"
     folder = tmp_path / "run"
-    start(folder, name, count=before[0], sharded=before[1], run={"iterations": 1})
-    start(folder, name, count=after[0], sharded=after[1], resume=True)
+    start(folder, name, count=before[0], sharding=before[1], run={"iterations": 1})
+    start(folder, name, count=after[0], sharding=after[1], resume=True)
     whole, resumed = tensors(alone(name), 2), tensors(folder, 2)
     assert all(torch.equal(resumed[key], value) for key, value in whole.items() if not key.startswith("kept"))
     # the first part of the run also made a final evaluation
@@ -230,8 +230,8 @@ def test_resume_on_the_same_and_on_another_number_of_processes(alone, tmp_path, 
     assert ("global random generators start afresh" in warnings) == (before[0] != after[0])
 
 
-@pytest.mark.parametrize("sharded", [False, True])
-def test_a_reward_that_fails_on_one_process_ends_the_run_on_all(tmp_path, sharded):
+@pytest.mark.parametrize("sharding", ["whole", "fsdp2"])
+def test_a_reward_that_fails_on_one_process_ends_the_run_on_all(tmp_path, sharding):
     sections = {
         "sampling": {"num_steps": 5, "sde_steps": [0, 1], "prompts_per_rollout": 4, "group_size": 4, "batch_size": 4}
     }
@@ -239,7 +239,7 @@ def test_a_reward_that_fails_on_one_process_ends_the_run_on_all(tmp_path, sharde
     expected = "the reward server is gone"
     codes = processes.join(
         processes.start_all(
-            distributed_runs.fail, str(tmp_path), sections, expected, "fails", count=2, sharded=sharded
+            distributed_runs.fail, str(tmp_path), sections, expected, "fails", count=2, sharding=sharding
         ),
         seconds=60,
     )

@@ -1,0 +1,219 @@
+"""How the trained weights are held by the processes of a run: whole on each, or a shard on each.
+
+The optimizer, the moving average and the reference work on this process's own plain tensors, whatever they are shards
+of, so they are the same code in every way of splitting. What differs is here and in :mod:`.zero`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, parse_flag_from_env
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+T = TypeVar("T")
+
+# gradients travel in pieces of this many numbers
+_BUCKET = 1 << 25
+
+
+class WholeWeights:
+    """Every process holds all weights and sums gradients over processes once per update.
+
+    Args:
+        device: of the weights.
+        count, rank: of the processes.
+
+    Attributes:
+        split: weights, gradients and optimizer state are split; then all processes have to make the same calls of a
+            transformer and the same backwards, in the same order.
+        kind: what users call this way of splitting.
+        named, shapes: the trained weights of the transformers by name, in one order, and their whole shapes.
+    """
+
+    split = False
+    kind = "whole weights"
+
+    def __init__(self, device: torch.device, count: int, rank: int):
+        self.device, self.count, self.rank = device, count, rank
+        self.named: dict[str, nn.Parameter] = {}
+        self.shapes: dict[str, torch.Size] = {}
+
+    def prepare(self, modules: Mapping[str, nn.Module]) -> list[nn.Parameter]:
+        """This process's own tensors of what is trained of ``modules`` (float32), in one order; called once."""
+        self._collect(modules)
+        for parameter in self.named.values():
+            # always there, so that an update whose backwards were all skipped is one with zeros
+            parameter.grad = torch.zeros_like(parameter)
+        return list(self.named.values())
+
+    def call(self, function: Callable[[], T]) -> T:
+        """``function()``, which calls transformers; all of their calls go through here."""
+        return function()
+
+    def step(self, take: Callable[[], None]) -> None:
+        """Calls ``take()`` when the own tensors have the gradients of an update; it changes the tensors in place."""
+        take()
+
+    def sum_gradients(self, gradients: Sequence[Tensor]) -> None:
+        """Makes gradients of the own tensors, as backwards left them, sums over processes."""
+        if self.count == 1:
+            return
+        for bucket in _buckets(gradients):
+            flat = torch.cat([grad.flatten() for grad in bucket])
+            torch.distributed.all_reduce(flat)
+            parts = flat.split([grad.numel() for grad in bucket])
+            torch._foreach_copy_(bucket, [part.view_as(grad) for part, grad in zip(parts, bucket)])
+
+    def changed(self) -> None:
+        """Has to be told when the own tensors were written to outside of :meth:`step`."""
+
+    def whole(self, values: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Whole tensors by the weight's name from one value for each own tensor, of its shape or a number.
+
+        Where weights are split they are on the host of the main process, and empty elsewhere; all processes have to
+        come here.
+        """
+        return dict(zip(self.named, values))
+
+    def own(self, whole: Mapping[str, Tensor]) -> list[Tensor]:
+        """The inverse of :meth:`whole`, from whole tensors on each process."""
+        return [whole[name] for name in self.named]
+
+    def _collect(self, modules: Mapping[str, nn.Module]) -> None:
+        for name, module in modules.items():
+            self.named |= {f"{name}.{key}": p for key, p in module.named_parameters() if p.requires_grad}
+        self.shapes = {name: parameter.shape for name, parameter in self.named.items()}
+
+    def _kept(self, whole: Tensor) -> Tensor:
+        """What this process keeps of a gathered tensor."""
+        return whole.cpu() if self.rank == 0 else whole.new_empty(0, device="cpu")
+
+
+class FullyShardedWeights(WholeWeights):
+    """FSDP2: torch's ``fully_shard``, block by block. Own tensors share memory with the shards.
+
+    Args:
+        kinds: names of the classes to gather as one block; None means what diffusers does not split.
+    """
+
+    split = True
+    kind = "FSDP2"
+
+    def __init__(self, device: torch.device, count: int, rank: int, kinds: Sequence[str] | None):
+        super().__init__(device, count, rank)
+        self._kinds = kinds
+
+    def prepare(self, modules: Mapping[str, nn.Module]) -> list[nn.Parameter]:
+        """Splits the weights and moves them to the device. Gradients come out of a backward as sums over processes."""
+        for module in modules.values():
+            self._shard(module)
+        super().prepare(modules)
+        return [self._plain(parameter) for parameter in self.named.values()]
+
+    def sum_gradients(self, gradients: Sequence[Tensor]) -> None:
+        """They are."""
+
+    def whole(self, values: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Gathered one by one."""
+        return {name: self._gather(like, value) for (name, like), value in zip(self.named.items(), values)}
+
+    def own(self, whole: Mapping[str, Tensor]) -> list[Tensor]:
+        """Shards of the first dimension."""
+        return [self._part(whole[name]) if whole[name].ndim else whole[name] for name in self.named]
+
+    def _shard(self, module: nn.Module) -> None:
+        mesh = init_device_mesh(self.device.type, (self.count,))
+        kinds = set(self._kinds or getattr(module, "_no_split_modules", None) or ())
+        # inner ones first
+        parts: Any = [part for part in reversed(list(module.modules())) if type(part).__name__ in kinds] + [module]
+        for part in parts:
+            name = type(part).__name__
+            # always resharded: what is gathered must not outlive a change of the weights
+            fully_shard(part, mesh=mesh, reshard_after_forward=True)
+            # diffusers looks classes up by their name, and writes it into configs
+            type(part).__name__ = name
+            part.set_gradient_divide_factor(1.0)
+            # gloo knows no scaled sums
+            part.set_force_sum_reduction_for_comms(True)
+        for part in parts:
+            # the first gathering may move the shards; from now on they stay where they are
+            part.unshard()
+            part.reshard()
+
+    def _gather(self, like: Any, value: Tensor) -> Tensor:
+        if value.ndim == 0:
+            return value
+        split = DTensor.from_local(
+            value, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+        )
+        return self._kept(split.full_tensor())
+
+    def _part(self, value: Tensor) -> Tensor:
+        parts = value.chunk(self.count)
+        return parts[self.rank] if self.rank < len(parts) else value[:0]
+
+    @staticmethod
+    def _plain(parameter: Any) -> nn.Parameter:
+        """A parameter in the memory of this process's shard and of its gradient."""
+        with torch.no_grad():
+            own = nn.Parameter(parameter.to_local())
+            own.grad = parameter.grad.to_local()
+        return own
+
+
+def sharding_of(accelerator: Accelerator) -> WholeWeights:
+    """How the launcher's settings hold the weights.
+
+    Raises:
+        ValueError: a setting that this trainer cannot follow.
+    """
+    place = (accelerator.device, accelerator.num_processes, accelerator.process_index)
+    if accelerator.distributed_type == DistributedType.MEGATRON_LM:
+        raise ValueError(
+            "accelerate: got distributed_type MEGATRON_LM, expected processes with whole weights (DDP), FSDP with "
+            "fsdp_version: 2, or DEEPSPEED"
+        )
+    # on CPUs accelerate's state knows neither
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        from .zero import ZeroWeights, zero_stage
+
+        stage = zero_stage()
+        return ZeroWeights(*place, stage) if stage and accelerator.num_processes > 1 else WholeWeights(*place)
+    if accelerator.num_processes > 1 and parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return FullyShardedWeights(*place, _block_kinds())
+    return WholeWeights(*place)
+
+
+def _block_kinds() -> list[str] | None:
+    plugin = FullyShardedDataParallelPlugin()
+    for name, got, expected in (
+        ("fsdp_version", plugin.fsdp_version, 2),
+        ("fsdp_reshard_after_forward", plugin.reshard_after_forward, True),
+        ("fsdp_offload_params", isinstance(plugin.cpu_offload, CPUOffloadPolicy), False),
+        ("fsdp_activation_checkpointing", plugin.activation_checkpointing, False),
+    ):
+        if got != expected:
+            hint = "; set model.gradient_checkpointing instead" if "checkpointing" in name else ""
+            raise ValueError(f"accelerate: got {name}: {got}, expected {expected}{hint}")
+    return plugin.transformer_cls_names_to_wrap
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if bucket and size + tensor.numel() > _BUCKET:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.numel()
+    if bucket:
+        yield bucket
