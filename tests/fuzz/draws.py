@@ -233,7 +233,7 @@ def _described(tensors: Sequence[Tensor]) -> dict[str, Any]:
 
 def draw_step(choose: Chooser, device: str, *, float64: bool) -> Drawn:
     """A call of ``sde_step``."""
-    problem, facts = draw_problem(choose, row_dims=2, samplers=fast.SAMPLERS)
+    problem, facts = draw_problem(choose, row_dims=2, samplers=list(fast.SAMPLERS))
     source = choose.choice(("noise", "seed", "prev_sample"))
     state = problem.noise
     if source == "prev_sample":
