@@ -20,7 +20,10 @@ _FRAMES_SHOWN = 8
 
 def caption(prompt: Any, rewards: Mapping[str, float]) -> str:
     """Two paragraphs under an image: its prompt, and its rewards by name."""
-    return f"{prompt}\n" + "  ".join(f"{name} {value:.3f}" for name, value in rewards.items())
+    # a prompt of several lines is one paragraph too
+    return (
+        " ".join(str(prompt).splitlines()) + "\n" + "  ".join(f"{name} {value:.3f}" for name, value in rewards.items())
+    )
 
 
 def frames_of(image: Any) -> list[Image.Image]:

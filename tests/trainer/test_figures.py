@@ -12,7 +12,7 @@ from flowdppo_fast.trainer import plots
 
 
 def drawn() -> figures.Figure:
-    figure, axes = figures.panels(3)
+    figure, axes = figures.panels(2)
     for number, axis in enumerate(axes):
         axis.plot([1, 2, 3], [1e-4, 1e-2, 10.0], **figures.SERIES[number].kwargs(label=f"line {number}"))
         axis.set(title="panel", xlabel="iteration [rollouts]", ylabel="KL [nats]")
@@ -75,8 +75,8 @@ def test_a_legend_hides_no_data():
         figure = drawn()
         figure.draw_without_rendering()
     (legend,) = figure.legends
-    assert not any(legend.get_window_extent().overlaps(axis.get_tightbbox()) for axis in figure.axes[:3])
-    assert [text.get_text() for text in legend.get_texts()] == ["line 0", "line 1", "line 2"]
+    assert not any(legend.get_window_extent().overlaps(axis.get_tightbbox()) for axis in figure.axes)
+    assert [text.get_text() for text in legend.get_texts()] == ["line 0", "line 1"]
     assert overlapping_texts(figure) == []
 
 

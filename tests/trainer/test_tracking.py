@@ -316,6 +316,7 @@ def test_large_images_shrink_and_captions_wrap():
     assert page.width == 160 + 8
     assert page.height < 80 + 8 + 4 * 15 + 10
     assert caption("a cat", {"clip": 0.5, "jpeg": -2.0}) == "a cat\nclip 0.500  jpeg -2.000"
+    assert caption("a cat\nand a dog", {"clip": 0.5}) == "a cat and a dog\nclip 0.500"
     assert image_grid([Image.new("RGB", (640, 320))], [""], tile=None).width == 640 + 8
     # no reward is lost under a small image, and none is torn from its number
     text, font = caption("2", {"readable": 0.968, "bold": 0.993}), ImageFont.load_default(12)
