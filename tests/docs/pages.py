@@ -78,7 +78,7 @@ class Page:
 
     @property
     def prose(self) -> str:
-        """The text without fenced blocks and generated tables of figures."""
+        """The text without fenced blocks."""
         return _FENCE.sub("", self.text)
 
     def commands(self) -> list[tuple[str, list[str]]]:
