@@ -22,8 +22,9 @@ from .pages import ROOT
 OURS = ("bench", "examples", "flowdppo_fast", "tests")
 # what the project does not bring, so that nothing here knows its options
 OUTSIDE = {
-    "apt-get", "cd", "clang-format", "cmake", "cuobjdump", "curl", "docker", "export", "gh", "git", "ls", "mkdir",
-    "ncu", "nsys", "nvcc", "nvidia-smi", "tar", "tee", "twine", "wandb",
+    "apt-get", "cat", "cd", "clang-format", "cmake", "cp", "cuobjdump", "curl", "docker", "export", "gh", "git",
+    "grep", "ls", "mkdir", "mypy", "ncu", "nsys", "nvcc", "nvidia-smi", "rm", "ruff", "sha256sum", "source", "tar",
+    "tee", "tensorboard", "twine", "unzip", "wandb",
 }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ the site shows it under the block, and its test is skipped with that reason.
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 import textwrap
@@ -44,6 +45,13 @@ class Block:
         return f"{self.page}:{self.line}"
 
 
+def _commands(line: str) -> list[list[str]]:
+    """The commands of a line of shell, each split into its words."""
+    words = shlex.split(line, comments=True)
+    ends = [-1, *(place for place, word in enumerate(words) if word in ("&&", "||", "|", ";")), len(words)]
+    return [part for begin, end in itertools.pairwise(ends) if (part := words[begin + 1 : end])]
+
+
 @dataclass(frozen=True)
 class Page:
     """A page, named by its path from the root of the repository."""
@@ -70,7 +78,7 @@ class Page:
 
     @property
     def prose(self) -> str:
-        """The text without fenced blocks and generated tables of figures."""
+        """The text without fenced blocks."""
         return _FENCE.sub("", self.text)
 
     def commands(self) -> list[tuple[str, list[str]]]:
@@ -79,8 +87,8 @@ class Page:
         for block in self.blocks(*SHELL):
             if block.reason is None:
                 lines = block.body.replace("\\\n", " ").splitlines()
-                found += [(str(block), words) for line in lines if (words := shlex.split(line, comments=True))]
-        return found + [(str(self), shlex.split(span)) for span in _SPAN.findall(self.prose)]
+                found += [(str(block), words) for line in lines for words in _commands(line)]
+        return found + [(str(self), words) for span in _SPAN.findall(self.prose) for words in _commands(span)]
 
     def anchors(self) -> set[str]:
         """Anchors of the headings, as GitHub and the site make them."""

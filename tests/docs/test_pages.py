@@ -84,7 +84,7 @@ def test_python_blocks_run_in_order(page, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("block", NOT_RUN, ids=str)
 def test_blocks_that_are_not_run_here(block):
-    """Counted, with the reason; a block that says why for no reason would go unnoticed."""
+    """Counted and printed, with the reason; python among them must at least compile."""
     assert block.language in ("python", *SHELL), "only blocks that could run need a reason"
     assert block.reason.startswith("needs "), block.reason
     if block.language == "python":
