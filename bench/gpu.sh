@@ -153,7 +153,7 @@ fi
 
 ignored=()
 if [ $dry = 1 ] || ! installed diffusers; then
-    for needs in trainer integrations examples learning; do
+    for needs in docs endurance examples integrations packaging pipelines security trainer; do
         [ -d "$root/tests/$needs" ] && ignored+=("--ignore=$root/tests/$needs")
     done
 fi

@@ -33,11 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name == chosen:
             implementation = importlib.import_module(module)
             implementation.add_arguments(command)
-            command.set_defaults(run=implementation.run, parser=command)
+            command.set_defaults(execute=implementation.run, parser=command)
     options, rest = parser.parse_known_args(given)
     # argparse does not see overrides that come after an option
     if rest and not (hasattr(options, "overrides") and all("=" in word and word[0] != "-" for word in rest)):
         options.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options.overrides += rest
-    return options.run(options)
+    return options.execute(options)

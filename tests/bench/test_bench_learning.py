@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip("diffusers")
+pytest.importorskip("sklearn")
+
 from bench.learning import plan, quick, requests, results, runs, sweep
 from bench.learning.__main__ import main
 from bench.learning.methods import METHODS, objective_settings

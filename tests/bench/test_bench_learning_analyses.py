@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 from support.figures import watched
 
+pytest.importorskip("diffusers")
+pytest.importorskip("sklearn")
+
 from bench.learning import analyses, document, mask_and_clip, paths, plan, requests, statistics, tables
 from bench.learning.__main__ import main
 from bench.learning.figures import TASKS

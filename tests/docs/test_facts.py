@@ -82,11 +82,6 @@ def test_the_words_of_doctor_are_its_words():
         assert said in page("troubleshooting.md").text
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=TypeError,
-    reason="flowdppo diagnose RUN: its argument `run` takes the place of the function that the command line calls",
-)
 def test_diagnose_can_be_started(tmp_path):
     assert cli.main(["diagnose", str(tmp_path)]) == 2
 
