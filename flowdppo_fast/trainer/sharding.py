@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 T = TypeVar("T")
 
 # gradients travel in pieces of this many numbers
-_BUCKET = 1 << 25
+BUCKET = 1 << 25
 
 
 class WholeWeights:
@@ -186,7 +186,7 @@ def sharding_of(accelerator: Accelerator) -> WholeWeights:
         from .zero import ZeroWeights, zero_stage
 
         stage = zero_stage()
-        return ZeroWeights(*place, stage) if stage and accelerator.num_processes > 1 else WholeWeights(*place)
+        return ZeroWeights(*place, stage) if accelerator.num_processes > 1 else WholeWeights(*place)
     if accelerator.num_processes > 1 and parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return FullyShardedWeights(*place, _block_kinds())
     return WholeWeights(*place)
@@ -210,7 +210,7 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     bucket: list[Tensor] = []
     size = 0
     for tensor in tensors:
-        if bucket and size + tensor.numel() > _BUCKET:
+        if bucket and size + tensor.numel() > BUCKET:
             yield bucket
             bucket, size = [], 0
         bucket.append(tensor)

@@ -16,7 +16,7 @@ from accelerate.utils import is_deepspeed_available, parse_choice_from_env
 from torch import Tensor, nn
 
 from .ema import holding
-from .sharding import T, WholeWeights
+from .sharding import BUCKET, T, WholeWeights
 
 # one flat shard per process, and one step of it
 _ONE_GROUP = 1 << 62
@@ -65,7 +65,14 @@ class ZeroWeights(WholeWeights):
         """DeepSpeed makes the shard's gradient, calls ``take()``, and gives all processes what became of the shard."""
         self._client.take = take
         self._engine.step()
-        self._client.take = None
+        if self._client.take is not None:
+            # stage 3 leaves out what is not finite before it asks its optimizer
+            self._shard.grad = torch.full_like(self._shard, float("nan"))
+            self._client.step()
+            self._shard.grad = None
+        if self.stage == 3:
+            # a weight that the next update does not reach would keep this gradient
+            self._engine.optimizer.grad_partitions_flat_buffer.zero_()
 
     def sum_gradients(self, gradients: Sequence[Tensor]) -> None:
         """Means over processes become sums."""
@@ -79,7 +86,8 @@ class ZeroWeights(WholeWeights):
             return
         from deepspeed.utils import safe_get_local_fp32_param
 
-        for parameter in self.named.values():
+        weights: Any = self.named.values()
+        for parameter in weights:
             parameter.ds_tensor.copy_(safe_get_local_fp32_param(parameter))
 
     def whole(self, values: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -138,6 +146,7 @@ class _Client(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         assert self.take is not None
         self.take()
+        self.take = None
 
 
 def zero_stage() -> int:
@@ -152,13 +161,18 @@ def zero_stage() -> int:
         value = parse_choice_from_env(f"ACCELERATE_DEEPSPEED_{name.upper()}", "none")
         if value != "none":
             raise ValueError(f"accelerate: got deepspeed_config {name}: {value}, expected none, and a zero_stage")
-    return int(parse_choice_from_env("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
+    stage = parse_choice_from_env("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    if stage not in ("1", "2", "3"):
+        raise ValueError(
+            f"accelerate: got deepspeed_config zero_stage: {stage}, expected 1, 2 or 3; DDP splits nothing"
+        )
+    return int(stage)
 
 
 def _settings(stage: int) -> dict[str, Any]:
-    zero: dict[str, Any] = {"stage": stage, "overlap_comm": False}
+    zero: dict[str, Any] = {"stage": stage, "overlap_comm": False, "reduce_bucket_size": BUCKET}
     if stage < 3:
-        zero["compute_grad_norm"] = False
+        zero |= {"compute_grad_norm": False, "allgather_bucket_size": BUCKET}
     else:
         # gathered anew for each call: what stays gathered would be old after a change of the shard
         zero |= {"sub_group_size": _ONE_GROUP, "stage3_param_persistence_threshold": 0}

@@ -40,7 +40,7 @@ def fails_on_process_1(images, prompts, metadata):
 
 fails_on_process_1.calls = 0
 
-REWARDS = {"one": ink, "two": two_rewards, "noisy": noisy, "odd": odd, "fails": fails_on_process_1}
+REWARDS = {"one": ink, "two": two_rewards, "noisy": noisy, "odd": odd, "fails": fails_on_process_1, "broken": ink}
 
 
 def settings(folder: str | Path, sections: dict[str, dict]) -> dict[str, dict]:
@@ -105,6 +105,9 @@ def train(
     def spy_on_sample(iteration):
         rollout = sample(iteration)
         kept[f"advantages{iteration}"] = rollout.advantages.clone()
+        if reward == "broken" and iteration == 1:
+            # of the last process; no reward can do it, one that is not finite is an error of its own
+            rollout.advantages[-1] = float("nan")
         return rollout
 
     trainer.optimizer.step, trainer.sample = spy_on_step, spy_on_sample
@@ -116,6 +119,23 @@ def train(
         facts = {"processes": trainer.workers.count, "parts": parts}
         (Path(folder) / "facts.json").write_text(json.dumps(facts))
         (Path(folder) / "history.json").write_text(json.dumps(history))
+
+
+def killed(folder: str, sections: dict[str, dict], pipeline: str = "digits", reward: str = "one") -> None:
+    """A run whose process 1 is killed in its second iteration."""
+    import os
+    import signal
+
+    trainer = make_trainer(folder, sections, pipeline, reward)
+    update = trainer.update
+
+    def die(*args, **kwargs):
+        if trainer.iteration == 1 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return update(*args, **kwargs)
+
+    trainer.update = die  # type: ignore[method-assign]
+    trainer.train()
 
 
 def fail(folder: str, sections: dict[str, dict], expected: str, reward: str = "one") -> None:

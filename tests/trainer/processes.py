@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 _WARM = (
+    "deepspeed",
     "diffusers.models.transformers.transformer_sd3",
     "diffusers.models.transformers.transformer_flux",
     "diffusers.models.transformers.dit_transformer_2d",

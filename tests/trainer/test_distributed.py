@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -15,14 +16,17 @@ import processes
 import pytest
 import torch
 import yaml
+from accelerate.commands import launch as launch_module
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_deepspeed_cmd_env
 from digits_example import EXAMPLE
 from safetensors.torch import load_file
 
 from flowdppo_fast.trainer.distributed import Workers
 
 EPS = torch.finfo(torch.float32).eps
+ZERO = processes.SHARDINGS["zero2"]
 
 ACCELERATE = EXAMPLE.parent / "accelerate"
 LAUNCHED = "lora, whole groups"
@@ -82,14 +86,18 @@ def sections_of(name: str, **changes) -> dict[str, dict]:
     return {**sections, "run": run}
 
 
-def start(folder: Path, name: str, *, count: int = 1, sharding: str = "whole", resume: bool = False, **changes) -> Path:
-    arguments = (
-        str(folder),
-        sections_of(name, **changes),
-        SETTINGS[name]["pipeline"],
-        SETTINGS[name]["reward"],
-        resume,
-    )
+def start(
+    folder: Path,
+    name: str,
+    *,
+    count: int = 1,
+    sharding: str = "whole",
+    reward: str | None = None,
+    resume: bool = False,
+    **changes,
+) -> Path:
+    given = SETTINGS[name]
+    arguments = (str(folder), sections_of(name, **changes), given["pipeline"], reward or given["reward"], resume)
     processes.run(distributed_runs.train, *arguments, count=count, sharding=sharding)
     return folder
 
@@ -165,14 +173,23 @@ def test_two_processes_do_what_one_does(alone, tmp_path, name):
     assert not all(kept for line in rows(two) for row in line["kept"] for kept in row) or "bf16" in name
 
 
-@pytest.mark.parametrize("name", ["lora, whole groups", "full, groups split", "guidance, bf16 base"])
-def test_sharded_weights_do_what_whole_ones_do(alone, tmp_path, name):
+@pytest.mark.parametrize(
+    ("sharding", "name"),
+    [
+        ("fsdp2", "lora, whole groups"),
+        ("fsdp2", "full, groups split"),
+        ("fsdp2", "guidance, bf16 base"),
+        ("zero1", "guidance, bf16 base"),
+        ("zero2", "lora, whole groups"),
+    ],
+)
+def test_split_weights_do_what_whole_ones_do(alone, tmp_path, sharding, name):
     iterations = 1 if "drift_budget" in SETTINGS[name].get("objective", {}) else 2
-    sharded = start(tmp_path / "sharded", name, count=2, sharding="fsdp2")
+    split = start(tmp_path / "split", name, count=2, sharding=sharding)
     # gathered weights lie elsewhere in memory, where matrix products may round otherwise; the largest sum here has
     # some hundred terms, and the moments square what a gradient's rounding leaves
-    tolerance = 256 * EPS if name == "full, groups split" else 0.0
-    assert_same_run(alone(name), sharded, iteration=iterations, tolerance=tolerance)
+    tolerance = 256 * EPS if (sharding, name) == ("fsdp2", "full, groups split") else 0.0
+    assert_same_run(alone(name), split, iteration=iterations, tolerance=tolerance)
 
 
 def test_clipped_gradients_and_one_large_micro_batch(tmp_path):
@@ -185,16 +202,43 @@ def test_clipped_gradients_and_one_large_micro_batch(tmp_path):
         assert_same_run(one, two, tolerance=256 * EPS)
 
 
-def test_no_process_skips_a_backward_alone(tmp_path):
+@pytest.mark.parametrize(("sharding", "tolerance"), [("fsdp2", 0.0), ("zero3", 256 * EPS)])
+def test_no_process_skips_a_backward_alone(tmp_path, sharding, tolerance):
     """Groups of even digits have no advantage: on one process nothing is to be done, on the other there is."""
     sections = {**sections_of("lora, whole groups"), "advantage": {}, "evaluation": {}}
-    folders = [tmp_path / "one", tmp_path / "sharded"]
-    for folder, count in zip(folders, (1, 2)):
+    folders = [tmp_path / "one", tmp_path / "split"]
+    for folder, (count, how) in zip(folders, ((1, "whole"), (2, sharding))):
         arguments = (str(folder), sections, "digits", "odd")
-        processes.run(distributed_runs.train, *arguments, count=count, sharding="fsdp2" if count == 2 else "whole")
-    assert_same_run(*folders)
+        processes.run(distributed_runs.train, *arguments, count=count, sharding=how)
+    assert_same_run(*folders, tolerance=tolerance)
     idle = [[not any(line["advantage"][part : part + 4]) for part in (0, 4)] for line in rows(folders[0])]
     assert [True, False] in idle or [False, True] in idle
+
+
+def test_a_step_that_is_not_finite_is_left_out_by_all_and_the_run_continued_by_one(tmp_path):
+    folders = [tmp_path / "one", tmp_path / "split"]
+    how = {"name": "full, groups split", "reward": "broken", "optimizer": {"target_kl": None}}
+    start(folders[0], **how, run={"iterations": 3})
+    start(folders[1], **how, count=2, sharding="zero3")
+    history = json.loads((folders[1] / "history.json").read_text())
+    # one of the two updates of each epoch
+    assert [metrics["skipped_updates"] for metrics in history] == [0, 2]
+    start(folders[1], **how, run={"iterations": 3}, resume=True)
+    one, split = (tensors(folder, 3) for folder in folders)
+    assert all(torch.equal(split[key], value) for key, value in one.items() if not key.startswith("kept"))
+    assert rows(folders[1]) == rows(folders[0])
+
+
+def test_a_killed_run_is_continued_with_weights_that_are_split_otherwise(alone, tmp_path):
+    name = "full, groups split"
+    arguments = (str(tmp_path / "run"), sections_of(name), SETTINGS[name]["pipeline"], SETTINGS[name]["reward"])
+    started = processes.start_all(distributed_runs.killed, *arguments, count=2, sharding="zero2")
+    # the other one is told that the connection is gone
+    assert processes.join(started) == [1, -signal.SIGKILL]
+    start(tmp_path / "run", name, count=2, sharding="zero3", resume=True)
+    expected, ended = tensors(alone(name), 2), tensors(tmp_path / "run", 2)
+    assert all(torch.equal(ended[key], value) for key, value in expected.items() if not key.startswith("kept"))
+    assert rows(tmp_path / "run") == rows(alone(name))
 
 
 @pytest.mark.parametrize(
@@ -265,10 +309,21 @@ def test_processes_that_start_differently(tmp_path, what):
 @pytest.mark.parametrize(
     ("kind", "env", "message"),
     [
+        (DistributedType.MEGATRON_LM, {}, r"distributed_type MEGATRON_LM, expected processes with whole weights"),
         (
             DistributedType.DEEPSPEED,
-            {},
-            r"distributed_type DEEPSPEED, expected processes with whole weights \(DDP\), or",
+            {**ZERO, "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"},
+            "deepspeed_config offload_param_device: cpu, expected none",
+        ),
+        (
+            DistributedType.DEEPSPEED,
+            {**ZERO, "ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json"},
+            "deepspeed_config config_file: ds.json, expected none, and a zero_stage",
+        ),
+        (
+            DistributedType.DEEPSPEED,
+            {**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"},
+            "zero_stage: 0, expected 1, 2 or 3",
         ),
         (DistributedType.FSDP, {"FSDP_VERSION": "1"}, "fsdp_version: 1, expected 2"),
         (DistributedType.FSDP, {"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params: True, expected False"),
@@ -283,20 +338,32 @@ def test_processes_that_start_differently(tmp_path, what):
 def test_launchers_that_cannot_be_followed(monkeypatch, kind, env, message):
     for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", **env}.items():
         monkeypatch.setenv(name, value)
-    accelerator = SimpleNamespace(distributed_type=kind, num_processes=2, process_index=0, is_main_process=True)
+    accelerator = SimpleNamespace(
+        distributed_type=kind, num_processes=2, process_index=0, is_main_process=True, device=torch.device("cpu")
+    )
     with pytest.raises(ValueError, match=message):
         Workers(accelerator)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("path", sorted(ACCELERATE.glob("*.yaml")), ids=lambda path: path.stem)
-def test_example_configs_are_what_accelerate_reads(path):
+def test_example_configs_are_what_accelerate_reads(monkeypatch, path):
     # an unknown key is an error of accelerate's parser
     config = load_config_from_file(str(path))
     assert config.to_dict()["num_processes"] == 8 * config.num_machines
     assert config.mixed_precision == "no"
-    given = yaml.safe_load(path.read_text()).get("fsdp_config", {})
-    assert (config.distributed_type == DistributedType.FSDP) == bool(given)
-    assert given.get("fsdp_version", 2) == 2
+    given = yaml.safe_load(path.read_text())
+    assert (config.distributed_type == DistributedType.FSDP) == ("fsdp_config" in given)
+    assert given.get("fsdp_config", {}).get("fsdp_version", 2) == 2
+    assert (config.distributed_type == DistributedType.DEEPSPEED) == ("deepspeed_config" in given)
+    if "deepspeed_config" in given:
+        launched: list = []
+        monkeypatch.setattr(launch_module, "deepspeed_launcher", launched.append)
+        launch_module.launch_command(
+            launch_module.launch_command_parser().parse_args(["--config_file", str(path), "train.py"])
+        )
+        _, env = prepare_deepspeed_cmd_env(launched[0])
+        # what the tests above set
+        assert processes.SHARDINGS[path.stem].items() <= env.items()
 
 
 def test_accelerate_launches_a_sharded_run(alone, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flowdppo_fast import DPPO, SDEStep, fused_velocity_policy_loss
-from flowdppo_fast.trainer.ema import MovingAverage
+from flowdppo_fast.trainer.ema import MovingAverage, holding
 from flowdppo_fast.trainer.metrics import micro_vector, reduce_micro
 
 
@@ -54,7 +54,7 @@ def test_moving_average_is_the_recursion_and_gives_the_weights_back():
         average.update()
         expected = [0.9 * e + 0.1 * p.double() for e, p in zip(expected, parameters)]
     own = [p.clone() for p in parameters]
-    with average.applied():
+    with holding(parameters, average.averages):
         for p, e in zip(parameters, expected):
             # four float32 updates
             torch.testing.assert_close(p.double(), e, rtol=4 * 1.2e-7, atol=4 * 1.2e-7)
