@@ -200,7 +200,7 @@ def keys_set_in(module: str, function: str) -> set[str]:
     tree = ast.parse((ROOT / PACKAGE / "trainer" / f"{module}.py").read_text())
     bodies = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == function]
     if len(bodies) != 1:
-        raise ValueError(f"trainer/{module}.py: got {len(bodies)} functions {function}, expected the one that sets keys")
+        raise ValueError(f"trainer/{module}.py: got {len(bodies)} functions {function}, expected one")
     (body,) = bodies
     # what updates collect is written nowhere
     internal = [node.value for node in ast.walk(body) if isinstance(node, ast.AnnAssign)]
