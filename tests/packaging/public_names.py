@@ -198,7 +198,10 @@ def metrics() -> Names:
 def keys_set_in(module: str, function: str) -> set[str]:
     """Keys that a function of the trainer returns, yields or gives to ``metrics``, from its text."""
     tree = ast.parse((ROOT / PACKAGE / "trainer" / f"{module}.py").read_text())
-    (body,) = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == function]
+    bodies = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == function]
+    if len(bodies) != 1:
+        raise ValueError(f"trainer/{module}.py: got {len(bodies)} functions {function}, expected one")
+    (body,) = bodies
     # what updates collect is written nowhere
     internal = [node.value for node in ast.walk(body) if isinstance(node, ast.AnnAssign)]
     keys: set[str] = set()
