@@ -1,155 +1,87 @@
-"""What must hold whatever is called: equal policies, permuted rows, scaled differences, thresholds, dropped rows."""
+"""The invariants on the reference and the C++ library, and a fault for each that it notices.
+
+``tests/triton`` and ``tests/cuda`` hold their kernels to the same ones.
+"""
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from support.backends import CPU, REFERENCE, Backend, require
-from support.cases import OBJECTIVES
 
-import flowdppo_fast as fast
+import flowdppo_fast.autograd
+import flowdppo_fast.losses
+from flowdppo_fast.objectives import RowField
 
-ulp = torch.finfo(torch.float32).eps
-every_backend = pytest.mark.parametrize("backend", [REFERENCE, CPU], ids=lambda backend: backend.name)
-checked = settings(
-    max_examples=60, deadline=None, derandomize=True, database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)  # fmt: skip
-rows = st.integers(1, 9)
-elements = st.sampled_from([1, 3, 16, 50, 257, 1030])
-dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
-seeds = st.integers(0, 2**31)
-objectives = st.sampled_from(list(OBJECTIVES))
-uncoupled = st.sampled_from([name for name in OBJECTIVES if name != "grpo_guard_batch"])
-STEP = fast.SDEStep.from_sigmas("dance", 0.7, 0.6, eta=0.6)
+from .invariants import INVARIANTS, hold
 
 
-def recorded(count: int, numel: int, dtype: torch.dtype, seed: int, drift: float = 0.1):
-    g = torch.Generator().manual_seed(seed)
-    old, away, noise = (torch.randn(count, numel, generator=g) for _ in range(3))
-    advantages = torch.randn(count, generator=g)
-    old = old.to(dtype)
-    return (old.float() + drift * away).to(dtype), old, noise, advantages
-
-
-def loss(backend: Backend, objective, new, old, noise, advantages, **options) -> fast.LossOutput:
+@pytest.mark.parametrize("backend", [REFERENCE, CPU], ids=lambda backend: backend.name)
+@pytest.mark.parametrize("name", INVARIANTS)
+def test_it_holds(backend: Backend, name: str):
     require(backend)
-    return fast.fused_velocity_policy_loss(
-        objective, new, old, noise, STEP, advantages, backend=backend.name, single_pass=True, **options
-    )
+    hold(name, backend.name, 60)
 
 
-@every_backend
-@checked
-@given(count=rows, numel=elements, dtype=dtypes, seed=seeds, name=objectives)
-def test_equal_policies_give_kl_0_ratio_1_and_the_plain_policy_gradient(backend, count, numel, dtype, seed, name):
-    _, old, noise, advantages = recorded(count, numel, dtype, seed)
-    objective, _ = OBJECTIVES[name].bounded(0.1)
-    out = loss(backend, objective, old.clone(), old, noise, advantages)
-    assert (out.rows.kl == 0).all()
-    assert (out.rows.ratio == 1).all()
-    assert out.rows.kept.all()
-    # d/dv of -A*exp(L) at v == old: -A * k/N * e, and for GRPO-Guard times S over -dt
-    guard = STEP.std / -STEP.dt if name.startswith("grpo_guard") else 1.0
-    k = STEP.velocity_coef / STEP.std
-    expected = (-advantages * guard * k / numel / count)[:, None].double() * noise.double()
-    allowed = (4 * ulp + torch.finfo(dtype).eps) * expected.abs() + torch.finfo(dtype).tiny
-    assert ((out.grad.double() - expected).abs() <= allowed).all()
+class Fault(NamedTuple):
+    """Something that an operator might get wrong: changes its results in place, given its arguments."""
+
+    operator: str
+    change: Callable[..., object]
 
 
-@every_backend
-@checked
-@given(count=rows, numel=elements, dtype=dtypes, seed=seeds, name=objectives, order=st.randoms(use_true_random=False))
-def test_permuting_rows_permutes_results(backend, count, numel, dtype, seed, name, order):
-    tensors = recorded(count, numel, dtype, seed)
-    objective, _ = OBJECTIVES[name].bounded(0.02)
-    index = list(range(count))
-    order.shuffle(index)
-    straight = loss(backend, objective, *tensors)
-    shuffled = loss(backend, objective, *(x[index] for x in tensors))
-    for field in ("log_ratio", "kl"):
-        assert torch.equal(getattr(shuffled.rows, field), getattr(straight.rows, field)[index]), field
-    if name == "grpo_guard_batch":
-        # the bias is a mean over rows, taken in their order
-        torch.testing.assert_close(shuffled.grad, straight.grad[index], rtol=0.02, atol=1e-5)
-    else:
-        assert torch.equal(shuffled.rows.kept, straight.rows.kept[index])
-        assert torch.equal(shuffled.grad, straight.grad[index])
+def _drop_everything_beyond_a_loose_bound(args, rows, summary, grad):
+    bound = args[-2][0]
+    if bound > 1e-3:
+        rows[RowField.KEPT] = 0.0
 
 
-@every_backend
-@checked
-@given(count=rows, numel=elements, seed=seeds, power=st.integers(-6, 4))
-def test_scaling_the_difference_scales_q_by_its_square(backend, count, numel, seed, power):
-    require(backend)
-    new, _, noise, _ = recorded(count, numel, torch.float32, seed)
-    zero = torch.zeros_like(new)
-    p, q = fast.row_statistics(new, zero, noise, STEP, backend=backend.name)
-    scaled_p, scaled_q = fast.row_statistics(new * 2.0**power, zero, noise, STEP, backend=backend.name)
-    # powers of two are exact
-    assert torch.equal(scaled_q, q * 4.0**power)
-    assert torch.equal(scaled_p, p * 2.0**power)
+def _leave_dropped_rows_a_gradient(args, rows, summary, grad):
+    grad.flatten(0, 1)[rows[RowField.KEPT] == 0] = 1e-4
 
 
-@every_backend
-@checked
-@given(
-    count=rows, numel=elements, dtype=dtypes, seed=seeds,
-    powers=st.lists(st.floats(-7, 1), min_size=2, max_size=5), symmetric=st.booleans(),
-)  # fmt: skip
-def test_the_mask_only_loosens_as_the_threshold_grows(backend, count, numel, dtype, seed, powers, symmetric):
-    tensors = recorded(count, numel, dtype, seed)
-    kept = [loss(backend, fast.DPPO(10.0**power, symmetric), *tensors).rows.kept for power in sorted(powers)]
-    for tight, loose in itertools.pairwise(kept):
-        assert (loose | ~tight).all()
+WHOLE = "policy_loss_and_grad"
+FAULTS = {
+    "equal_policies_give_kl_0_ratio_1_and_the_plain_policy_gradient": Fault(
+        WHOLE, lambda args, rows, summary, grad: rows[RowField.KL].add_(1e-9)
+    ),
+    "permuting_rows_permutes_results": Fault(
+        WHOLE, lambda args, rows, summary, grad: rows[RowField.KL].mul_(1.0 + 1e-6 * torch.arange(rows.shape[1]))
+    ),
+    "scaling_the_difference_scales_q_by_its_square": Fault("row_stats", lambda args, stats: stats[1].add_(1e-6)),
+    "the_mirrored_step_is_the_same_step": Fault(
+        WHOLE, lambda args, rows, summary, grad: grad.add_(grad.abs(), alpha=1e-2)
+    ),
+    "the_mask_only_loosens_as_the_bound_grows": Fault(WHOLE, _drop_everything_beyond_a_loose_bound),
+    "dropped_rows_have_gradients_of_exactly_zero": Fault(WHOLE, _leave_dropped_rows_a_gradient),
+    "splitting_a_batch_adds_up": Fault(
+        WHOLE, lambda args, rows, summary, grad: rows[RowField.LOSS].mul_(1.0 + 1e-6 * rows.shape[1])
+    ),
+    "advantages_scale_loss_and_gradient": Fault(WHOLE, lambda args, rows, summary, grad: grad.add_(1e-3)),
+}
 
 
-@every_backend
-@checked
-@given(count=rows, numel=elements, dtype=dtypes, seed=seeds, name=uncoupled)
-def test_dropped_rows_have_gradients_of_exactly_zero(backend, count, numel, dtype, seed, name):
-    new, old, noise, advantages = recorded(count, numel, dtype, seed)
-    objective, _ = OBJECTIVES[name].bounded(1e-4)
-    out = loss(backend, objective, new, old, noise, advantages)
-    dropped = ~out.rows.kept
-    assert (out.grad[dropped] == 0).all()
-    # and the others have one, unless sixteen bits have no room for it
-    if dtype == torch.float32 and numel > 1:
-        assert (out.grad[~dropped].abs().amax(1) > 0).all()
+@pytest.mark.parametrize("name", INVARIANTS)
+def test_a_fault_is_noticed(monkeypatch, name):
+    fault, original = FAULTS[name], flowdppo_fast.losses.operator
 
+    def operator(op, backend, device_type):
+        right = original(op, backend, device_type)
+        if op != fault.operator:
+            return right
 
-@every_backend
-@checked
-@given(numel=elements, dtype=dtypes, seed=seeds, name=uncoupled, cut=st.integers(1, 7))
-def test_splitting_a_batch_adds_up(backend, numel, dtype, seed, name, cut):
-    tensors = recorded(8, numel, dtype, seed)
-    objective, _ = OBJECTIVES[name].bounded(0.02)
-    whole = loss(backend, objective, *tensors, reduction="sum")
-    parts = [
-        loss(backend, objective, *(x[part] for x in tensors), reduction="sum") for part in (slice(cut), slice(cut, 8))
-    ]
-    assert torch.equal(torch.cat([part.grad for part in parts]), whole.grad)
-    for field in ("log_ratio", "ratio", "kl", "kept", "loss"):
-        assert torch.equal(torch.cat([getattr(part.rows, field) for part in parts]), getattr(whole.rows, field)), field
-    size = float(whole.rows.loss.abs().sum())
-    assert abs(float(parts[0].loss + parts[1].loss) - float(whole.loss)) <= 8 * ulp * size
+        def wrong(*args):
+            outcome = right(*args)
+            # (loss, rows, summary, gradient), or one tensor
+            fault.change(args, *(outcome[1:] if isinstance(outcome, tuple) else [outcome]))
+            return outcome
 
+        return wrong
 
-@every_backend
-@checked
-@given(count=rows, numel=elements, seed=seeds, name=objectives, factor=st.floats(0.1, 10))
-def test_advantages_scale_loss_and_gradient(backend, count, numel, seed, name, factor):
-    new, old, noise, advantages = recorded(count, numel, torch.float32, seed)
-    objective, _ = OBJECTIVES[name].bounded(0.02)
-    factor = float(torch.tensor(factor))
-    one = loss(backend, objective, new, old, noise, advantages)
-    other = loss(backend, objective, new, old, noise, advantages * factor)
-    assert torch.equal(one.rows.kept, other.rows.kept)
-    # an element is a difference of two terms: ulps of the largest one
-    atol = 8 * ulp * float(other.grad.abs().max())
-    torch.testing.assert_close(other.grad, one.grad * factor, rtol=0, atol=atol)
-    torch.testing.assert_close(other.rows.loss, one.rows.loss * factor, rtol=8 * ulp, atol=1e-30)
+    for module in (flowdppo_fast.autograd, flowdppo_fast.losses):
+        monkeypatch.setattr(module, "operator", operator)
+    with pytest.raises(AssertionError):
+        hold(name, REFERENCE.name, 60, shrink=False)
