@@ -11,7 +11,6 @@ without recompiling.
 
 from __future__ import annotations
 
-import math
 from typing import TypedDict
 
 import torch
@@ -29,12 +28,12 @@ from .objectives import (
     Objective,
     RatioClip,
     Unclipped,
-    check_positive,
     is_number,
 )
 from .reference import Form, stats_dtype
 from .results import LossOutput
 from .samplers import SDEStep
+from .step_arguments import mean_step, velocity_step
 
 
 class LossOptions(TypedDict, total=False):
@@ -124,7 +123,7 @@ def fused_policy_loss(
     if dt is None and (isinstance(objective, GRPOGuard) or without_dt):
         raise ValueError("dt: got None, expected sigma_next - sigma; GRPO-Guard and reference_kl='without_dt' need it")
     device = prev_sample_mean.device
-    step, values = _mean_step(std, dt, rows, device, dtype)
+    step, values = mean_step(std, dt, rows, device, dtype)
     numbers = (int(Form.MEAN), len(rows), values, 0, 0)
     tensors = (prev_sample_mean, old_prev_sample_mean, prev_sample, reference_prev_sample_mean, None, step)
     return _run(objective, tensors, numbers, advantages, dtype, **options)
@@ -167,7 +166,7 @@ def fused_velocity_policy_loss(
         named["reference_velocity"] = reference_velocity
     rows, dtype = _check_call(objective, named, advantages)
     device = velocity.device
-    table, values = _velocity_step(step, rows, device, dtype)
+    table, values = velocity_step(step, rows, device, dtype)
     streams, seed, first_stream = noise.kernel_source(rows, device) if isinstance(noise, PhiloxNoise) else (None, 0, 0)
     numbers = (int(Form.VELOCITY), len(rows), values, seed, first_stream)
     tensors = (velocity, old_velocity, stored, reference_velocity, streams, table)
@@ -354,7 +353,7 @@ def row_statistics(
     layout.check_latents(named, "velocity", shape)
     layout.check_no_grad(named, "velocity")
     dtype, device = stats_dtype(velocity), velocity.device
-    table, values = _velocity_step(step, shape, device, dtype)
+    table, values = velocity_step(step, shape, device, dtype)
     streams, seed, first_stream = noise.kernel_source(shape, device) if isinstance(noise, PhiloxNoise) else (None, 0, 0)
     name = resolve(backend, device.type, dtype)
     source = RowSource(name, int(Form.VELOCITY), row_dims, values, seed, first_stream)
@@ -412,42 +411,6 @@ def _check_call(
     layout.check_latents(named, first, rows)
     layout.check_no_grad(named, first)
     return rows, stats_dtype(named[first])
-
-
-def _mean_step(
-    std: float | Tensor, dt: float | Tensor | None, rows: tuple[int, ...], device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor | None, list[float]]:
-    """Step table or values of the means form; ``S`` alone is enough where ``dt`` is not needed."""
-    if not isinstance(std, (torch.Tensor, int, float)):
-        raise TypeError(
-            f"std: got {type(std).__name__} {std!r}, expected a number > 0 or a tensor that broadcasts to the rows"
-        )
-    if not isinstance(std, torch.Tensor):
-        check_positive("std", std, " (a step without noise has no density)")
-    if dt is not None and not isinstance(dt, torch.Tensor) and not (is_number(dt) and -math.inf < dt < 0.0):
-        raise ValueError(f"dt: got {dt!r}, expected sigma_next - sigma < 0")
-    if not isinstance(std, torch.Tensor) and not isinstance(dt, torch.Tensor):
-        return None, [float(std), 1.0 / std, float("nan") if dt is None else -dt]
-    if not isinstance(std, torch.Tensor):
-        std = torch.full((), std, device=device, dtype=dtype)
-    column = layout.row_vector(std, "std", rows, device, dtype)
-    if dt is None:
-        return column[:, None], []
-    if not isinstance(dt, torch.Tensor):
-        dt = torch.full((), dt, device=device, dtype=dtype)
-    return torch.stack((column, 1.0 / column, -layout.row_vector(dt, "dt", rows, device, dtype)), dim=1), []
-
-
-def _velocity_step(
-    step: SDEStep, rows: tuple[int, ...], device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor | None, list[float]]:
-    if not isinstance(step, SDEStep):
-        raise TypeError(
-            f"step: got {type(step).__name__}, expected an SDEStep (SDEStep.from_sigmas(sampler, sigma, sigma_next))"
-        )
-    if step.is_scalar:
-        return None, step.row_values()
-    return step.row_table(rows, device, dtype), []
 
 
 def _run(

@@ -11,11 +11,9 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, parse_flag_from_env
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
@@ -167,43 +165,6 @@ class FullyShardedWeights(WholeWeights):
             own = nn.Parameter(parameter.to_local())
             own.grad = parameter.grad.to_local()
         return own
-
-
-def sharding_of(accelerator: Accelerator) -> WholeWeights:
-    """How the launcher's settings hold the weights.
-
-    Raises:
-        ValueError: a setting that this trainer cannot follow.
-    """
-    place = (accelerator.device, accelerator.num_processes, accelerator.process_index)
-    if accelerator.distributed_type == DistributedType.MEGATRON_LM:
-        raise ValueError(
-            "accelerate: got distributed_type MEGATRON_LM, expected processes with whole weights (DDP), FSDP with "
-            "fsdp_version: 2, or DEEPSPEED"
-        )
-    # on CPUs accelerate's state knows neither
-    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        from .zero import ZeroWeights, zero_stage
-
-        stage = zero_stage()
-        return ZeroWeights(*place, stage) if accelerator.num_processes > 1 else WholeWeights(*place)
-    if accelerator.num_processes > 1 and parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        return FullyShardedWeights(*place, _block_kinds())
-    return WholeWeights(*place)
-
-
-def _block_kinds() -> list[str] | None:
-    plugin = FullyShardedDataParallelPlugin()
-    for name, got, expected in (
-        ("fsdp_version", plugin.fsdp_version, 2),
-        ("fsdp_reshard_after_forward", plugin.reshard_after_forward, True),
-        ("fsdp_offload_params", isinstance(plugin.cpu_offload, CPUOffloadPolicy), False),
-        ("fsdp_activation_checkpointing", plugin.activation_checkpointing, False),
-    ):
-        if got != expected:
-            hint = "; set model.gradient_checkpointing instead" if "checkpointing" in name else ""
-            raise ValueError(f"accelerate: got {name}: {got}, expected {expected}{hint}")
-    return plugin.transformer_cls_names_to_wrap
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

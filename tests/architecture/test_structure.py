@@ -12,7 +12,9 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "flowdppo_fast"
 # bottom to top: a module imports from its own layer and those below it
 LAYERS = {
-    "mathematics": ("objectives", "layout", "noise", "samplers", "schedule", "results", "row_data", "evidence"),
+    "mathematics": (
+        "objectives", "layout", "noise", "samplers", "schedule", "step_arguments", "results", "row_data", "evidence",
+    ),
     "reference": ("reference",),
     "backends": ("ops", "kernels", "backend"),
     "autograd": ("autograd",),
@@ -21,7 +23,7 @@ LAYERS = {
     "style of figures": ("figures",),
     "users of the losses": ("integrations", "trainer", "diagnose"),
     "command line": ("cli",),
-}
+}  # fmt: skip
 # neighbours in one layer that know nothing of each other
 STRANGERS = {("integrations", "trainer"), ("trainer", "integrations"), ("trainer", "diagnose"), ("diagnose", "trainer")}
 # one place to read a whole kernel, oracle or convention; anything longer says here why

@@ -21,18 +21,20 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "flowdppo-fast"
 # what builds the package and its libraries; [build-system] of pyproject.toml, and ninja of the dev extra
 BUILD = ("setuptools", "wheel")
-EXTRAS = ("trainer", "bench", "dev")
+EXTRAS = ("trainer", "deepspeed", "bench", "docs", "dev")
 
 # SPDX expressions, and what older metadata says instead of one
 ALLOWED = {
-    "0BSD", "Apache-2.0", "Apache-2.0 WITH LLVM-exception", "BSD-2-Clause", "BSD-3-Clause", "BSL-1.0", "CC0-1.0",
-    "CNRI-Python", "ISC", "MIT", "MIT-CMU", "MPL-2.0", "PSF-2.0", "Zlib",
+    "0BSD", "AFL-3.0", "Apache-2.0", "Apache-2.0 WITH LLVM-exception", "BSD-2-Clause", "BSD-3-Clause", "BSL-1.0",
+    "CC0-1.0", "CNRI-Python", "ISC", "MIT", "MIT-CMU", "MPL-2.0", "PSF-2.0", "Zlib",
 }  # fmt: skip
 OLD_NAMES = {
     "Apache": "Apache-2.0",
     "Apache 2.0": "Apache-2.0",
     "Apache 2.0 License": "Apache-2.0",
     "Apache Software License": "Apache-2.0",
+    "Apache Software License 2.0": "Apache-2.0",
+    "Academic Free License (AFL)": "AFL-3.0",
     "3-Clause BSD License": "BSD-3-Clause",
     "BSD License": "BSD-3-Clause",
     "MIT License": "MIT",
