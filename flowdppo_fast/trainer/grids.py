@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..figures import INK, PAPER
 
+# between the rewards of a caption
+_GAP = "  "
 # a caption needs room even under an image of 16 pixels
 _SMALLEST_TILE, _MARGIN, _FONT_SIZE, _LINE_HEIGHT = 128, 4, 12, 15
 _FRAMES_SHOWN = 8
@@ -21,9 +22,8 @@ _FRAMES_SHOWN = 8
 def caption(prompt: Any, rewards: Mapping[str, float]) -> str:
     """Two paragraphs under an image: its prompt, and its rewards by name."""
     # a prompt of several lines is one paragraph too
-    return (
-        " ".join(str(prompt).splitlines()) + "\n" + "  ".join(f"{name} {value:.3f}" for name, value in rewards.items())
-    )
+    text = " ".join(str(prompt).splitlines())
+    return f"{text}\n" + _GAP.join(f"{name} {value:.3f}" for name, value in rewards.items())
 
 
 def frames_of(image: Any) -> list[Image.Image]:
@@ -73,7 +73,7 @@ def image_grid(
 
     Args:
         images: a batch, or a list of what :func:`frames_of` takes.
-        captions: a text per image.
+        captions: a text per image: of its first paragraph two lines are shown, the others are shown as a whole.
         tile: longest edge of an image on the page in pixels; None leaves images as large as they are. Images smaller
             than 128 pixels are shown larger, by a whole factor.
         columns: images per row; None makes the page about square.
@@ -86,9 +86,11 @@ def image_grid(
     strips = [_strip([_fit(frame, tile) for frame in _spread(frames_of(image))]) for image in images]
     is_video = any(len(frames_of(image)) > 1 for image in images[:1])
     columns = columns or (1 if is_video else math.ceil(math.sqrt(len(strips))))
-    width, height = max(strip.width for strip in strips), max(strip.height for strip in strips)
     font = ImageFont.load_default(_FONT_SIZE)
-    texts = [_wrap(text, width, font) for text in captions]
+    # a reward is read as a whole, even under the smallest image
+    width = math.ceil(max([*(strip.width for strip in strips), *(_longest_piece(text, font) for text in captions)]))
+    height = max(strip.height for strip in strips)
+    texts = [_lines(text, width, font) for text in captions]
     cell_height = height + max(len(lines) for lines in texts) * _LINE_HEIGHT + 2 * _MARGIN
     rows = math.ceil(len(strips) / columns)
     page = Image.new("RGB", (columns * (width + _MARGIN) + _MARGIN, rows * cell_height + _MARGIN), PAPER)
@@ -131,13 +133,37 @@ def _strip(frames: list[Image.Image]) -> Image.Image:
     return strip
 
 
-def _wrap(text: str, width: int, font: Any) -> list[str]:
-    """Lines that fit ``width`` pixels: the first paragraph on at most two, the others whole, broken between rewards."""
-    letters = max(8, int(width / font.getlength("n")))
+def _lines(text: str, width: float, font: Any) -> list[str]:
+    """Lines that fit ``width`` pixels: the first paragraph on at most two, of the others nothing is left out."""
     prompt, *others = text.split("\n")
-    lines = textwrap.wrap(prompt, letters, max_lines=2, placeholder=" ...") or [""]
-    for paragraph in others:
-        # no break between a name and its number
-        tied = "  ".join(reward.replace(" ", "\u00a0") for reward in paragraph.split("  "))
-        lines += [line.replace("\u00a0", " ") for line in textwrap.wrap(tied, letters)] or [""]
+    lines = _fill(prompt.split(), " ", width, font)
+    if len(lines) > 2:
+        lines = [lines[0], f"{lines[1]} ..."]
+    shown = [_shorten(line, width, font) for line in lines]
+    return shown + [line for paragraph in others for line in _fill(paragraph.split(_GAP), _GAP, width, font)]
+
+
+def _fill(pieces: list[str], gap: str, width: float, font: Any) -> list[str]:
+    lines = [""]
+    for piece in pieces:
+        longer = f"{lines[-1]}{gap}{piece}" if lines[-1] else piece
+        if font.getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(piece)
     return lines
+
+
+def _shorten(line: str, width: float, font: Any) -> str:
+    whole = line.removesuffix(" ...")
+    for length in range(len(whole), 0, -1):
+        short = line if length == len(whole) else f"{whole[:length].rstrip()} ..."
+        if font.getlength(short) <= width:
+            return short
+    return line
+
+
+def _longest_piece(text: str, font: Any) -> float:
+    """Pixels that what must not be cut needs on a line."""
+    pieces = [piece for paragraph in text.split("\n")[1:] for piece in paragraph.split(_GAP)]
+    return max(map(font.getlength, pieces), default=0.0)

@@ -72,6 +72,11 @@ CASES = {
     "flux2-klein-guided": Case("Flux2Klein", {"guidance_scale": 4.0}, ("b1 + 4*(b0 - b1)",)),
     "qwen": Case("QwenImage", {"true_cfg_scale": 1.0}, ("b0",)),
     "qwen-guided": Case("QwenImage", {"true_cfg_scale": 4.0}, ("vector_norm(b1 + 4*(b0 - b1), like b0)",)),
+    "qwen-edit": Case("QwenImageEdit", {"true_cfg_scale": 1.0}, ("b0",)),
+    "qwen-edit-guided": Case("QwenImageEdit", {"true_cfg_scale": 4.0}, ("vector_norm(b1 + 4*(b0 - b1), like b0)",)),
+    "qwen-edit-plus-guided": Case(
+        "QwenImageEditPlus", {"true_cfg_scale": 4.0}, ("vector_norm(b1 + 4*(b0 - b1), like b0)",)
+    ),
     "wan": Case("Wan", OFF, ("b0",), steps=(0, 1, 3)),
     "wan-guided": Case("Wan", {"guidance_scale": 5.0}, ("b1 + 5*(b0 - b1)",), steps=(0, 1, 3)),
     "wan-two": Case("Wan two transformers", {"guidance_scale": 1.0}, ("b0",), BOUNDARY),

@@ -60,7 +60,7 @@ FAMILIES = {
         Sizes(**{**IMAGE, "channels": 32}, text=7680, tokens=512),
     ),
     "QwenImage": Family(
-        qwen, text_of(mask="prompt_embeds_mask"), "Qwen-Image, 1024x1024", Sizes(**IMAGE, text=3584, tokens=512)
+        qwen(), text_of(mask="prompt_embeds_mask"), "Qwen-Image, 1024x1024", Sizes(**IMAGE, text=3584, tokens=512)
     ),
     "Wan": Family(wan(), text_of(), "Wan2.1-T2V-1.3B, 480x832, 81 frames", WAN),
     "Wan two transformers": Family(
@@ -114,6 +114,20 @@ FAMILIES = {
     "Flux2 with image": Family(
         flux2(diffusers.Flux2KleinPipeline, False),
         lambda sizes, prompts: {**text(sizes, prompts), "image": photo(replace(sizes, height=64, width=64))},
+    ),
+    "QwenImageEdit": Family(
+        qwen(diffusers.QwenImageEditPipeline, vae=True),
+        lambda sizes, prompts: {**text(sizes, prompts, mask="prompt_embeds_mask"), "image": photo(sizes)},
+        tiny=Sizes(height=256, width=256),
+    ),
+    "QwenImageEditPlus": Family(
+        qwen(diffusers.QwenImageEditPlusPipeline, vae=True),
+        lambda sizes, prompts: {
+            **text(sizes, prompts, mask="prompt_embeds_mask"),
+            "image": [photo(sizes, seed) for seed in (0, 1)],
+        },
+        tiny=Sizes(height=256, width=256),
+        one_prompt=True,
     ),
     "WanImageToVideo": Family(
         wan_i2v(two=True, boundary_ratio=0.875), lambda sizes, prompts: {**text(sizes, prompts), "image": photo(sizes)}

@@ -67,6 +67,7 @@ class Family:
         inputs: ``(sizes, prompts)`` to keyword arguments of a call with one image per prompt, tensors with a batch dim.
         published: sizes of the released model ``model``, None where there is none or its VAE would have to encode them.
         tiny: sizes of the model that tests run.
+        one_prompt: a call takes no more than one prompt, which then has all of the images.
     """
 
     build: Callable[[Sizes], Any]
@@ -74,6 +75,7 @@ class Family:
     model: str = ""
     published: Sizes | None = None
     tiny: Sizes = field(default_factory=Sizes)
+    one_prompt: bool = False
 
     def pipeline(self, sizes: Sizes | None = None, seed: int = 0) -> Any:
         """The pipeline with random weights; layers that start at zero are random too, so that all inputs matter."""
@@ -96,6 +98,8 @@ class Family:
     def arguments(self, prompts: int, images: int, sizes: Sizes | None = None, seed: int = 0) -> dict[str, Any]:
         """Arguments of a call for ``images`` images of each of ``prompts`` prompts, with random embeddings."""
         torch.manual_seed(seed)
+        if self.one_prompt:
+            return {**self.inputs(sizes or self.tiny, 1), "num_images_per_prompt": prompts * images}
         given = self.inputs(sizes or self.tiny, prompts)
         return {key: repeat_rows(value, images) for key, value in given.items()}
 
@@ -226,14 +230,27 @@ def flux2(kind: type, guidance_embeds: bool, **options: Any) -> Callable[[Sizes]
     return build
 
 
-def qwen(sizes: Sizes) -> diffusers.QwenImagePipeline:
-    transformer = diffusers.QwenImageTransformer2DModel(
-        patch_size=2, in_channels=4 * sizes.channels, out_channels=sizes.channels, num_layers=sizes.blocks,
-        attention_head_dim=16, num_attention_heads=2, joint_attention_dim=sizes.text, axes_dims_rope=(4, 4, 8),
+def qwen(kind: type = diffusers.QwenImagePipeline, *, vae: bool = False) -> Callable[[Sizes], Any]:
+    def build(sizes: Sizes) -> Any:
+        transformer = diffusers.QwenImageTransformer2DModel(
+            patch_size=2, in_channels=4 * sizes.channels, out_channels=sizes.channels, num_layers=sizes.blocks,
+            attention_head_dim=16, num_attention_heads=2, joint_attention_dim=sizes.text, axes_dims_rope=(4, 4, 8),
+        )  # fmt: skip
+        processor = {"processor": None} if vae else {}
+        return kind(
+            transformer=transformer, scheduler=shifting(), vae=qwen_vae(sizes.channels) if vae else None,
+            **processor, **absent("text_encoder", "tokenizer"),
+        )  # fmt: skip
+
+    return build
+
+
+def qwen_vae(channels: int) -> diffusers.AutoencoderKLQwenImage:
+    """The pipelines for images make a million pixels of any image: this one compresses 64 times."""
+    return diffusers.AutoencoderKLQwenImage(
+        base_dim=2, z_dim=channels, dim_mult=[1] * 7, num_res_blocks=1, temperal_downsample=[False] * 6,
+        latents_mean=[0.1] * channels, latents_std=[1.5] * channels,
     )  # fmt: skip
-    return diffusers.QwenImagePipeline(
-        transformer=transformer, scheduler=shifting(), **absent("vae", "text_encoder", "tokenizer")
-    )
 
 
 def wan_transformer(sizes: Sizes, **options: Any) -> diffusers.WanTransformer3DModel:

@@ -12,9 +12,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
-from PIL import Image, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 
-from flowdppo_fast.trainer import grids, logs, plots
+from flowdppo_fast.trainer import logs, plots
 from flowdppo_fast.trainer.grids import caption, frames_of, image_grid
 from flowdppo_fast.trainer.logs import METRICS_FILE, drop_later_lines
 from flowdppo_fast.trainer.tracking import RunLog
@@ -318,9 +318,21 @@ def test_large_images_shrink_and_captions_wrap():
     assert caption("a cat", {"clip": 0.5, "jpeg": -2.0}) == "a cat\nclip 0.500  jpeg -2.000"
     assert caption("a cat\nand a dog", {"clip": 0.5}) == "a cat and a dog\nclip 0.500"
     assert image_grid([Image.new("RGB", (640, 320))], [""], tile=None).width == 640 + 8
-    # no reward is lost under a small image, and none is torn from its number
-    text, font = caption("2", {"readable": 0.968, "bold": 0.993}), ImageFont.load_default(12)
-    assert grids._wrap(text, 128, font) == ["2", "readable 0.968", "bold 0.993"]
+
+
+def test_no_reward_is_cut_off_under_small_images(monkeypatch):
+    drawn: list[tuple[float, str]] = []
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", lambda _, at, line, **how: drawn.append((at[0], line)))
+    rewards = {"ink": 0.25, "brightness": -12.5, "agreement_with_the_prompt": 0.125}
+    prompts = ["mmmm " * 30, "a", "w" * 300]
+    page = image_grid(torch.zeros(3, 3, 16, 16), [caption(prompt, rewards) for prompt in prompts], columns=3)
+    shown = ["ink 0.250  brightness -12.500", "agreement_with_the_prompt 0.125"]
+    assert [line for _, line in drawn if line in shown] == shown * 3
+    assert len(drawn) == 2 + 1 + 1 + 3 * 2
+    assert sum(line.endswith(" ...") for _, line in drawn) == 2
+    font = ImageFont.load_default(12)
+    # each within its own column
+    assert all(left % (page.width // 3) + font.getlength(line) <= page.width // 3 + 4 for left, line in drawn)
 
 
 def test_videos_are_strips_of_their_frames():
