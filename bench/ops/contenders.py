@@ -33,6 +33,13 @@ _REFERENCE_ELEMENTS = 1 << 20
 _TRAINER_WORKLOADS = ("sd3-512",)
 
 
+# objective and bound of every eager form that is timed
+METHODS: dict[Callable[..., peers.PeerOutput], tuple[str, float]] = {
+    peers.dppo: ("dppo", THRESHOLD),
+    peers.ratio_clip: ("ratio_clip", CLIP_RANGE),
+}
+
+
 class RowResults(NamedTuple):
     """Per-row numbers of a call, for the checks; ``kl`` is 0-d where only its mean is reported, None where the method
     has none."""
@@ -130,8 +137,8 @@ def _peer_call(method: Callable, bound: float, rollout: Rollout) -> Callable[[In
     return call
 
 
-def _peer(name: str, objective: str, *, syncs: bool = False, mode: str | None = None) -> Contender:
-    method, bound = {"dppo": (peers.dppo, THRESHOLD), "ratio_clip": (peers.ratio_clip, CLIP_RANGE)}[objective]
+def _peer(name: str, method: Callable, *, syncs: bool = False, mode: str | None = None) -> Contender:
+    objective, bound = METHODS[method]
 
     def prepare(rollout: Rollout) -> Callable[[Inputs], peers.PeerOutput]:
         if mode is not None:
@@ -243,14 +250,14 @@ def _trainer_step(name: str, when: str) -> Contender:
 def registry(device_type: str) -> list[Contender]:
     """All contenders for a device; those that cannot run there are in it, :meth:`Contender.missing` says why."""
     peers_and_clip = [
-        _peer("peer-eager", "dppo", syncs=True),
-        _peer("peer-eager, no syncs", "dppo"),
-        _peer("peer-compiled", "dppo", mode="default"),
-        _peer("clip-eager", "ratio_clip"),
-        _peer("clip-compiled", "ratio_clip", mode="default"),
+        _peer("peer-eager", peers.dppo, syncs=True),
+        _peer("peer-eager, no syncs", peers.dppo),
+        _peer("peer-compiled", peers.dppo, mode="default"),
+        _peer("clip-eager", peers.ratio_clip),
+        _peer("clip-compiled", peers.ratio_clip, mode="default"),
     ]
     if device_type == "cuda":
-        peers_and_clip.append(_peer("peer-compiled, max-autotune", "dppo", mode="max-autotune-no-cudagraphs"))
+        peers_and_clip.append(_peer("peer-compiled, max-autotune", peers.dppo, mode="max-autotune-no-cudagraphs"))
     fused = [contender for backend in BACKENDS for contender in _fused(backend)]
     steps = [_trainer_step(name, when) for name in trainers.TRAINERS for when in ("before", "after")]
     return peers_and_clip + fused + steps

@@ -52,6 +52,9 @@ OBJECTIVES = {
     "unclipped": Case("unclipped"),
 }
 
+# no row is dropped whatever the bound
+NEVER_DROP = {"unclipped"}
+
 # drift makes the policies close enough for sums over latents to stay in range
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -11,7 +11,7 @@ import math
 import pytest
 import torch
 from problems_for_kernels import DEVICE, FORMS, MARKS, SEED, Source, source
-from support.cases import middle_gap
+from support.cases import NEVER_DROP, middle_gap
 
 from flowdppo_fast import reference
 from flowdppo_fast.kernels import launch, policy_loss, policy_loss_and_grad, row_grad, row_stats
@@ -204,7 +204,7 @@ def test_objectives_and_options(name, option, form, table):
     problem = source((3, 4, 300), form=form, drift=drift, with_reference=with_reference, table=table)
     call = Loss(problem, name, **options)
     _, rows, _ = check(call)
-    if name != "unclipped" and option == "plain":
+    if name not in NEVER_DROP and option == "plain":
         assert 0 < int(rows[RowField.KEPT].sum()) < 12
 
 
