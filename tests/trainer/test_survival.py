@@ -11,6 +11,7 @@ import resource
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import distributed_runs
 import processes
@@ -152,6 +153,15 @@ def flip(path: Path) -> None:
     path.write_bytes(bytes(data))
 
 
+def next_digit(path: Path) -> None:
+    """Still JSON, but another number: the seed of numpy's generator, say."""
+    data = bytearray(path.read_bytes())
+    at = max(place for place, byte in enumerate(data[: len(data) // 2]) if chr(byte).isdigit())
+    data[at] = ord("0") + (data[at] - ord("0") + 1) % 10
+    json.loads(data)
+    path.write_bytes(bytes(data))
+
+
 @pytest.mark.parametrize(
     ("damage", "file", "message"),
     [
@@ -159,6 +169,7 @@ def flip(path: Path) -> None:
         (flip, "optimizer.safetensors", r"optimizer\.safetensors is not what was written"),
         (Path.unlink, "scale.safetensors", r"No such file or directory.*scale\.safetensors"),
         (cut, "state.json", r"state\.json cannot be read"),
+        (next_digit, "state.json", r"state\.json cannot be read, or is not what was written"),
         (Path.unlink, "state.json", r"No such file or directory.*state\.json"),
     ],
 )
@@ -268,6 +279,13 @@ def test_logs_and_folders_that_cannot_be_written(finished, monkeypatch, patched,
     assert [m["iteration"] for m in make(iterations=3).train(resume=True)] == [1, 2, 3]
 
 
+def unsealed(path: Path) -> dict[str, Any]:
+    """The state as an older version wrote it, without a digest."""
+    state = json.loads(path.read_text())
+    del state["sha256"]
+    return state
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -280,7 +298,7 @@ def test_logs_and_folders_that_cannot_be_written(finished, monkeypatch, patched,
 def test_checkpoints_of_other_versions_are_refused_with_their_reason(finished, change, message):
     trainer, make = finished
     for path in (trainer.output / "checkpoints").glob("*/state.json"):
-        state = json.loads(path.read_text())
+        state = unsealed(path)
         change(state["config"])
         path.write_text(json.dumps(state))
     logs = (trainer.output / "rows.jsonl").read_text()
@@ -292,7 +310,7 @@ def test_checkpoints_of_other_versions_are_refused_with_their_reason(finished, c
 def test_a_setting_that_an_older_version_did_not_have_is_what_is_usual(finished, caplog):
     trainer, make = finished
     for path in (trainer.output / "checkpoints").glob("*/state.json"):
-        state = json.loads(path.read_text())
+        state = unsealed(path)
         del state["config"]["advantage"]["history"]
         path.write_text(json.dumps(state))
     assert len(make(iterations=3).train(resume=True)) == 3
