@@ -20,7 +20,7 @@ from torch import Tensor
 
 logger = get_logger(__name__)
 
-_PREFIX, _STATE = "iteration-", "state.json"
+_PREFIX, _STATE, _SEAL = "iteration-", "state.json", "sha256"
 # what a state file may name: files beside it
 _NAME = re.compile(r"[a-z]+(-\d+)?")
 # names of folders that are being written, removed, or were replaced by one of the same iteration
@@ -54,7 +54,7 @@ def save_checkpoint(
             files[name] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
             _sync(path)
         path = temporary / _STATE
-        path.write_text(json.dumps({**state, "iteration": iteration, "files": files}))
+        path.write_text(_sealed({**state, "iteration": iteration, "files": files}))
         _sync(path)
         _sync(temporary)
         if final.exists():
@@ -142,8 +142,23 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """The state alone, without tensors."""
-    return json.loads((path / _STATE).read_text())
+    """The state alone, without tensors.
+
+    Raises:
+        OSError: there is none. ValueError: it is no JSON, or not what was written.
+    """
+    state = json.loads((path / _STATE).read_text())
+    # a state of an older version has none
+    digest = state.pop(_SEAL, None)
+    if digest is not None and digest != hashlib.sha256(json.dumps(state).encode()).hexdigest():
+        raise ValueError(f"{path / _STATE} is not what was written")
+    return state
+
+
+def _sealed(state: dict[str, Any]) -> str:
+    """The state as JSON, with a digest of the rest of it."""
+    read_back = json.loads(json.dumps(state))
+    return json.dumps({**read_back, _SEAL: hashlib.sha256(json.dumps(read_back).encode()).hexdigest()})
 
 
 def _state_and_fault(path: Path) -> tuple[dict[str, Any], str | None]:
@@ -159,7 +174,7 @@ def _state_and_fault(path: Path) -> tuple[dict[str, Any], str | None]:
     except OSError as error:
         return {}, str(error)
     except (ValueError, KeyError, AttributeError, TypeError):
-        return {}, f"{_STATE} cannot be read"
+        return {}, f"{_STATE} cannot be read, or is not what was written"
     return state, None
 
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 PARTS = 10
-# the first part warms up: caches of shapes, lazily made tables, pools of threads
-WARM = 1
+# the first two parts warm up: caches of shapes, lazily made tables, pools of threads
+WARM = 2
 
 
 class _Mallinfo(ctypes.Structure):

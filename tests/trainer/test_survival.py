@@ -11,6 +11,7 @@ import resource
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import distributed_runs
 import processes
@@ -19,9 +20,12 @@ import torch
 from digits_example import PROMPTS, ink
 from safetensors.torch import load_file
 
+from bench.ops.devices import open_device
+from bench.ops.environment import collect
 from flowdppo_fast.trainer import FlowDPPOTrainer, checkpoint, logs
 
-# kills of the long form: FLOWDPPO_KILLS=60 pytest tests/trainer/test_survival.py -k killed -s
+# the long form, with a tally of it in a file: FLOWDPPO_KILLS=55 FLOWDPPO_KILLS_TALLY=FILE.json
+# python -m pytest tests/trainer/test_survival.py -k killed_at_random -o timeout=3600
 KILLS = int(os.environ.get("FLOWDPPO_KILLS", "12"))
 MOMENTS = ("time", "file", "tensors", "line", "reward")
 SECTIONS = {
@@ -68,11 +72,15 @@ def uninterrupted(tmp_path_factory) -> tuple[dict[str, object], dict[str, int], 
 
 def test_a_run_that_is_killed_at_random_moments_ends_where_it_would_have(uninterrupted, tmp_path, capsys):
     expected, counts, seconds = uninterrupted
-    draw = random.Random(os.environ.get("FLOWDPPO_KILL_SEED", "0"))
+    seed = os.environ.get("FLOWDPPO_KILL_SEED", "0")
+    draw, started = random.Random(seed), collect(open_device("cpu"))
+    # of each run its attempts: when it was to be killed, and whether it was
+    storm: list[list[dict[str, object]]] = []
     tally = dict.fromkeys(MOMENTS, 0)
     runs = finished = 0
     while sum(tally.values()) < KILLS:
         folder = tmp_path / f"run{runs}"
+        moments: list[dict[str, object]] = []
         # a few kills each, so that many kinds of remains meet
         for _ in range(4):
             kind = MOMENTS[(sum(tally.values()) + runs) % len(MOMENTS)]
@@ -80,12 +88,14 @@ def test_a_run_that_is_killed_at_random_moments_ends_where_it_would_have(uninter
             at = draw.randint(1, max(1, counts[kind] * 2 // 3)) if kind != "time" else 0
             process = processes.start(distributed_runs.mortal, str(folder), SECTIONS, kind, at, None)
             if kind == "time":
-                time.sleep(draw.uniform(0.2, 1.0) * seconds)
+                at = draw.uniform(0.2, 1.0)
+                time.sleep(at * seconds)
                 process.kill()
             (code,) = processes.join([process])
             assert code in (0, -9), f"exit code {code} after a kill"
             tally[kind] += code == -9
             finished += code == 0
+            moments.append({"kind": kind, "at": round(at, 3), "killed": code == -9})
             if code == 0:
                 break
         processes.run(distributed_runs.mortal, str(folder), SECTIONS, None, 0, None)
@@ -95,6 +105,23 @@ def test_a_run_that_is_killed_at_random_moments_ends_where_it_would_have(uninter
         assert differing == [], (differing, tally)
         shutil.rmtree(folder)
         runs += 1
+        storm.append(moments)
+    if path := os.environ.get("FLOWDPPO_KILLS_TALLY"):
+        command = "python -m pytest tests/trainer/test_survival.py -k killed_at_random -o timeout=3600"
+        summary = {
+            "command": f"FLOWDPPO_KILLS={KILLS} FLOWDPPO_KILL_SEED={seed} {command}",
+            "environment": started,
+            "seed": seed,
+            "kills": sum(tally.values()),
+            "kills_by_kind": tally,
+            "runs": runs,
+            "resumes": sum(map(len, storm)),
+            "ended_before_their_kill": finished,
+            # asserted above for each of them
+            "runs_bitwise_equal_to_the_uninterrupted_one": runs,
+        }
+        lines = ",\n".join(f"  {json.dumps(moments)}" for moments in storm)
+        Path(path).write_text(f'{json.dumps(summary, indent=1)[:-2]},\n "storm": [\n{lines}\n ]\n}}\n')
     with capsys.disabled():
         print(f"\n{sum(tally.values())} kills in {runs} runs: {tally}; {finished} runs ended before their kill")
 
@@ -126,6 +153,15 @@ def flip(path: Path) -> None:
     path.write_bytes(bytes(data))
 
 
+def next_digit(path: Path) -> None:
+    """Still JSON, but another number: the seed of numpy's generator, say."""
+    data = bytearray(path.read_bytes())
+    at = max(place for place, byte in enumerate(data[: len(data) // 2]) if chr(byte).isdigit())
+    data[at] = ord("0") + (data[at] - ord("0") + 1) % 10
+    json.loads(data)
+    path.write_bytes(bytes(data))
+
+
 @pytest.mark.parametrize(
     ("damage", "file", "message"),
     [
@@ -133,6 +169,7 @@ def flip(path: Path) -> None:
         (flip, "optimizer.safetensors", r"optimizer\.safetensors is not what was written"),
         (Path.unlink, "scale.safetensors", r"No such file or directory.*scale\.safetensors"),
         (cut, "state.json", r"state\.json cannot be read"),
+        (next_digit, "state.json", r"state\.json cannot be read, or is not what was written"),
         (Path.unlink, "state.json", r"No such file or directory.*state\.json"),
     ],
 )
@@ -242,6 +279,13 @@ def test_logs_and_folders_that_cannot_be_written(finished, monkeypatch, patched,
     assert [m["iteration"] for m in make(iterations=3).train(resume=True)] == [1, 2, 3]
 
 
+def unsealed(path: Path) -> dict[str, Any]:
+    """The state as an older version wrote it, without a digest."""
+    state = json.loads(path.read_text())
+    del state["sha256"]
+    return state
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -254,7 +298,7 @@ def test_logs_and_folders_that_cannot_be_written(finished, monkeypatch, patched,
 def test_checkpoints_of_other_versions_are_refused_with_their_reason(finished, change, message):
     trainer, make = finished
     for path in (trainer.output / "checkpoints").glob("*/state.json"):
-        state = json.loads(path.read_text())
+        state = unsealed(path)
         change(state["config"])
         path.write_text(json.dumps(state))
     logs = (trainer.output / "rows.jsonl").read_text()
@@ -266,7 +310,7 @@ def test_checkpoints_of_other_versions_are_refused_with_their_reason(finished, c
 def test_a_setting_that_an_older_version_did_not_have_is_what_is_usual(finished, caplog):
     trainer, make = finished
     for path in (trainer.output / "checkpoints").glob("*/state.json"):
-        state = json.loads(path.read_text())
+        state = unsealed(path)
         del state["config"]["advantage"]["history"]
         path.write_text(json.dumps(state))
     assert len(make(iterations=3).train(resume=True)) == 3
