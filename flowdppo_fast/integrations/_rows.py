@@ -20,22 +20,8 @@ from ..samplers import SDEStep
 
 # k = b/S = 1: the statistics of a plain difference
 _UNIT_STEP = SDEStep(1.0, 1.0, 1.0, -1.0, "unit")
-# what UniRL's Flow-DPPO reports, in its order; verl-omni took the names over
-UNIRL_METRICS = (
-    "policy_loss",
-    "ratio_mean",
-    "ratio_std",
-    "ratio_min",
-    "ratio_max",
-    "approx_kl",
-    "kl_new_old_mean",
-    "kl_new_old_max",
-    "kl_mask_fraction",
-    "pos_rm_fraction",
-    "neg_rm_fraction",
-    "masked_fraction",
-    "unmasked_fraction",
-)
+# what UniRL's Flow-DPPO reports; verl-omni took the names over
+UNIRL_METRICS = tuple(name for name in DPPO.metrics if name not in ("drift_mean", "nonfinite_rows"))
 _DIVERGENCE_METRICS = ("kl_new_old_mean", "kl_new_old_max", "drift_mean")
 
 
