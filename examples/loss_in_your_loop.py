@@ -15,7 +15,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from flowdppo_fast import LossOutput, SDEStep, fused_dppo_loss, fused_dppo_velocity_loss, sde_schedule, sde_step
+from flowdppo_fast import (
+    LossOutput,
+    Metrics,
+    SDEStep,
+    fused_dppo_loss,
+    fused_dppo_velocity_loss,
+    sde_schedule,
+    sde_step,
+)
 
 LATENT = (2, 4, 4)
 SIGMAS = [1.0 - i / 10 for i in range(11)]
@@ -124,8 +132,8 @@ def train(
             optimizer.zero_grad()
             value.backward()
             optimizer.step()
-        # the last update's
-        history.append({name: float(x) for name, x in {"reward": rollout.rewards.mean(), **metrics}.items()})
+        # the last update's, all read from the device at once
+        history.append(Metrics(reward=rollout.rewards.mean(), **metrics).to_floats())
     return history
 
 
