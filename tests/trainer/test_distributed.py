@@ -349,6 +349,11 @@ def test_processes_that_start_differently(tmp_path, what):
         ),
         (
             DistributedType.DEEPSPEED,
+            {**ZERO, "ACCELERATE_DEEPSPEED_ZERO3_INIT": "true"},
+            "deepspeed_config zero3_init_flag: true, expected false",
+        ),
+        (
+            DistributedType.DEEPSPEED,
             {**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"},
             "zero_stage: 0, expected 1, 2 or 3",
         ),
