@@ -138,7 +138,7 @@ class HabitTrainer(FlowDPPOTrainer):
         for trajectory in rollout.trajectories:
             width = o.steps_per_micro_batch or len(trajectory.steps)
             velocity = torch.empty_like(trajectory.velocity, memory_format=torch.contiguous_format)
-            with torch.no_grad(), self._autocast():
+            with torch.no_grad(), self.calls.autocast():
                 for start in range(0, len(trajectory), o.micro_batch_size):
                     part = range(start, min(start + o.micro_batch_size, len(trajectory)))
                     for first in range(0, len(trajectory.steps), width):

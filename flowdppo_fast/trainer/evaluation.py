@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .advantages import weighted_reward
+from .calls import PipelineCalls
 from .config import FlowDPPOConfig
 from .distributed import Workers
 from .rollout import PromptSource, captions, derive_seed
@@ -22,7 +23,7 @@ class Evaluation:
         pipeline: sampled with its own scheduler.
         config: of the run.
         workers: processes among which the images are split.
-        generate: ``(source, entries, seeds, num_steps, pipeline_kwargs) -> (images, rewards by name)`` of one call.
+        calls: of the pipeline and the reward.
     """
 
     def __init__(
@@ -31,11 +32,11 @@ class Evaluation:
         pipeline: Any,
         config: FlowDPPOConfig,
         workers: Workers,
-        generate: Callable[..., tuple[Any, dict[str, Tensor]]],
+        calls: PipelineCalls,
     ):
         self.options = {**config.sampling.pipeline_kwargs, **config.evaluation.pipeline_kwargs}
         self.source = PromptSource(prompts, pipeline, [*self.options, "return_dict"])
-        self.config, self.workers, self.generate = config, workers, generate
+        self.config, self.workers, self.calls = config, workers, calls
 
     def run(self) -> tuple[dict[str, float], list[Any], list[str]]:
         """Mean rewards over all images, and this process's images with their captions."""
@@ -51,7 +52,7 @@ class Evaluation:
         for part in self.source.calls([self.source.entries[row // count] for row in rows], batch):
             entries = [self.source.entries[row // count] for row in rows[part.start : part.stop]]
             seeds = [derive_seed(self.config.run.seed, "evaluation", row) for row in rows[part.start : part.stop]]
-            made, rewards = self.generate(self.source, entries, seeds, e.num_steps or s.num_steps, self.options)
+            made, rewards = self.calls.scored(self.source, entries, seeds, e.num_steps or s.num_steps, self.options)
             images += list(made)
             parts.append(rewards)
         self.workers.agree()

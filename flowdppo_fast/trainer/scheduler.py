@@ -255,7 +255,8 @@ def trainable_step(sampler: str, sigmas: list[float], index: int, eta: float) ->
     if step.sample_coef < 0.0:
         raise ValueError(
             f"sde_steps: got {levels}, on which sampler {sampler!r} with eta={eta:g} overshoots (it multiplies the "
-            f"sample by {step.sample_coef:.3g}); leave the step out, lower eta, or start the schedule at exactly 1"
+            f"sample by {step.sample_coef:.3g}); leave the step out, lower eta, take sampler 'cps', or start the "
+            "schedule at exactly 1"
         )
     if not step.std > 0.0:
         raise ValueError(f"sde_steps: got {levels}, on which sampler {sampler!r} draws no noise (eta={eta:g})")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ from torch import Tensor
 from ..losses import fused_velocity_policy_loss
 from ..results import LossOutput
 from .advantages import RewardHistory, advantages_of
+from .calls import PipelineCalls
 from .checkpoint import load_random_state, random_state
 from .config import FlowDPPOConfig
 from .distributed import Workers
@@ -29,8 +29,8 @@ from .metrics import METRICS, micro_vector, read_iteration
 from .optimization import PolicyOptimizer
 from .recorder import ReplayCheck, Trajectory, TrajectoryRecorder, row_index
 from .resume import begin_run, save_run
-from .rewards import BackgroundScorer, Reward, score
-from .rollout import PromptSource, Rollout, captions, derive_seed, text_of
+from .rewards import BackgroundScorer, Reward
+from .rollout import PromptSource, Rollout, captions, derive_seed
 from .row_log import row_part
 from .row_plan import check_processes, plan_calls, plan_updates
 from .step_choice import choose_steps
@@ -41,7 +41,6 @@ logger = get_logger(__name__)
 
 # images of a rollout that are shown in the output folder
 _SHOWN = 16
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class FlowDPPOTrainer:
@@ -115,10 +114,9 @@ class FlowDPPOTrainer:
         self.optimizer = PolicyOptimizer(self.weights.parameters, o, self.workers, scaled=scaled)
         self.history = RewardHistory(len(self.prompts.entries), config.advantage.history)
         self._places = {id(entry): place for place, entry in enumerate(self.prompts.entries)}
+        self.calls = PipelineCalls(pipeline, reward, config, self.workers, self.device)
         self.evaluation = (
-            None
-            if eval_prompts is None
-            else Evaluation(eval_prompts, pipeline, config, self.workers, self._generate_and_score)
+            None if eval_prompts is None else Evaluation(eval_prompts, pipeline, config, self.workers, self.calls)
         )
         self.output = Path(config.run.output_dir)
         self.iteration = 0
@@ -193,7 +191,7 @@ class FlowDPPOTrainer:
                 entries = [groups[row // s.group_size] for row in rows]
                 trajectory, images = self._record(iteration, rows, entries)
                 trajectories.append(trajectory)
-                pending.append(self._score(images, entries, scorer))
+                pending.append(self.calls.rewards(images, entries, scorer))
                 if rows is calls[0] and self._shows(iteration + 1):
                     shown = images[:_SHOWN], entries[:_SHOWN]
             rewards = [result() for result in pending]
@@ -275,45 +273,10 @@ class FlowDPPOTrainer:
         noise_seed = derive_seed(seed, iteration, "noise")
         seeds = [derive_seed(seed, iteration, "latents", row) for row in rows]
         with self.recorder.recording(chosen, seed=noise_seed, first_row=rows[0]) as trajectory:
-            images = self._generate(self.prompts, entries, seeds, s.num_steps, s.pipeline_kwargs)
+            images = self.calls.images(self.prompts, entries, seeds, s.num_steps, s.pipeline_kwargs)
         if s.offload_trajectories:
             offload(trajectory, self.device)
         return trajectory, images
-
-    def _generate(
-        self, source: PromptSource, entries: list[dict], seeds: list[int], num_steps: int, options: Mapping[str, Any]
-    ) -> Any:
-        """Images of one pipeline call, one per entry."""
-        # equal neighbours are one prompt with several images, if all runs of them have a common length
-        runs = [len(list(run)) for _, run in itertools.groupby(entries, key=id)]
-        arguments = {
-            **source.arguments(entries, math.gcd(*runs), self.device),
-            **options,
-            "num_inference_steps": num_steps,
-            "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
-            "output_type": self.config.sampling.output_type,
-            "return_dict": False,
-        }
-        with torch.no_grad():
-            return self._call(lambda: self.pipeline(**arguments))[0]
-
-    def _score(self, images: Any, entries: list[dict], scorer: BackgroundScorer | None = None) -> Callable[[], Any]:
-        """Starts to score the images of a call; what is returned waits for the rewards."""
-        texts = [text_of(entry) for entry in entries]
-        metadata = [entry.get("metadata", {}) for entry in entries]
-        # a reward may fail on one process alone
-        attempt = self.workers.attempt
-        if scorer is None:
-            rewards = attempt(score, self.reward, images, texts, metadata, self.device)
-            return lambda: rewards
-        handle = attempt(scorer.submit, images, texts, metadata)
-        return lambda: None if handle is None else attempt(handle.result)
-
-    def _generate_and_score(
-        self, source: PromptSource, entries: list[dict], *how: Any
-    ) -> tuple[Any, dict[str, Tensor]]:
-        images = self._generate(source, entries, *how)
-        return images, self._score(images, entries)()
 
     def _iterate(self) -> dict[str, float]:
         """One rollout and its updates; metrics are read from the device once, at the end."""
@@ -357,7 +320,7 @@ class FlowDPPOTrainer:
     def _verify(self, trajectory: Trajectory) -> None:
         """The replay must give the recorded velocities before anything is trained on it."""
         rows = range(min(self.config.optimizer.micro_batch_size, len(trajectory)))
-        self.replay_check = check = self._call(lambda: self.recorder.verify(trajectory, rows))
+        self.replay_check = check = self.calls.run(lambda: self.recorder.verify(trajectory, rows))
         logger.info("replay reproduces the rollout: %s", check)
 
     def _micro_batch(
@@ -372,8 +335,8 @@ class FlowDPPOTrainer:
 
         if objective.needs_reference:
             with torch.no_grad(), self.weights.reference():
-                reference = self._call(replay)
-        velocity = self._call(replay)
+                reference = self.calls.run(replay)
+        velocity = self.calls.run(replay)
         out = self._loss(trajectory, rows, steps, velocity, reference, advantages[:, None].expand(-1, len(steps)))
         assert out.grad is not None
         # on a GPU looking for a gradient costs a sync
@@ -436,13 +399,3 @@ class FlowDPPOTrainer:
             budget,
         )
         return True
-
-    def _call(self, function: Callable[[], Any]) -> Any:
-        """``function()``, which calls the transformers, in the precision of the run."""
-        dtype = _AUTOCAST.get(self.config.model.mixed_precision)
-
-        def call() -> Any:
-            with contextlib.nullcontext() if dtype is None else torch.autocast(self.device.type, dtype):
-                return function()
-
-        return self.workers.sharding.call(call)

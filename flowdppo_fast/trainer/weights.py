@@ -122,7 +122,8 @@ class PolicyWeights:
             for name, shape in self.workers.sharding.shapes.items():
                 if saved[name].shape != shape:
                     raise ValueError(
-                        f"checkpoint: {file} has shape {list(saved[name].shape)} for {name!r}, expected {list(shape)}"
+                        f"checkpoint: {file} has shape {list(saved[name].shape)} for {name!r}, expected that of the "
+                        f"pipeline's weight, {list(shape)}"
                     )
             for own, value in zip(self.workers.sharding.own(saved), values):
                 value.copy_(own)

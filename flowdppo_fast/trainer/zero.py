@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import is_deepspeed_available, parse_choice_from_env
+from accelerate.utils import is_deepspeed_available, parse_choice_from_env, parse_flag_from_env
 from torch import Tensor, nn
 
 from .ema import holding
@@ -161,6 +161,11 @@ def zero_stage() -> int:
         value = parse_choice_from_env(f"ACCELERATE_DEEPSPEED_{name.upper()}", "none")
         if value != "none":
             raise ValueError(f"accelerate: got deepspeed_config {name}: {value}, expected none, and a zero_stage")
+    if parse_flag_from_env("ACCELERATE_DEEPSPEED_ZERO3_INIT"):
+        raise ValueError(
+            "accelerate: got deepspeed_config zero3_init_flag: true, expected false: nothing is split of text encoders "
+            "and reward models"
+        )
     stage = parse_choice_from_env("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
     if stage not in ("1", "2", "3"):
         raise ValueError(

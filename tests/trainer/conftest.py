@@ -135,6 +135,9 @@ def generators(rows: int) -> list[torch.Generator]:
 class ToyTransformer(nn.Module):
     """Tokens ``[B, L, C]``, a shift per row and a time in, tokens out."""
 
+    # pipelines ask for it
+    dtype = torch.float32
+
     def __init__(self, channels: int = 6):
         super().__init__()
         self.mix = nn.Linear(channels, channels)
@@ -172,6 +175,29 @@ class ToyPipeline(DiffusionPipeline):
 def make_toy() -> ToyPipeline:
     torch.manual_seed(4)
     return ToyPipeline(ToyTransformer(), FlowMatchEulerDiscreteScheduler())
+
+
+class RelayPipeline(DiffusionPipeline):
+    """Tokens; a second transformer takes over after two steps."""
+
+    def __init__(self, transformer: nn.Module, transformer_2: nn.Module, scheduler: FlowMatchEulerDiscreteScheduler):
+        super().__init__()
+        self.register_modules(transformer=transformer, transformer_2=transformer_2, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(self, shift, num_inference_steps, generator, output_type, return_dict):
+        latents = torch.stack([torch.randn(4, 6, generator=one) for one in generator])
+        self.scheduler.set_timesteps(num_inference_steps)
+        for place, t in enumerate(self.scheduler.timesteps):
+            transformer = self.transformer if place < 2 else self.transformer_2
+            velocity = transformer(latents, timestep=t.expand(len(latents)), shift=shift)[0]
+            latents = self.scheduler.step(velocity, t, latents).prev_sample
+        return (latents,)
+
+
+def make_relay() -> RelayPipeline:
+    torch.manual_seed(6)
+    return RelayPipeline(ToyTransformer(), ToyTransformer(), FlowMatchEulerDiscreteScheduler())
 
 
 @pytest.fixture

@@ -29,6 +29,10 @@ def odd(images, prompts, metadata):
     return ink(images, prompts, metadata) * torch.tensor([float(int(prompt) % 2) for prompt in prompts])
 
 
+def mean(images, prompts, metadata):
+    return images.flatten(1).mean(1)
+
+
 def fails_on_process_1(images, prompts, metadata):
     import torch.distributed
 
@@ -40,7 +44,15 @@ def fails_on_process_1(images, prompts, metadata):
 
 fails_on_process_1.calls = 0
 
-REWARDS = {"one": ink, "two": two_rewards, "noisy": noisy, "odd": odd, "fails": fails_on_process_1, "broken": ink}
+REWARDS = {
+    "one": ink,
+    "two": two_rewards,
+    "noisy": noisy,
+    "odd": odd,
+    "fails": fails_on_process_1,
+    "broken": odd,
+    "mean": mean,
+}
 
 
 def settings(folder: str | Path, sections: dict[str, dict]) -> dict[str, dict]:
@@ -68,6 +80,9 @@ def make_trainer(
         prompts = [{name: value[0] for name, value in row.items()} for row in inputs]
         extra = {"pipeline_kwargs": {"guidance_scale": 2.0, "height": 8, "width": 8}}
         sections = {**sections, "sampling": {**sections.get("sampling", {}), **extra}}
+    elif pipeline == "relay":
+        torch.manual_seed(7)
+        prompts = [{"shift": torch.randn(6)} for _ in range(4)]
     pipe = getattr(made, f"make_{pipeline}")()
     if sections.pop("half_base", False):
         pipe.transformer.to(torch.bfloat16)

@@ -31,7 +31,14 @@ _WARM = (
 SHARDINGS = {
     "whole": {},
     "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
-    **{f"zero{n}": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": f"{n}"} for n in (1, 2, 3)},
+    **{
+        f"zero{stage}": {
+            "ACCELERATE_USE_DEEPSPEED": "true",
+            "ACCELERATE_DEEPSPEED_ZERO_STAGE": f"{stage}",
+            "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
+        }
+        for stage in (1, 2, 3)
+    },
 }
 
 

@@ -71,6 +71,14 @@ SETTINGS = {
         "optimizer": {"updates_per_rollout": 2, "micro_batch_size": 2},
         "objective": {"threshold": 1e-6, "drift_budget": 1e-30},
     },
+    # a micro-batch that reaches one of them leaves the other without a gradient
+    "two transformers": {
+        "pipeline": "relay",
+        "reward": "mean",
+        "model": {"train": "lora", "lora_rank": 3, "lora_targets": ["mix"]},
+        "sampling": {"prompts_per_rollout": 4, "group_size": 4, "batch_size": 4, "output_type": "latent"},
+        "optimizer": {"updates_per_rollout": 2, "steps_per_micro_batch": 1},
+    },
 }  # fmt: skip
 
 
@@ -140,15 +148,21 @@ def rows(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
 
 
-def assert_same_run(a: Path, b: Path, *, iteration: int = 2, tolerance: float = 0.0) -> None:
-    """``tolerance`` is relative to the largest number of a tensor."""
-    first, second = tensors(a, iteration), tensors(b, iteration)
+def assert_same_tensors(
+    first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], tolerance: float, but: str = "-"
+) -> None:
+    first, second = ({k: v for k, v in found.items() if not k.startswith(but)} for found in (first, second))
     assert first.keys() == second.keys()
     for name, value in first.items():
         difference = float((value.double() - second[name].double()).abs().amax()) if value.numel() else 0.0
         # what is zero but for rounding (a key's bias) has no scale of its own
         scale = max(float(value.abs().max()), EPS) if value.numel() else 1.0
         assert difference <= tolerance * scale, (name, difference, scale)
+
+
+def assert_same_run(a: Path, b: Path, *, iteration: int = 2, tolerance: float = 0.0) -> None:
+    """``tolerance`` is relative to the largest number of a tensor."""
+    assert_same_tensors(tensors(a, iteration), tensors(b, iteration), tolerance)
     # diffusers reads the class from its config
     configs = [{p.name: p.read_text() for p in (folder / "final").rglob("*config.json")} for folder in (a, b)]
     assert configs[0] == configs[1]
@@ -164,7 +178,7 @@ def assert_same_run(a: Path, b: Path, *, iteration: int = 2, tolerance: float = 
     assert all(len((folder / "metrics.jsonl").read_text().splitlines()) == iteration for folder in (a, b))
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "two transformers"])
 def test_two_processes_do_what_one_does(alone, tmp_path, name):
     iterations = 1 if "drift_budget" in SETTINGS[name].get("objective", {}) else 2
     two = start(tmp_path / "two", name, count=2)
@@ -181,6 +195,7 @@ def test_two_processes_do_what_one_does(alone, tmp_path, name):
         ("fsdp2", "guidance, bf16 base"),
         ("zero1", "guidance, bf16 base"),
         ("zero2", "lora, whole groups"),
+        ("zero3", "two transformers"),
     ],
 )
 def test_split_weights_do_what_whole_ones_do(alone, tmp_path, sharding, name):
@@ -188,7 +203,8 @@ def test_split_weights_do_what_whole_ones_do(alone, tmp_path, sharding, name):
     split = start(tmp_path / "split", name, count=2, sharding=sharding)
     # gathered weights lie elsewhere in memory, where matrix products may round otherwise; the largest sum here has
     # some hundred terms, and the moments square what a gradient's rounding leaves
-    tolerance = 256 * EPS if (sharding, name) == ("fsdp2", "full, groups split") else 0.0
+    rounds_otherwise = (sharding, name) == ("fsdp2", "full, groups split") or sharding == "zero3"
+    tolerance = 256 * EPS if rounds_otherwise else 0.0
     assert_same_run(alone(name), split, iteration=iterations, tolerance=tolerance)
 
 
@@ -202,31 +218,42 @@ def test_clipped_gradients_and_one_large_micro_batch(tmp_path):
         assert_same_run(one, two, tolerance=256 * EPS)
 
 
-@pytest.mark.parametrize(("sharding", "tolerance"), [("fsdp2", 0.0), ("zero3", 256 * EPS)])
-def test_no_process_skips_a_backward_alone(tmp_path, sharding, tolerance):
+def idle_processes(folder: Path) -> list[list[bool]]:
+    """For each micro-batch whether the rows of either process have no advantage."""
+    return [[not any(line["advantage"][part : part + 4]) for part in (0, 4)] for line in rows(folder)]
+
+
+def test_no_process_skips_a_backward_alone(tmp_path):
     """Groups of even digits have no advantage: on one process nothing is to be done, on the other there is."""
     sections = {**sections_of("lora, whole groups"), "advantage": {}, "evaluation": {}}
-    folders = [tmp_path / "one", tmp_path / "split"]
-    for folder, (count, how) in zip(folders, ((1, "whole"), (2, sharding))):
+    folders = [tmp_path / "one", tmp_path / "sharded"]
+    for folder, (count, sharding) in zip(folders, ((1, "whole"), (2, "fsdp2"))):
         arguments = (str(folder), sections, "digits", "odd")
-        processes.run(distributed_runs.train, *arguments, count=count, sharding=how)
-    assert_same_run(*folders, tolerance=tolerance)
-    idle = [[not any(line["advantage"][part : part + 4]) for part in (0, 4)] for line in rows(folders[0])]
+        processes.run(distributed_runs.train, *arguments, count=count, sharding=sharding)
+    assert_same_run(*folders)
+    idle = idle_processes(folders[0])
     assert [True, False] in idle or [False, True] in idle
 
 
 def test_a_step_that_is_not_finite_is_left_out_by_all_and_the_run_continued_by_one(tmp_path):
-    folders = [tmp_path / "one", tmp_path / "split"]
-    how = {"name": "full, groups split", "reward": "broken", "optimizer": {"target_kl": None}}
-    start(folders[0], **how, run={"iterations": 3})
-    start(folders[1], **how, count=2, sharding="zero3")
-    history = json.loads((folders[1] / "history.json").read_text())
+    """With groups as in the test above: under ZeRO-3 no process skips a backward alone either."""
+
+    def train(folder: Path, count: int, iterations: int) -> None:
+        sections = {**sections_of("lora, whole groups", run={"iterations": iterations}), "advantage": {}}
+        arguments = (str(folder), {**sections, "evaluation": {}}, "digits", "broken", True)
+        processes.run(distributed_runs.train, *arguments, count=count, sharding="zero3" if count == 2 else "whole")
+
+    one, split = tmp_path / "one", tmp_path / "split"
+    train(one, 1, 3)
+    train(split, 2, 2)
+    idle = idle_processes(split)
+    assert [True, False] in idle or [False, True] in idle
     # one of the two updates of each epoch
+    history = json.loads((split / "history.json").read_text())
     assert [metrics["skipped_updates"] for metrics in history] == [0, 2]
-    start(folders[1], **how, run={"iterations": 3}, resume=True)
-    one, split = (tensors(folder, 3) for folder in folders)
-    assert all(torch.equal(split[key], value) for key, value in one.items() if not key.startswith("kept"))
-    assert rows(folders[1]) == rows(folders[0])
+    train(split, 1, 3)
+    # gathered weights lie elsewhere in memory, as in the runs above
+    assert_same_tensors(tensors(one, 3), tensors(split, 3), tolerance=256 * EPS, but="kept")
 
 
 def test_a_killed_run_is_continued_with_weights_that_are_split_otherwise(alone, tmp_path):
@@ -319,6 +346,11 @@ def test_processes_that_start_differently(tmp_path, what):
             DistributedType.DEEPSPEED,
             {**ZERO, "ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json"},
             "deepspeed_config config_file: ds.json, expected none, and a zero_stage",
+        ),
+        (
+            DistributedType.DEEPSPEED,
+            {**ZERO, "ACCELERATE_DEEPSPEED_ZERO3_INIT": "true"},
+            "deepspeed_config zero3_init_flag: true, expected false",
         ),
         (
             DistributedType.DEEPSPEED,

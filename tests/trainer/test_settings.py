@@ -9,6 +9,7 @@ import torch
 from digits_example import PROMPTS, ink
 
 from flowdppo_fast.trainer import FlowDPPOTrainer
+from flowdppo_fast.trainer.metrics import METRICS
 
 
 @pytest.fixture
@@ -43,6 +44,17 @@ def test_fewer_steps_at_a_time_give_the_same_update(run):
     for name in ("loss", "kl_new_old_mean", "grad_norm", "ratio_mean"):
         assert split[0][name] == pytest.approx(history[0][name], rel=1e-3, abs=1e-6), name
     assert [line["steps"] for line in rows_of(parts)] == [[0, 1], [2]] * 4
+
+
+def test_advantages_are_clipped_where_they_meet_the_loss(pipes, small_config):
+    trainer = FlowDPPOTrainer(pipes.digits(), ink, PROMPTS, small_config(advantage={"clip": 0.3}))
+    rollout, rows = trainer.sample(0), trainer.updates[0]
+    result = trainer.update(rollout, rows, number=0)
+    loss = sum(share * float(v[METRICS.index("loss")]) for share, v in zip(result["shares"], result["vectors"]))
+    given = rollout.advantages[rows.start : rows.stop]
+    # every ratio is 1 but for rounding; without a clip the mean over whole groups is 0
+    assert loss == pytest.approx(-float(given.clamp(-0.3, 0.3).mean()), abs=1e-5)
+    assert abs(loss) > 1e-3
 
 
 def test_every_group_can_have_steps_of_its_own(run):
@@ -212,7 +224,7 @@ def test_reward_history_survives_a_resume(pipes, small_config, tmp_path):
 def test_rewards_in_the_background_are_those_of_the_foreground(run, monkeypatch):
     import threading
 
-    from flowdppo_fast.trainer import trainer as module
+    from flowdppo_fast.trainer import calls as module
 
     threads = set()
 
