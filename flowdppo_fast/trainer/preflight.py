@@ -91,6 +91,7 @@ def inspect_pipeline(recipe: Recipe) -> PipelinePlan:
     """
     settings = recipe.pipeline
     index = _load_index(settings)
+    _refuse_code(settings, index)
     kind = _pipeline_class(settings, index)
     listed = {name: tuple(e) for name, e in index.items() if isinstance(e, (list, tuple)) and len(e) == 2}
     absent = tuple(name for name, (library, _) in listed.items() if library is None)
@@ -216,6 +217,17 @@ def _load_index(settings: PipelineConfig) -> dict[str, Any]:
         return DiffusionPipeline.load_config(settings.location, **settings.source_options)
     except OSError as error:
         raise ValueError(f"pipeline.pretrained: cannot read {settings.pretrained}: {_one_line(error)}") from error
+
+
+def _refuse_code(settings: PipelineConfig, index: dict[str, Any]) -> None:
+    """Some versions of diffusers run modules that lie in a local model's folder, named by its ``model_index.json``."""
+    folder, own = Path(settings.location), index.get("_class_name")
+    files = [f"{own[0]}.py"] if isinstance(own, (list, tuple)) and own else []
+    entries = {name: e[0] for name, e in index.items() if isinstance(e, (list, tuple)) and e and name != "_class_name"}
+    files += [f"{name}/{module}.py" for name, module in entries.items()]
+    found = [file for file in files if (folder / file).is_file()]
+    expected = "weights and configs alone; code of your own is named by pipeline.callable"
+    require(not found, "pipeline.pretrained", found, expected)
 
 
 def _pipeline_class(settings: PipelineConfig, index: dict[str, Any]) -> type:

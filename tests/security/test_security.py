@@ -6,23 +6,42 @@ import ast
 import hashlib
 import json
 import pickle
+import shutil
 import socket
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from flowdppo_fast.trainer import FlowDPPOConfig, FlowDPPOTrainer
+from flowdppo_fast.trainer import FlowDPPOConfig, FlowDPPOTrainer, recipe
+from flowdppo_fast.trainer.preflight import inspect_pipeline
 from flowdppo_fast.trainer.recipe import Recipe
+from flowdppo_fast.trainer.rewards import build_rewards
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted([*(ROOT / "flowdppo_fast").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 PICKLERS = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "jsonpickle"}
-NETWORK = {"http", "socket", "ssl", "requests", "httpx", "aiohttp", "ftplib", "smtplib", "huggingface_hub"}
+NETWORK = {
+    "http", "socket", "ssl", "requests", "httpx", "aiohttp", "ftplib", "smtplib", "huggingface_hub", "urllib.request",
+}  # fmt: skip
+RUNNERS = {"subprocess", "runpy", "code", "pty", "os.system", "os.popen"}
+RUNS_TEXT = {"eval", "exec", "compile", "__import__"}
+RUNS_COMMANDS = {"os.system", "os.popen", "os.execv", "os.execve", "os.spawnv", "builtins.eval", "builtins.exec"}
+UNPICKLES = {"yaml.unsafe_load", "yaml.full_load", "yaml.UnsafeLoader", "torch.serialization.add_safe_globals"}
+MUST_BE_FALSE = {"trust_remote_code", "allow_pickle", "custom_pipeline"}
+# text, tiles of a kernel, networks by way of transformers, logs of a run
+OTHER_LOADS = {"yaml.load", "json.load", "tl.load", "self.load", "RunFolder.load"}
+SAFE_LOADERS = {"yaml.SafeLoader", "_UniqueKeyLoader"}
 # the one exception class of the one reader of .pth files, which loads weights only
 MAY_NAME_PICKLERS = {"flowdppo_fast/trainer/rewards/aesthetic.py"}
+# callables of a config, a component's library (one of two), packages of integrations, commands of the program
+MAY_IMPORT_BY_NAME = {
+    "flowdppo_fast/trainer/rewards/registry.py",
+    "flowdppo_fast/trainer/preflight.py",
+    "flowdppo_fast/integrations/_require.py",
+    "flowdppo_fast/cli/__init__.py",
+}
 # the reward client and server, which somebody has to name in a config or start, and the config of a base model that was
 # named by its place on the hub
 MAY_USE_THE_NETWORK = {
@@ -37,45 +56,73 @@ def path_of(source: Path) -> str:
 
 
 def imports(tree: ast.AST) -> set[str]:
+    """Modules by their full names, and the packages that they are in."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            found.add(node.module.split(".")[0])
-    return found
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found | {name.split(".")[0] for name in found}
 
 
-def calls(tree: ast.AST):
+def faults(place: str, tree: ast.AST) -> list[str]:
+    """What the source at ``place`` does that it must not, in its own words."""
+    imported = imports(tree)
+    found = sorted(imported & RUNNERS)
+    if place not in MAY_NAME_PICKLERS:
+        found += sorted(imported & PICKLERS)
+    if place not in MAY_USE_THE_NETWORK:
+        found += sorted(imported & NETWORK)
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call):
-            yield ast.unparse(node.func), {key.arg: ast.unparse(key.value) for key in node.keywords}
+        # a mention is enough: run = eval
+        if isinstance(node, ast.Name) and node.id in RUNS_TEXT and isinstance(node.ctx, ast.Load):
+            found.append(node.id)
+        elif isinstance(node, ast.Attribute) and ast.unparse(node) in RUNS_COMMANDS | UNPICKLES:
+            found.append(ast.unparse(node))
+        elif isinstance(node, ast.keyword) and node.arg in MUST_BE_FALSE and ast.unparse(node.value) != "False":
+            found.append(f"{node.arg}={ast.unparse(node.value)}")
+        elif isinstance(node, ast.Constant) and node.value in MUST_BE_FALSE:
+            # a key of a dictionary of options
+            found.append(repr(node.value))
+        elif isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            keywords = {key.arg: ast.unparse(key.value) for key in node.keywords}
+            # whatever torch is called there
+            loads = name.endswith(".load") and name not in OTHER_LOADS
+            if loads and keywords.get("weights_only") != "True":
+                found.append(f"{name} without weights_only=True")
+            if name == "yaml.load" and keywords.get("Loader") not in SAFE_LOADERS:
+                found.append(f"yaml.load with {keywords.get('Loader')}")
+            literal = node.args and isinstance(node.args[0], ast.Constant)
+            if name.endswith("import_module") and not literal and place not in MAY_IMPORT_BY_NAME:
+                found.append(ast.unparse(node))
+    return found
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=path_of)
 def test_sources_unpickle_nothing_run_nothing_and_fetch_nothing(source):
-    tree = ast.parse(source.read_text())
-    if path_of(source) not in MAY_NAME_PICKLERS:
-        assert not imports(tree) & PICKLERS
-    if path_of(source) not in MAY_USE_THE_NETWORK:
-        assert not imports(tree) & NETWORK
-    assert "subprocess" not in imports(tree)
-    for name, keywords in calls(tree):
-        assert name not in ("eval", "exec", "os.system", "os.popen", "yaml.unsafe_load", "yaml.full_load"), name
-        assert not name.endswith((".loads", ".load")) or not name.startswith(("pickle", "marshal")), name
-        if name == "torch.load":
-            assert keywords.get("weights_only") == "True"
-        if name == "yaml.load":
-            loader = getattr(sys.modules[module_of(source)], keywords["Loader"])
-            assert issubclass(loader, yaml.SafeLoader)
-        if name in ("np.load", "numpy.load"):
-            assert keywords.get("allow_pickle") == "False"
+    assert faults(path_of(source), ast.parse(source.read_text())) == []
 
 
-def module_of(source: Path) -> str:
-    name = ".".join(source.relative_to(ROOT).with_suffix("").parts)
-    __import__(name)
-    return name
+def test_the_loader_of_yaml_is_a_safe_one():
+    assert issubclass(recipe._UniqueKeyLoader, yaml.SafeLoader)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import pickle", "from cloudpickle import loads", "import subprocess", "from os import system", "import runpy",
+        "import socket", "from urllib import request", "import urllib.request", "import huggingface_hub",
+        "eval('1')", "run = exec", "compile('1', '', 'eval')", "__import__('x')", "os.system('x')", "os.popen('x')",
+        "torch.load('x')", "t.load('x')", "torch.load('x', weights_only=False)", "np.load('x', allow_pickle=True)",
+        "yaml.load(x, Loader=yaml.Loader)", "yaml.load(x)", "yaml.unsafe_load(x)",
+        "torch.serialization.add_safe_globals(x)",
+        "f(trust_remote_code=True)", "f(**{'trust_remote_code': True})", "importlib.import_module(name)",
+    ],
+)  # fmt: skip
+def test_what_is_forbidden_is_noticed(text):
+    assert faults("somewhere.py", ast.parse(text)) != []
 
 
 class Bomb:
@@ -159,6 +206,44 @@ def test_a_checkpoint_cannot_name_files_outside_itself(trainer, tmp_path):
     (folder / "state.json").write_text(json.dumps(state))
     with pytest.raises(RuntimeError, match=r"all 1 checkpoints in .* are damaged"):
         trainer(2).train(resume=True)
+
+
+@pytest.mark.parametrize(
+    ("entry", "file"),
+    [("_class_name", "evil.py"), ("transformer", "transformer/evil.py")],
+    ids=["pipeline", "component"],
+)
+def test_code_in_the_folder_of_a_model_is_refused(tmp_path, entry, file):
+    """``pipeline.class_name`` given, so that the class that the folder names is not looked at."""
+    marker, folder = tmp_path / "code-was-run", tmp_path / "model"
+    shutil.copytree(ROOT / "examples/digits/checkpoint", folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, entry: ["evil", "StableDiffusion3Pipeline"]}))
+    (folder / file).write_text(
+        f"import pathlib\npathlib.Path({str(marker)!r}).touch()\nfrom diffusers import StableDiffusion3Pipeline\n"
+    )
+    settings = Recipe.from_dict(
+        {
+            "pipeline": {"pretrained": str(folder), "class_name": "StableDiffusion3Pipeline"},
+            "prompts": {"train": ["1"]},
+            "rewards": [{"name": "jpeg"}],
+        }
+    )
+    with pytest.raises(ValueError, match=rf"pipeline.pretrained: got \['{file}'\], expected weights and configs alone"):
+        inspect_pipeline(settings)
+    assert not marker.exists()
+
+
+def test_a_callable_of_a_config_is_a_dotted_name_and_nothing_else(tmp_path):
+    """It is code that somebody asks for by name; no expression, no file, no call."""
+    marker = tmp_path / "code-was-run"
+    for name in (
+        f"pathlib:Path({str(marker)!r}).touch", "os:system('true')", "os", "../evil:run", "a b:c",
+        ":run", "os:", "__import__('os'):x",
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="callable"):
+            build_rewards([{"callable": name}])
+    assert not marker.exists()
 
 
 @pytest.mark.parametrize("reader", [FlowDPPOConfig, Recipe])

@@ -11,4 +11,4 @@ pytestmark = MARKS
 
 @pytest.mark.parametrize("name", INVARIANTS)
 def test_it_holds(name):
-    hold(name, "triton", 6)
+    hold(name, "triton", 4)
