@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 METRICS_FILE, ROWS_FILE = "metrics.jsonl", "rows.jsonl"
@@ -17,11 +18,17 @@ def append_lines(path: Path, lines: Iterable[str]) -> None:
     Raises:
         RuntimeError: they cannot be written.
     """
+    with writing(path), open(path, "a") as log:
+        log.writelines(line + "\n" for line in lines)
+        log.flush()
+        os.fsync(log.fileno())
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around writing a file of the run: what the system refuses is a RuntimeError that says what to do."""
     try:
-        with open(path, "a") as log:
-            log.writelines(line + "\n" for line in lines)
-            log.flush()
-            os.fsync(log.fileno())
+        yield
     except OSError as cause:
         raise RuntimeError(f"run.output_dir: {path} could not be written ({cause}); {ADVICE}") from cause
 

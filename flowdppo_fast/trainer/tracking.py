@@ -14,7 +14,7 @@ from accelerate.logging import get_logger
 from accelerate.tracking import GeneralTracker, filter_trackers
 from tqdm.auto import tqdm
 
-from .logs import METRICS_FILE, append_lines
+from .logs import METRICS_FILE, append_lines, writing
 
 logger = get_logger(__name__)
 
@@ -93,7 +93,7 @@ class RunLog:
         The line is on the disk when this returns; a checkpoint should be written after it.
 
         Raises:
-            RuntimeError: the line cannot be written.
+            RuntimeError: the line, or the plot, cannot be written.
         """
         if self._trackers:
             numbers = {key: value for key, value in metrics.items() if key != "iteration"}
@@ -119,6 +119,9 @@ class RunLog:
 
         Returns:
             The file, None on other processes than the main one.
+
+        Raises:
+            RuntimeError: it cannot be written.
         """
         if not self.accelerator.is_main_process:
             return None
@@ -128,11 +131,12 @@ class RunLog:
 
         page = image_grid(images, captions)
         folder = self.folder / IMAGES_FOLDER
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{kind}-{iteration:06d}.png"
         temporary = folder / f".{path.name}.writing"
-        page.save(temporary, format="PNG")
-        os.replace(temporary, path)
+        with writing(path):
+            folder.mkdir(parents=True, exist_ok=True)
+            page.save(temporary, format="PNG")
+            os.replace(temporary, path)
         for tracker in self.accelerator.trackers if self._trackers else ():
             if hasattr(tracker, "log_images"):
                 # TensorBoard's images are [N, C, H, W] unless it is told otherwise
@@ -189,7 +193,9 @@ class RunLog:
     def _plot(self) -> None:
         from .plots import plot_run
 
-        plot_run(self.history, self.folder / PLOT_FILE)
+        path = self.folder / PLOT_FILE
+        with writing(path):
+            plot_run(self.history, path)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
