@@ -234,7 +234,8 @@ class RunConfig:
         progress: show a progress bar.
         trackers: where metrics go besides the output folder: ``"tensorboard"``, ``"wandb"`` or others of accelerate.
         project: name under which trackers file the run.
-        plot_every: iterations between plots and image grids in the output folder; None means at the end only.
+        plot_every: iterations between plots and pages of rollouts in the output folder; None means one plot at the
+            end. Evaluations leave their pages in any case.
         row_log: write log-ratio, KL and mask of every row of every update to ``rows.jsonl`` in the output folder.
     """
 
