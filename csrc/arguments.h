@@ -187,6 +187,34 @@ struct ObjectiveArguments {
   }
 };
 
+// Rows of a trainer that has log-probs and drifts in place of latents.
+struct GivenRowArguments {
+  const Tensor& log_prob;
+  const Tensor& old_log_prob;
+  const OptionalTensor& drift;
+  const OptionalTensor& reference_drift;
+  const OptionalTensor& step;
+  const std::vector<double>& step_values;
+
+  bool is_double() const { return log_prob.scalar_type() == ScalarType::Double; }
+
+  template <class T>
+  RowSource<T> unpack() const {
+    return given_source(log_prob.numel(), step_table<T>(step, step_values, log_prob.numel(), true));
+  }
+
+  template <class T>
+  ObjectiveInputs<T> unpack(const ObjectiveArguments& objective) const {
+    const int64_t rows = log_prob.numel();
+    ObjectiveInputs<T> out = objective.unpack<T>(rows);
+    out.log_prob = row_values<T>(log_prob, rows, "log_prob");
+    out.old_log_prob = row_values<T>(old_log_prob, rows, "old_log_prob");
+    out.drift = row_values<T>(drift, rows, "drift");
+    out.reference_drift = row_values<T>(reference_drift, rows, "reference_drift");
+    return out;
+  }
+};
+
 // What the gradient is multiplied by: one number per row, or one for all.
 template <class T>
 struct Upstream {

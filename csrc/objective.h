@@ -74,6 +74,8 @@ FLOWDPPO_HD RowResult<T> evaluate_row(
     T weight,
     // null: the log-ratio comes from P and Q alone
     const T* old_log_prob,
+    // null: it is not given; else P, E and old_log_prob are not looked at, and GRAD_P is dl/dL, GRAD_Q at fixed L
+    const T* given_log_ratio,
     T guard_bias,
     int64_t numel,
     const EpilogueOptions& o) {
@@ -87,8 +89,12 @@ FLOWDPPO_HD RowResult<T> evaluate_row(
   adv = adv > bound_of_advantage ? bound_of_advantage : adv;
 
   const T slope = o.unnormalized_log_prob ? count * T(2) * (std * std) : count;
-  T log_ratio;
-  if (old_log_prob == nullptr) {
+  T log_ratio, slope_p = slope, slope_q = T(-0.5) * slope;
+  if (given_log_ratio != nullptr) {
+    log_ratio = *given_log_ratio;
+    slope_p = T(1);
+    slope_q = T(0);
+  } else if (old_log_prob == nullptr) {
     log_ratio = slope * (p - T(0.5) * q);
   } else {
     const T normalizer = o.unnormalized_log_prob ? T(0) : count * (log(std) + T(kLogSqrt2Pi));
@@ -98,11 +104,11 @@ FLOWDPPO_HD RowResult<T> evaluate_row(
   if (o.trust_region == TrustRegion::kMeanDrift) kl = half_count * (std * std) * q;
   if (o.trust_region == TrustRegion::kVelocityDrift) kl = count * q / (row.scale * row.scale);
 
-  T exponent = log_ratio, slope_p = slope, slope_q = T(-0.5) * slope, gain = T(1);
+  T exponent = log_ratio, gain = T(1);
   if (o.rule == Rule::kGrpoGuard) {
     exponent = (log_ratio + guard_bias) * std;
-    slope_p = slope * std;
-    slope_q = (T(-0.5) * slope + (o.batch_bias ? T(0) : half_count)) * std;
+    slope_p *= std;
+    slope_q = (slope_q + (o.batch_bias ? T(0) : half_count)) * std;
     gain = T(1) / row.neg_dt;
   }
 

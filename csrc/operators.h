@@ -100,6 +100,22 @@ struct Operators {
     return {loss, rows, summary, grad};
   }
 
+  static LossTensors log_prob_loss(
+      const Tensor& log_prob,
+      const Tensor& old_log_prob,
+      const OptionalTensor& drift,
+      const OptionalTensor& reference_drift,
+      const OptionalTensor& step,
+      const std::vector<double>& step_values,
+      const Tensor& advantages,
+      const OptionalTensor& row_weights,
+      const std::vector<int64_t>& ints,
+      const std::vector<double>& floats) {
+    return Backend::log_prob_loss(
+        {log_prob, old_log_prob, drift, reference_drift, step, step_values},
+        {advantages, row_weights, std::nullopt, ints, floats});
+  }
+
   static StepTensors sde_step(
       const Tensor& sample,
       const Tensor& velocity,
@@ -127,6 +143,7 @@ void register_operators(Library& library) {
   library.impl("row_grad", TORCH_BOX(&Ops::row_grad));
   library.impl("policy_loss", TORCH_BOX(&Ops::policy_loss));
   library.impl("policy_loss_and_grad", TORCH_BOX(&Ops::policy_loss_and_grad));
+  library.impl("log_prob_loss", TORCH_BOX(&Ops::log_prob_loss));
   library.impl("sde_step", TORCH_BOX(&Ops::sde_step));
 }
 

@@ -74,7 +74,31 @@ struct ObjectiveInputs {
   const T* advantages = nullptr;
   const T* row_weights = nullptr;
   const T* old_log_prob = nullptr;
+  // of a trainer that has log-probs and mean squared drifts in place of latents
+  const T* log_prob = nullptr;
+  const T* drift = nullptr;
+  const T* reference_drift = nullptr;
+
+  FLOWDPPO_HD_MEMBER T given_log_ratio(int64_t row) const { return log_prob[row] - old_log_prob[row]; }
+
+  // The drifts as sums over rows of one element.
+  FLOWDPPO_HD_MEMBER RawSums given_sums(int64_t row) const {
+    RawSums out;
+    if (drift != nullptr) out.dd = drift[row];
+    if (reference_drift != nullptr) out.ww = reference_drift[row];
+    return out;
+  }
 };
+
+// Rows without latents: of one element, with k = 1/S.
+template <class T>
+FLOWDPPO_HD RowSource<T> given_source(int64_t rows, const StepTable<T>& step) {
+  RowSource<T> out;
+  out.shape = {rows, 1, 1};
+  out.step = step;
+  out.form = Form::kMean;
+  return out;
+}
 
 // One sampler step mu = a*x + b*v, x' = mu + S*e; its table holds a, b, S.
 template <class T>

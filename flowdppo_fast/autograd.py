@@ -1,4 +1,5 @@
-"""Autograd around the operators: gradients flow into the first argument only, through one backward kernel."""
+"""Autograd around the operators: gradients flow into the new latents only, through one backward kernel, or into a
+trainer's own log-probs and drifts."""
 
 from __future__ import annotations
 
@@ -113,6 +114,43 @@ class PolicyLoss(torch.autograd.Function):
             rows[RowField.GRAD_P :], upstream, factor,
         )  # fmt: skip
         return gradient_like(grad, ctx.shape, source.row_dims, *ctx.orders), *nothing
+
+
+class LogProbLoss(torch.autograd.Function):
+    """``(loss, rows, summary)`` of an objective on rows that have log-probs and drifts in place of latents.
+
+    All are ``[R]`` vectors; the mean loss (0-d) is differentiable in the first three.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, log_prob, drift, reference_drift, old_log_prob, step, step_values, advantages, row_weights,
+        backend, ints, floats,
+    ):  # fmt: skip
+        loss, rows, summary = operator("log_prob_loss", backend, log_prob.device.type)(
+            log_prob, old_log_prob, drift, reference_drift, step, step_values, advantages, row_weights, ints, floats
+        )
+        ctx.save_for_backward(rows, step)
+        ctx.step_values = step_values
+        ctx.mark_non_differentiable(rows, summary)
+        ctx.set_materialize_grads(False)
+        return loss, rows, summary
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss, grad_rows, grad_summary):
+        if grad_loss is None:
+            return (None,) * 11
+        rows, step = ctx.saved_tensors
+        std = ctx.step_values[0] if step is None else step[:, 0]
+        upstream = grad_loss / rows.shape[1]
+        grads = [
+            rows[field] * upstream if wanted else None
+            for field, wanted in zip((RowField.GRAD_P, RowField.GRAD_Q, RowField.GRAD_R), ctx.needs_input_grad)
+        ]
+        # the kernels' Q and R are drifts over S**2
+        through_drifts = [None if grad is None else grad / std**2 for grad in grads[1:]]
+        return grads[0], *through_drifts, *(None,) * 8
 
 
 class RowStatistics(torch.autograd.Function):

@@ -245,6 +245,7 @@ def epilogue(
     old_log_prob: Tensor | None,
     numel: int,
     options: EpilogueOptions,
+    log_ratio: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Row results and summary of one objective, in plain torch.
 
@@ -253,10 +254,12 @@ def epilogue(
         std, scale, neg_dt: ``[R]`` ``S``, ``k`` and ``-dt``.
         advantages, row_weights, old_log_prob: ``[R]``.
         numel: N, latent elements per row.
+        log_ratio: ``[R]`` where the trainer has computed it: ``P``, ``E`` and ``old_log_prob`` are not looked at.
 
     Returns:
         ``[8, R]`` lines of :class:`RowField` and the :data:`SUMMARY` vector, both in ``stats``' dtype. The gradient
-        lines are of each row's own loss; the mean's 1/R is applied by the backward.
+        lines are of each row's own loss; the mean's 1/R is applied by the backward. With a given ``log_ratio`` line
+        ``GRAD_P`` is ``dl/dL`` and ``GRAD_Q`` is at fixed ``L``.
     """
     o = options
     p, q, e, r = stats.unbind(0)
@@ -264,9 +267,12 @@ def epilogue(
     weight = torch.ones_like(p) if row_weights is None else row_weights
     adv = advantages.clamp(-o.advantage_clip, o.advantage_clip)
 
-    # log-ratio L and its slope against P (against Q it is -slope/2)
+    # log-ratio L and its slopes against P and Q
     slope = count * 2.0 * std**2 if o.unnormalized_log_prob else torch.full_like(p, count)
-    if old_log_prob is None:
+    slope_p, slope_q = slope, -0.5 * slope
+    if log_ratio is not None:
+        slope_p, slope_q = torch.ones_like(p), torch.zeros_like(p)
+    elif old_log_prob is None:
         log_ratio = slope * (p - 0.5 * q)
     else:
         normalizer = 0.0 if o.unnormalized_log_prob else count * (torch.log(std) + LOG_SQRT_2PI)
@@ -280,12 +286,12 @@ def epilogue(
         kl = half_kl * q
 
     # exponent X of the ratio, its slopes, and the divisor of the loss
-    exponent, slope_p, slope_q, gain = log_ratio, slope, -0.5 * slope, torch.ones_like(p)
+    exponent, gain = log_ratio, torch.ones_like(p)
     if o.rule == Rule.GRPO_GUARD:
         divergence = half_kl * q
         bias = divergence.mean().expand_as(q) if o.batch_bias else divergence
-        exponent, slope_p = (log_ratio + bias) * std, slope * std
-        slope_q = (-0.5 * slope + (0.0 if o.batch_bias else half_kl)) * std
+        exponent, slope_p = (log_ratio + bias) * std, slope_p * std
+        slope_q = (slope_q + (0.0 if o.batch_bias else half_kl)) * std
         gain = 1.0 / neg_dt
 
     ratio = torch.exp(exponent)

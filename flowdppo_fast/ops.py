@@ -7,9 +7,9 @@ sits outside (``autograd.py``).
 
 Canonical tensors (made by ``layout.py``): latents ``[R0, R1, N]`` with last stride 1, any row strides, ``R = R0*R1``;
 ``step`` a contiguous ``[R, 3]`` table (``S, k, -dt`` for training rows, ``a, b, S`` for the sampler; ``[R, 1]``
-holding ``S`` is enough for means) in the accumulation dtype, or None with three ``step_values``; ``streams`` ``[R]``
-int64 or None with ``first_stream``; row tensors ``[R]`` contiguous in the accumulation dtype (float64 for float64
-latents, else float32).
+holding ``S`` is enough for means and log-probs) in the accumulation dtype, or None with three ``step_values``;
+``streams`` ``[R]`` int64 or None with ``first_stream``; row tensors ``[R]`` contiguous in the accumulation dtype
+(float64 for float64 latents, else float32).
 """
 
 from __future__ import annotations
@@ -33,6 +33,11 @@ SCHEMAS = {
     "row_grad": f"({_SOURCE}, Tensor coefficients, Tensor upstream, float factor) -> Tensor",
     "policy_loss": f"({_SOURCE}, {_EPILOGUE}) -> (Tensor, Tensor, Tensor)",
     "policy_loss_and_grad": f"({_SOURCE}, {_EPILOGUE}, float factor) -> (Tensor, Tensor, Tensor, Tensor)",
+    "log_prob_loss": (
+        "(Tensor log_prob, Tensor old_log_prob, Tensor? drift, Tensor? reference_drift, Tensor? step, "
+        "float[] step_values, Tensor advantages, Tensor? row_weights, int[] ints, float[] floats) "
+        "-> (Tensor, Tensor, Tensor)"
+    ),
     "sde_step": (
         "(Tensor sample, Tensor velocity, Tensor? noise, Tensor? prev_sample, Tensor? streams, Tensor? step, "
         "float[] step_values, int seed, int first_stream, ScalarType dtype, bool with_mean, bool with_log_prob, "
@@ -49,14 +54,24 @@ def _row_grad_fake(new: Tensor, *args) -> Tensor:
     return new.new_empty(new.shape)
 
 
+def _loss_results(like: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, row results and summary, in the accumulation dtype of ``like``."""
+    dtype = reference.stats_dtype(like)
+    shapes = ((), (len(RowField), rows), (len(SUMMARY),))
+    loss, row_results, summary = (like.new_empty(shape, dtype=dtype) for shape in shapes)
+    return loss, row_results, summary
+
+
 def _policy_loss_fake(new: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = reference.stats_dtype(new)
-    rows = new.new_empty((len(RowField), new.shape[0] * new.shape[1]), dtype=dtype)
-    return new.new_empty((), dtype=dtype), rows, new.new_empty((len(SUMMARY),), dtype=dtype)
+    return _loss_results(new, new.shape[0] * new.shape[1])
 
 
 def _policy_loss_and_grad_fake(new: Tensor, *args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return *_policy_loss_fake(new), _row_grad_fake(new)
+
+
+def _log_prob_loss_fake(log_prob: Tensor, *args) -> tuple[Tensor, Tensor, Tensor]:
+    return _loss_results(log_prob, log_prob.shape[0])
 
 
 def _sde_step_fake(
@@ -77,6 +92,7 @@ _FAKES: dict[str, Callable] = {
     "row_grad": _row_grad_fake,
     "policy_loss": _policy_loss_fake,
     "policy_loss_and_grad": _policy_loss_and_grad_fake,
+    "log_prob_loss": _log_prob_loss_fake,
     "sde_step": _sde_step_fake,
 }
 

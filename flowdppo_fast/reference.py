@@ -186,6 +186,35 @@ def policy_loss_and_grad(
     return loss, rows, summary, grad
 
 
+def log_prob_loss(
+    log_prob: Tensor,
+    old_log_prob: Tensor,
+    drift: Tensor | None,
+    reference_drift: Tensor | None,
+    step: Tensor | None,
+    step_values: list[float],
+    advantages: Tensor,
+    row_weights: Tensor | None,
+    ints: list[int],
+    floats: list[float],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`policy_loss` of rows whose log-probs the trainer has: the epilogue alone, on ``[R]`` vectors.
+
+    ``drift`` and ``reference_drift`` are ``mean((mu-mu_old)**2)`` and ``mean((mu-mu_ref)**2)``, None where there are
+    none (they count as 0). The gradient lines of the row results are ``dl/dlog_prob``, ``dl/dQ`` and ``dl/dR`` with
+    ``Q = drift/S**2`` and ``R = reference_drift/S**2``.
+    """
+    std, scale, neg_dt = row_numbers(step, step_values, Form.MEAN, log_prob.shape[0], log_prob)
+    zero = torch.zeros_like(log_prob)
+    q = zero if drift is None else drift * scale * scale
+    r = zero if reference_drift is None else reference_drift * scale * scale
+    rows, summary = epilogue(
+        torch.stack((zero, q, zero, r)), std, scale, neg_dt, advantages, row_weights, None, 1,
+        EpilogueOptions.unpack(ints, floats), log_prob - old_log_prob,
+    )  # fmt: skip
+    return summary[0].clone(), rows, summary
+
+
 def sde_step(
     sample: Tensor,
     velocity: Tensor,

@@ -26,6 +26,18 @@ auto with_type(bool is_double, const Visit& visit) {
   return is_double ? visit(double()) : visit(float());
 }
 
+// Loss, row results and summary, the last two filled in by `compute`.
+template <class T, class Compute>
+LossTensors loss_tensors(const Tensor& like, int64_t count, const Compute& compute) {
+  Tensor rows = torch::stable::new_empty(like, {kRowFields, count}, kScalarType<T>);
+  Tensor summary = torch::stable::new_empty(like, {kSummaryFields}, kScalarType<T>);
+  compute(rows.mutable_data_ptr<T>(), summary.mutable_data_ptr<T>());
+  // a tensor of its own, so that it can be scaled in place by whoever gets it
+  Tensor loss = torch::stable::new_empty(like, std::vector<int64_t>(), kScalarType<T>);
+  *loss.mutable_data_ptr<T>() = *summary.const_data_ptr<T>();
+  return LossTensors(loss, rows, summary);
+}
+
 // One static function per operator; see csrc/operators.h.
 struct Cpu {
   static Tensor row_stats(const SourceArguments& arguments, bool second_moment) {
@@ -62,16 +74,23 @@ struct Cpu {
       const ObjectiveInputs<T> inputs = objective.unpack<T>(count);
       const EpilogueOptions options = objective.options();
       const Tensor& like = arguments.current;
-      Tensor rows = torch::stable::new_empty(like, {kRowFields, count}, kScalarType<T>);
-      Tensor summary = torch::stable::new_empty(like, {kSummaryFields}, kScalarType<T>);
       if (grad != nullptr) *grad = torch::stable::new_empty(like, like.sizes());
-      cpu::policy_loss<T>(
-          source, inputs, options, rows.mutable_data_ptr<T>(), summary.mutable_data_ptr<T>(), factor,
-          grad != nullptr ? grad->mutable_data_ptr() : nullptr);
-      // a tensor of its own, so that it can be scaled in place by whoever gets it
-      Tensor loss = torch::stable::new_empty(like, std::vector<int64_t>(), kScalarType<T>);
-      *loss.mutable_data_ptr<T>() = *summary.const_data_ptr<T>();
-      return LossTensors(loss, rows, summary);
+      return loss_tensors<T>(like, count, [&](T* rows, T* summary) {
+        cpu::policy_loss<T>(
+            source, inputs, options, rows, summary, factor, grad != nullptr ? grad->mutable_data_ptr() : nullptr);
+      });
+    });
+  }
+
+  static LossTensors log_prob_loss(const GivenRowArguments& arguments, const ObjectiveArguments& objective) {
+    return with_type(arguments.is_double(), [&](auto type) {
+      using T = decltype(type);
+      const RowSource<T> source = arguments.unpack<T>();
+      const ObjectiveInputs<T> inputs = arguments.unpack<T>(objective);
+      const EpilogueOptions options = objective.options();
+      return loss_tensors<T>(arguments.log_prob, source.shape.rows(), [&](T* rows, T* summary) {
+        cpu::log_prob_loss<T>(source, inputs, options, rows, summary);
+      });
     });
   }
 

@@ -197,9 +197,11 @@ class Epilogue {
   const RowResult<T>& evaluate(int64_t row, const RowStats<T>& stats, T guard_bias) {
     const T weight = inputs_.row_weights != nullptr ? inputs_.row_weights[row] : T(1);
     const T* old_log_prob = inputs_.old_log_prob != nullptr ? inputs_.old_log_prob + row : nullptr;
+    const bool given = inputs_.log_prob != nullptr;
+    const T log_ratio = given ? inputs_.given_log_ratio(row) : T(0);
     results_[row] = evaluate_row<T>(
-        stats, numbers_of(source_.step, source_.form, row), inputs_.advantages[row], weight, old_log_prob, guard_bias,
-        source_.shape.numel, options_);
+        stats, numbers_of(source_.step, source_.form, row), inputs_.advantages[row], weight, old_log_prob,
+        given ? &log_ratio : nullptr, guard_bias, source_.shape.numel, options_);
     return results_[row];
   }
 
@@ -207,9 +209,13 @@ class Epilogue {
     return evaluate(row, stats, guard_divergence(stats.q, source_.shape.numel, options_));
   }
 
-  // All rows under the bias they share.
-  void evaluate_coupled(const std::vector<RowStats<T>>& stats) {
+  void evaluate(const std::vector<RowStats<T>>& stats) {
     const int64_t rows = static_cast<int64_t>(stats.size()), numel = source_.shape.numel;
+    if (!options_.couples_rows()) {
+      for (int64_t row = 0; row < rows; ++row) evaluate(row, stats[row]);
+      return;
+    }
+    // the bias that all rows share
     double bias = 0.0, coupling = 0.0;
     for (const RowStats<T>& row : stats) bias += guard_divergence(row.q, numel, options_);
     for (int64_t row = 0; row < rows; ++row) {
@@ -311,7 +317,7 @@ void policy_loss(
       if (options.couples_rows()) {
         std::vector<RowStats<T>> stats(count);
         for (int64_t row = 0; row < count; ++row) stats[row] = rows.stats(row, sums[row]);
-        epilogue.evaluate_coupled(stats);
+        epilogue.evaluate(stats);
       } else {
         for (int64_t row = first; row < last; ++row) epilogue.evaluate(row, rows.stats(row, sums[row - first]));
       }
@@ -320,6 +326,24 @@ void policy_loss(
       rows.gradient(first, last, wave_factors.data(), out);
     }
   }
+  epilogue.write(row_results, summary);
+}
+
+template <class T>
+void log_prob_loss(
+    const RowSource<T>& source,
+    const ObjectiveInputs<T>& inputs,
+    const EpilogueOptions& options,
+    T* row_results,
+    T* summary) {
+  const int64_t count = source.shape.rows();
+  Epilogue<T> epilogue(source, inputs, options);
+  std::vector<RowStats<T>> stats(count);
+  for (int64_t row = 0; row < count; ++row) {
+    const T scale = numbers_of(source.step, source.form, row).scale;
+    stats[row] = finish_sums<T>(inputs.given_sums(row), scale, source.shape.numel, source.form);
+  }
+  epilogue.evaluate(stats);
   epilogue.write(row_results, summary);
 }
 
@@ -373,6 +397,8 @@ void sde_step(const SampleSource<T>& source) {
   template void row_grad<T>(const RowSource<T>&, const T*, const T*, int64_t, double, void*);                    \
   template void policy_loss<T>(                                                                                  \
       const RowSource<T>&, const ObjectiveInputs<T>&, const EpilogueOptions&, T*, T*, double, void*);            \
+  template void log_prob_loss<T>(                                                                                \
+      const RowSource<T>&, const ObjectiveInputs<T>&, const EpilogueOptions&, T*, T*);                           \
   template void sde_step<T>(const SampleSource<T>&);
 FLOWDPPO_INSTANTIATE(float)
 FLOWDPPO_INSTANTIATE(double)

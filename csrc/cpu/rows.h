@@ -36,6 +36,15 @@ void policy_loss(
     double factor,
     void* out);
 
+// Rows without latents: given_source() and inputs with log-probs. rows and summary as above.
+template <class T>
+void log_prob_loss(
+    const RowSource<T>& source,
+    const ObjectiveInputs<T>& inputs,
+    const EpilogueOptions& options,
+    T* rows,
+    T* summary);
+
 template <class T>
 void sde_step(const SampleSource<T>& source);
 

@@ -168,6 +168,22 @@ void write_nothing(const gpu::ObjectiveResults& results, cudaStream_t stream) {
   copy(results.loss, 1);
 }
 
+// Loss, row results and summary of `count` rows, and where they lie.
+struct Results {
+  LossTensors tensors;
+  gpu::ObjectiveResults pointers;
+
+  Results(const Tensor& like, int64_t count)
+      : tensors(
+            torch::stable::new_empty(like, std::vector<int64_t>(), ScalarType::Float),
+            torch::stable::new_empty(like, {kRowFields, count}, ScalarType::Float),
+            torch::stable::new_empty(like, {kSummaryFields}, ScalarType::Float)) {
+    auto& [loss, rows, summary] = tensors;
+    pointers = {
+        loss.mutable_data_ptr<float>(), rows.mutable_data_ptr<float>(), summary.mutable_data_ptr<float>()};
+  }
+};
+
 // One static function per operator; see csrc/operators.h.
 struct Cuda {
   static Tensor row_stats(const SourceArguments& arguments, bool second_moment) {
@@ -214,16 +230,13 @@ struct Cuda {
     const ObjectiveInputs<float> inputs = objective.unpack<float>(count);
     const EpilogueOptions options = objective.options();
     const Tensor& like = arguments.current;
-    Tensor loss = torch::stable::new_empty(like, std::vector<int64_t>(), ScalarType::Float);
-    Tensor rows = torch::stable::new_empty(like, {kRowFields, count}, ScalarType::Float);
-    Tensor summary = torch::stable::new_empty(like, {kSummaryFields}, ScalarType::Float);
+    const Results made(like, count);
+    const gpu::ObjectiveResults& results = made.pointers;
     if (grad != nullptr) *grad = torch::stable::new_empty(like, like.sizes());
-    const gpu::ObjectiveResults results = {
-        loss.mutable_data_ptr<float>(), rows.mutable_data_ptr<float>(), summary.mutable_data_ptr<float>()};
     const Place place(like);
     if (count == 0) {
       write_nothing(results, place.stream());
-      return {loss, rows, summary};
+      return made.tensors;
     }
 
     void* out = grad != nullptr ? grad->mutable_data_ptr() : nullptr;
@@ -237,7 +250,7 @@ struct Cuda {
             gpu::policy_loss_and_grad(
                 source, inputs, options, results, factor, out, plan, scratch.workspace(), place.stream()),
             "the launch of policy_loss_and_grad");
-        return {loss, rows, summary};
+        return made.tensors;
       }
     }
     const StreamPlan plan = gpu::plan_forward(work, true);
@@ -251,7 +264,25 @@ struct Cuda {
               source, results.rows + kGradP * count, nullptr, 0, factor, out, gpu::plan_gradient(work), place.stream()),
           "the launch of row_grad");
     }
-    return {loss, rows, summary};
+    return made.tensors;
+  }
+
+  static LossTensors log_prob_loss(const GivenRowArguments& arguments, const ObjectiveArguments& objective) {
+    refuse_double(arguments.is_double(), "log_prob");
+    const RowSource<float> source = arguments.unpack<float>();
+    const ObjectiveInputs<float> inputs = arguments.unpack<float>(objective);
+    const EpilogueOptions options = objective.options();
+    const int64_t count = source.shape.rows();
+    const Results made(arguments.log_prob, count);
+    const Place place(arguments.log_prob);
+    if (count == 0) {
+      write_nothing(made.pointers, place.stream());
+      return made.tensors;
+    }
+    check(
+        gpu::log_prob_loss(source, inputs, options, made.pointers, gpu::plan_log_prob(count), place.stream()),
+        "the launch of log_prob_loss");
+    return made.tensors;
   }
 
   static StepTensors sde_step(const SampleArguments& arguments, bool with_mean, bool with_log_prob) {

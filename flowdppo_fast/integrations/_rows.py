@@ -1,22 +1,23 @@
 """Losses for trainers that hand over log-probs: the ratio is theirs, only the divergence is read from the latents.
 
 The losses of :mod:`flowdppo_fast.losses` take the log-ratio from the latents themselves. A trainer whose interface ends
-at ``log_prob - old_log_prob`` gets the same epilogue here: with ``L`` given and ``Q = mean((mu-mu_old)**2) / S**2``
-from one streaming pass, ``P = L + Q/2`` and everything follows as usual, in float64 where the device has it, because
-adding ``Q/2`` and taking it off again must not touch ``L``.
+at ``log_prob - old_log_prob`` gets the same epilogue here, in one small launch on ``[rows]`` vectors: ``L`` is given,
+``Q = mean((mu-mu_old)**2) / S**2`` comes from one streaming pass, and everything else follows as usual.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import layout
+from ..autograd import LogProbLoss
+from ..backend import resolve
 from ..losses import row_statistics
-from ..objectives import DPPO, EpilogueOptions, GRPOGuard, Objective, RowField, epilogue
+from ..objectives import DPPO, EpilogueOptions, GRPOGuard, Objective
 from ..results import LossOutput
 from ..samplers import SDEStep
+from ..step_arguments import mean_step
 
 # k = b/S = 1: the statistics of a plain difference
 _UNIT_STEP = SDEStep(1.0, 1.0, 1.0, -1.0, "unit")
@@ -40,24 +41,6 @@ def squared_drift(new: Tensor, old: Tensor, *, rows: int = 1, backend: str = "au
     """
     old = old.detach()
     return row_statistics(new, old, old, _UNIT_STEP, rows=rows, backend=backend)[1]
-
-
-class _RowLoss(torch.autograd.Function):
-    """The epilogue on ``[4, R]`` statistics, with its own gradients: a dropped row's overflowed ratio stays out."""
-
-    @staticmethod
-    def forward(ctx, stats, std, neg_dt, advantages, row_weights, numel, options):
-        rows, summary = epilogue(stats, std, 1.0 / std, neg_dt, advantages, row_weights, None, numel, options)
-        ctx.save_for_backward(rows)
-        ctx.mark_non_differentiable(rows, summary)
-        return summary[0].clone(), rows, summary
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_loss, grad_rows, grad_summary):
-        (rows,) = ctx.saved_tensors
-        grad_p, grad_q, grad_r = rows[RowField.GRAD_P :] * (grad_loss / rows.shape[1])
-        return torch.stack((grad_p, grad_q, torch.zeros_like(grad_p), grad_r)), *(None,) * 6
 
 
 def log_prob_policy_loss(
@@ -86,18 +69,18 @@ def log_prob_policy_loss(
         std: standard deviation ``S`` of the steps; broadcasts to the rows.
         dt: ``sigma_next - sigma`` (negative), needed by GRPO-Guard and ``reference_kl="without_dt"``.
         drift: rows of ``mean((mu-mu_old)**2)`` (:func:`squared_drift`), needed by DPPO and GRPO-Guard. It gets a
-            gradient
-            if it has a graph: GRPO-Guard's bias does, DPPO's mask does not.
+            gradient if it has a graph: GRPO-Guard's bias does, DPPO's mask does not.
         reference_drift: rows of ``mean((mu-mu_ref)**2)``, for the KL to the reference.
         log_prob_kind: ``"gaussian"``, or ``"unnormalized"`` if the log-probs are ``-mean((x'-mu)**2)``.
         advantage_clip, row_weights, kl_weight, reference_kl: as in :class:`flowdppo_fast.LossOptions`.
-        backend: what ``drift`` was computed with, for the record.
+        backend: ``"auto"`` or a name, as in :class:`flowdppo_fast.LossOptions`.
 
     Returns:
         :class:`~flowdppo_fast.results.LossOutput` with a scalar loss, differentiable in ``log_prob`` and the drifts.
 
     Raises:
         ValueError, TypeError: shapes that do not match, or something an objective needs and did not get.
+        RuntimeError: the named backend cannot run here.
     """
     if drift is None and isinstance(objective, (DPPO, GRPOGuard)):
         raise ValueError(f"drift: got None, expected mean((mu-mu_old)**2) per row; {type(objective).__name__} needs it")
@@ -114,28 +97,26 @@ def log_prob_policy_loss(
         reference_kl=reference_kl,
     )
     shape, device = tuple(log_prob.shape), log_prob.device
-    wide = torch.float64 if device.type in ("cpu", "cuda") else torch.float32
+    given = (log_prob, old_log_prob, drift, reference_drift)
+    wide = any(x is not None and x.dtype == torch.float64 for x in given)
+    dtype = torch.float64 if wide else torch.float32
 
-    def vector(value: float | Tensor | None, name: str) -> Tensor | None:
+    def vector(value: Tensor | None, name: str, *, differentiable: bool = False) -> Tensor | None:
         if value is None:
             return None
-        value = value if isinstance(value, Tensor) else torch.full((), value, dtype=wide, device=device)
-        return layout.row_vector(value, name, shape, device, wide, differentiable=True)
+        return layout.row_vector(value, name, shape, device, dtype, differentiable=differentiable)
 
-    def required(value: float | Tensor, name: str) -> Tensor:
-        return vector(value, name)  # type: ignore[return-value]
-
-    s = required(std, "std")
-    log_ratio = required(log_prob, "log_prob") - required(old_log_prob.detach(), "old_log_prob")
-    q = torch.zeros_like(s) if drift is None else required(drift, "drift") / s**2
-    r = torch.zeros_like(s) if reference_drift is None else required(reference_drift, "reference_drift") / s**2
-    slope = 2.0 * s**2 if log_prob_kind == "unnormalized" else torch.ones_like(s)
-    stats = torch.stack((log_ratio / slope + 0.5 * q, q, torch.zeros_like(q), r))
-    neg_dt = torch.full_like(s, torch.nan) if dt is None else -required(dt, "dt")
-    loss, rows, summary = _RowLoss.apply(
-        stats, s, neg_dt, required(advantages.detach(), "advantages"), vector(row_weights, "row_weights"), 1, options
-    )
+    name = resolve(backend, device.type, dtype)
+    table, values = mean_step(std, dt, shape, device, dtype)
+    loss, rows, summary = LogProbLoss.apply(
+        vector(log_prob, "log_prob", differentiable=True),
+        vector(drift, "drift", differentiable=True),
+        vector(reference_drift, "reference_drift", differentiable=True),
+        vector(old_log_prob.detach(), "old_log_prob"),
+        table, values, vector(advantages.detach(), "advantages"), vector(row_weights, "row_weights"),
+        name, options.ints, options.floats,
+    )  # fmt: skip
     names = tuple(n for n in objective.metrics if drift is not None or n not in _DIVERGENCE_METRICS)
     names += ("kl_ref_mean",) if reference_drift is not None else ()
-    dtype = log_prob.dtype
-    return LossOutput(loss.to(dtype), rows.to(dtype), summary.to(dtype), shape, names, backend)
+    out = log_prob.dtype
+    return LossOutput(loss.to(out), rows.to(out), summary.to(out), shape, names, name)

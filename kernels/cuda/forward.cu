@@ -129,7 +129,7 @@ FLOWDPPO_KERNEL FLOWDPPO_KERNEL_BOUNDS(kStreamThreads, (kLatents == Stored::kAny
   }
   if (thread_index() == 0) store_sums(a.row_sums + static_cast<int64_t>(row) * kSums, total);
   if (!arrives_last(a.tickets, rows, shared)) return;
-  finish_objective(a.source, a.objective, a.row_sums, a.slots, shared);
+  finish_objective<false>(a.source, a.objective, a.row_sums, a.slots, shared);
 }
 
 int launch_forward(ForwardArguments arguments, const StreamPlan& plan, const Workspace& workspace, void* stream) {

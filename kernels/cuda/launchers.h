@@ -67,6 +67,15 @@ int policy_loss_and_grad(
     const Workspace& workspace,
     void* stream);
 
+// Rows without latents: given_source() and inputs with log-probs.
+int log_prob_loss(
+    const RowSource<float>& source,
+    const ObjectiveInputs<float>& inputs,
+    const EpilogueOptions& options,
+    const ObjectiveResults& results,
+    const StreamPlan& plan,
+    void* stream);
+
 int sde_step(const SampleSource<float>& source, const StreamPlan& plan, const Workspace& workspace, void* stream);
 
 // Clusters of the shape that the device can run at once (0: none); without a launch.

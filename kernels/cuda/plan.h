@@ -145,6 +145,14 @@ inline StreamPlan plan_gradient(const Work& work) {
   return stream_plan(work.rows, work.numel, group_of(version_of(work).latents), false);
 }
 
+// Rows without latents: the finishing block alone, a thread for each row that it takes side by side.
+inline StreamPlan plan_log_prob(int64_t rows) {
+  StreamPlan plan;
+  plan.slots = slots_for(rows);
+  plan.shape = {1, plan.slots, 1, kReduceBytes + plan.slots * kSlotBytes};
+  return plan;
+}
+
 // Of a sampler step `current` is the state, `old` the velocity, `noise` the noise or the given next state.
 inline StreamPlan plan_step(const Work& work) {
   return stream_plan(work.rows, work.numel, group_of(version_of(work).latents), false);

@@ -160,7 +160,7 @@ FLOWDPPO_KERNEL FLOWDPPO_KERNEL_BOUNDS(kMostHoldingThreads, 2) void holding_kern
       const double* theirs = cluster_shared(shared.part, from);
       total.add({theirs[0], theirs[1], theirs[2], theirs[3]});
     }
-    const RowResult<float> result = evaluate(a.source, a.objective, row, total, false, 0.0f);
+    const RowResult<float> result = evaluate<false>(a.source, a.objective, row, total, false, 0.0f);
     const RowNumbers<float> numbers = numbers_of(a.source.step, a.source.form, row);
     const GradFactors factors = gradient_factors<float>(
         result.fields[kGradP], result.fields[kGradQ], result.fields[kGradR], a.factor, numbers.scale, shape.numel,
@@ -219,7 +219,7 @@ FLOWDPPO_KERNEL FLOWDPPO_KERNEL_BOUNDS(kMostHoldingThreads, 2) void holding_kern
   if (rank != 0) return;
   // what the block held is overwritten from here on
   if (!arrives_last(a.tickets, shape.rows(), shared)) return;
-  finish_objective(a.source, a.objective, a.row_sums, a.slots, shared);
+  finish_objective<false>(a.source, a.objective, a.row_sums, a.slots, shared);
 }
 
 // Calls visit(CompiledVersion) for the versions that have a kernel here; others are a plan's mistake.

@@ -5,8 +5,8 @@ or adds up in an order that depends on timing; what is launched depends on shape
 """
 
 from flowdppo_fast.kernels.gradient import row_grad
-from flowdppo_fast.kernels.objective import policy_loss, policy_loss_and_grad
+from flowdppo_fast.kernels.objective import log_prob_loss, policy_loss, policy_loss_and_grad
 from flowdppo_fast.kernels.sampler_step import sde_step
 from flowdppo_fast.kernels.statistics import row_stats
 
-__all__ = ["policy_loss", "policy_loss_and_grad", "row_grad", "row_stats", "sde_step"]
+__all__ = ["log_prob_loss", "policy_loss", "policy_loss_and_grad", "row_grad", "row_stats", "sde_step"]

@@ -46,9 +46,24 @@ def _add(total, flags, inside):
     return total + (flags & inside).to(total.dtype)
 
 
+@triton.jit
+def _squares(sums, partials, given_drift, row, rows, zero):
+    """The rows' sums of ``d*d``."""
+    if partials is not None:
+        square = tl.load(sums + row, mask=row < rows, other=0.0)
+    elif given_drift is not None:
+        square = tl.load(given_drift + row, mask=row < rows, other=0.0)
+    else:
+        square = zero
+    return square
+
+
 @triton.jit(do_not_specialize=["rows", "splits", "numel"])
 def epilogue_kernel(
-    partials,  # [FIELDS, rows, splits], and room for [FIELDS, rows] behind it
+    partials,  # [FIELDS, rows, splits], and room for [FIELDS, rows] behind it; None: the next three stand in for it
+    log_prob,  # [rows], with old_log_prob
+    given_drift,  # [rows] or None, sums over rows of one element
+    given_reference_drift,
     step,
     std,
     scale,
@@ -85,7 +100,7 @@ def epilogue_kernel(
     SPLIT_BLOCK: tl.constexpr,
     SPLIT_BLOCKS: tl.constexpr,
 ):
-    dtype: tl.constexpr = partials.dtype.element_ty
+    dtype: tl.constexpr = advantages.dtype.element_ty
     threshold = _number(threshold, options, 0, dtype)
     clip_low = _number(clip_low, options, 1, dtype)
     clip_high = _number(clip_high, options, 2, dtype)
@@ -100,7 +115,9 @@ def epilogue_kernel(
     total_rows = tl.full((), 1.0, dtype) * rows.to(dtype)
     line = rows.to(tl.int64)
 
-    if SPLIT_BLOCK == 1:
+    if partials is None:
+        sums = advantages  # of its type; not looked at
+    elif SPLIT_BLOCK == 1:
         sums = partials
     else:
         # row sums go through memory: kept in registers they would keep the tiles' layout, many copies of every row,
@@ -124,7 +141,7 @@ def epilogue_kernel(
         for block in range(ROW_BLOCKS):
             row = tl.arange(0, ROW_BLOCK) + block * ROW_BLOCK
             _, k, _ = training_step(step, std, scale, neg_dt, row, rows, dtype, ROW_BLOCK, COLUMNS, MEAN_FORM)
-            square = tl.load(sums + line + row, mask=row < rows, other=0.0)
+            square = _squares(sums + line, partials, given_drift, row, rows, zero)
             bias += half_kl * (divide(square, one * numel.to(dtype)) * k * k)
         bias = one * divide(tl.sum(bias, axis=0), total_rows)
 
@@ -142,14 +159,19 @@ def epilogue_kernel(
         row = tl.arange(0, ROW_BLOCK) + block * ROW_BLOCK
         inside = row < rows
         s, k, t = training_step(step, std, scale, neg_dt, row, rows, dtype, ROW_BLOCK, COLUMNS, MEAN_FORM)
-        cross = tl.load(sums + row, mask=inside, other=0.0)
-        square = tl.load(sums + line + row, mask=inside, other=0.0)
+        square = _squares(sums + line, partials, given_drift, row, rows, zero)
+        cross = zero
         moment = zero
         drift = zero
-        if old_log_prob is not None:
-            moment = tl.load(sums + 2 * line + row, mask=inside, other=0.0)
-        if DRIFT:
-            drift = tl.load(sums + (FIELDS - 1) * line + row, mask=inside, other=0.0)
+        if partials is None:
+            if given_reference_drift is not None:
+                drift = tl.load(given_reference_drift + row, mask=inside, other=0.0)
+        else:
+            cross = tl.load(sums + row, mask=inside, other=0.0)
+            if old_log_prob is not None:
+                moment = tl.load(sums + 2 * line + row, mask=inside, other=0.0)
+            if DRIFT:
+                drift = tl.load(sums + (FIELDS - 1) * line + row, mask=inside, other=0.0)
         p, q, e, r = row_statistics(cross, square, moment, drift, numel, k, MEAN_FORM)
         adv = tl.load(advantages + row, mask=inside, other=0.0)
         adv = tl.where(adv > advantage_clip, advantage_clip, tl.where(adv < -advantage_clip, -advantage_clip, adv))
@@ -157,11 +179,16 @@ def epilogue_kernel(
         if row_weights is not None:
             weight = tl.load(row_weights + row, mask=inside, other=0.0)
 
-        # log-ratio and its slope against P (against Q it is -slope/2)
+        # log-ratio and its slopes against P and Q
         slope = count
         if UNNORMALIZED:
             slope = count * 2.0 * (s * s)
-        if old_log_prob is None:
+        slope_p, slope_q = slope, -0.5 * slope
+        if partials is None:
+            log_ratio = tl.load(log_prob + row, mask=inside, other=0.0)
+            log_ratio -= tl.load(old_log_prob + row, mask=inside, other=0.0)
+            slope_p, slope_q = one, zero
+        elif old_log_prob is None:
             log_ratio = slope * (p - 0.5 * q)
         else:
             log_ratio = -0.5 * slope * (e - 2.0 * p + q)
@@ -176,16 +203,16 @@ def epilogue_kernel(
             kl = half_kl * q
 
         # exponent of the ratio, its slopes, and what the loss is multiplied by
-        exponent, slope_p, slope_q, gain = log_ratio, slope, -0.5 * slope, one
+        exponent, gain = log_ratio, one
         if RULE == _GRPO_GUARD:
             gain = divide(one, t)
-            slope_p = slope * s
+            slope_p *= s
             if BATCH_BIAS:
                 exponent = (log_ratio + bias) * s
-                slope_q = -0.5 * slope * s
+                slope_q *= s
             else:
                 exponent = (log_ratio + half_kl * q) * s
-                slope_q = (-0.5 * slope + half_kl) * s
+                slope_q = (slope_q + half_kl) * s
 
         # decisions use r - 1 and the sign of the exponent: exp() rounds what differs from 1 by less than an ulp to 1
         ratio, excess = exp_and_expm1(exponent)
@@ -318,37 +345,89 @@ def policy_loss(
     """:func:`flowdppo_fast.reference.policy_loss` in two launches."""
     rows0, rows1, numel = new.shape
     rows = rows0 * rows1
+    if rows == 0:
+        return _nothing(advantages)
+    with on_device(new):
+        partials = launch_partials(
+            new, old, noise, reference, streams, seed, first_stream, form, old_log_prob is not None, advantages
+        )
+        return _launch_epilogue(
+            partials, None, None, None, step, step_values, advantages, row_weights, old_log_prob, ints, floats,
+            numel, splits=cut(rows, numel).splits, mean_form=form == MEAN, drift=reference is not None,
+        )  # fmt: skip
+
+
+def log_prob_loss(
+    log_prob: Tensor,
+    old_log_prob: Tensor,
+    drift: Tensor | None,
+    reference_drift: Tensor | None,
+    step: Tensor | None,
+    step_values: list[float],
+    advantages: Tensor,
+    row_weights: Tensor | None,
+    ints: list[int],
+    floats: list[float],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`flowdppo_fast.reference.log_prob_loss` in one launch."""
+    if log_prob.shape[0] == 0:
+        return _nothing(advantages)
+    with on_device(log_prob):
+        return _launch_epilogue(
+            None, log_prob, drift, reference_drift, step, step_values, advantages, row_weights, old_log_prob,
+            ints, floats, 1, splits=1, mean_form=True, drift=reference_drift is not None,
+        )  # fmt: skip
+
+
+def _nothing(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """No rows: no loss, nothing to count, and no statistics to report."""
+    summary = like.new_full((_SUMMARIES,), float("nan"))
+    summary[[SUMMARY.index(name) for name in ("loss", "policy_loss", "nonfinite_rows")]] = 0.0
+    return like.new_zeros(()), like.new_empty((_ROW_FIELDS, 0)), summary
+
+
+def _launch_epilogue(
+    partials: Tensor | None,
+    log_prob: Tensor | None,
+    given_drift: Tensor | None,
+    given_reference_drift: Tensor | None,
+    step: Tensor | None,
+    step_values: list[float],
+    advantages: Tensor,
+    row_weights: Tensor | None,
+    old_log_prob: Tensor | None,
+    ints: list[int],
+    floats: list[float],
+    numel: int,
+    *,
+    splits: int,
+    mean_form: bool,
+    drift: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     # advantages are in the accumulation dtype
+    rows = advantages.shape[0]
     loss, summary = advantages.new_empty(()), advantages.new_empty(_SUMMARIES)
     row_results = advantages.new_empty((_ROW_FIELDS, rows))
-    if rows == 0:
-        # no rows: no loss, nothing to count, and no statistics to report
-        zeros = [SUMMARY.index(name) for name in ("loss", "policy_loss", "nonfinite_rows")]
-        summary.fill_(float("nan"))[zeros] = 0.0
-        return loss.zero_(), row_results, summary
     step, values = step_arguments(step, step_values, rows, loss)
     numbers, options = floats, None
     if advantages.dtype == torch.float64:
         # like step_arguments(): python floats reach kernels as float32
         numbers, options = _NO_NUMBERS, advantages.new_tensor(floats)
     rule, trust_region, sum_reduce, unnormalized, batch_bias, reference_without_dt = ints
-    second_moment, drift = old_log_prob is not None, reference is not None
-    splits = cut(rows, numel).splits
     tiles, row_block, row_blocks, num_warps = epilogue_tiles(rows, splits)
-    with on_device(new):
-        partials = launch_partials(new, old, noise, reference, streams, seed, first_stream, form, second_moment, loss)
-        epilogue_kernel[(1,)](
-            partials, step, *values, advantages, row_weights, old_log_prob, loss, row_results, summary,
-            rows, splits, numel, options, *numbers,
-            RULE=rule, TRUST_REGION=trust_region, SUM_REDUCE=sum_reduce, UNNORMALIZED=unnormalized,
-            BATCH_BIAS=batch_bias, REFERENCE_WITHOUT_DT=reference_without_dt,
-            COLUMNS=0 if step is None else step.shape[1], MEAN_FORM=form == MEAN,
-            DRIFT=drift, FIELDS=2 + second_moment + drift, ROW_BLOCK=row_block, ROW_BLOCKS=row_blocks,
-            TILE_ROWS=tiles.row_block, TILE_ROW_BLOCKS=tiles.row_blocks,
-            SPLIT_BLOCK=tiles.split_block, SPLIT_BLOCKS=tiles.split_blocks,
-            # unfused, so that decisions see the reference's roundings
-            num_warps=num_warps, enable_fp_fusion=False,
-        )  # fmt: skip
+    epilogue_kernel[(1,)](
+        partials, log_prob, given_drift, given_reference_drift,
+        step, *values, advantages, row_weights, old_log_prob, loss, row_results, summary,
+        rows, splits, numel, options, *numbers,
+        RULE=rule, TRUST_REGION=trust_region, SUM_REDUCE=sum_reduce, UNNORMALIZED=unnormalized,
+        BATCH_BIAS=batch_bias, REFERENCE_WITHOUT_DT=reference_without_dt,
+        COLUMNS=0 if step is None else step.shape[1], MEAN_FORM=mean_form,
+        DRIFT=drift, FIELDS=2 + (old_log_prob is not None) + drift, ROW_BLOCK=row_block, ROW_BLOCKS=row_blocks,
+        TILE_ROWS=tiles.row_block, TILE_ROW_BLOCKS=tiles.row_blocks,
+        SPLIT_BLOCK=tiles.split_block, SPLIT_BLOCKS=tiles.split_blocks,
+        # unfused, so that decisions see the reference's roundings
+        num_warps=num_warps, enable_fp_fusion=False,
+    )  # fmt: skip
     return loss, row_results, summary
 
 

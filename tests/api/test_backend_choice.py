@@ -52,12 +52,13 @@ def call_everything(name, dtype=torch.float32):
 
 @pytest.fixture
 def broken_reference(monkeypatch):
-    """Every operator of the reference raises, the registered ones too: all of them look this up when they run."""
+    """Every operator of the reference raises, the registered ones too: each looks one of these up when it runs."""
 
     def refuse(*args):
         raise AssertionError("the reference ran")
 
-    monkeypatch.setattr(reference, "stats_dtype", refuse)
+    for name in ("stats_dtype", "row_numbers"):
+        monkeypatch.setattr(reference, name, refuse)
 
 
 def test_breaking_the_reference_breaks_all_of_it(broken_reference):
@@ -69,6 +70,7 @@ def test_breaking_the_reference_breaks_all_of_it(broken_reference):
         "row_grad": (*source, torch.ones(3, 1), torch.ones(1), 1.0),
         "policy_loss": (*source, *epilogue),
         "policy_loss_and_grad": (*source, *epilogue, 1.0),
+        "log_prob_loss": (epilogue[0], epilogue[0], None, None, None, [1.0] * 3, epilogue[0], None, [0] * 6, [1.0] * 5),
         "sde_step": (x, x, x, None, None, None, [1.0, 1.0, 1.0], 0, 0, torch.float32, True, True, False),
     }
     assert arguments.keys() == ops.SCHEMAS.keys()

@@ -135,9 +135,9 @@ def specialisations() -> list[Specialisation]:
         constants = stream | {"GIVEN": given, "FLOAT64": False, "VECTOR": vector}
         add(f"step {name}", "sampler_step.step_kernel", types, constants)
 
-    def epilogue(name, rule, rows, splits, pointers=(), numbers="fp32", **flags):
+    def epilogue(name, rule, rows, splits, pointers=(), numbers="fp32", sums=("partials",), **flags):
         tiles = epilogue_tiles(rows, splits)
-        types = dict.fromkeys(("partials", "advantages", "loss_out", "rows_out", "summary", *pointers), "*fp32")
+        types = dict.fromkeys((*sums, "advantages", "loss_out", "rows_out", "summary", *pointers), "*fp32")
         types |= _STEP | dict.fromkeys(_NUMBERS, numbers) | dict.fromkeys(("rows", "splits", "numel"), "i32")
         geometry = {
             "FIELDS": 2 + ("old_log_prob" in pointers) + flags.get("DRIFT", False),
@@ -179,6 +179,7 @@ def specialisations() -> list[Specialisation]:
     epilogue("dppo + reference 16 x 117", 0, 16, 117, DRIFT=True)
     epilogue("clip, old log-prob 24 x 32", 2, 24, 32, ("old_log_prob", "row_weights"))
     epilogue("guard, batch bias 4096 x 1", 3, 4096, 1, BATCH_BIAS=1)
+    epilogue("given log-probs 16 rows", 0, 16, 1, ("old_log_prob",), sums=("log_prob", "given_drift"), MEAN_FORM=True)
     epilogue(WIDE_NUMBERS.removeprefix("epilogue "), 0, 8, 32, numbers="fp64")
     tiles = partial_tiles(8, 32, 1)
     geometry = {"ROW_BLOCK": tiles.row_block, "SPLIT_BLOCK": tiles.split_block, "SPLIT_BLOCKS": tiles.split_blocks}

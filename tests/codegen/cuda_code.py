@@ -25,13 +25,15 @@ ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = ROOT / "flowdppo_fast" / "_C_cuda.so"
 # the order of Stored in plan.h
 STORED = ("fp32", "bf16", "fp16", "any", "seeded")
-KERNELS = ("forward", "gradient", "step", "holding")
+KERNELS = ("forward", "gradient", "step", "holding", "log_prob")
 _MANGLED = re.compile(r"\d+([a-z]+)_kernelI(.*?)EEv")
+# the one without versions, on rows alone
+_ON_ROWS = "15log_prob_kernel"
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """One kernel on one GPU.
+    """One kernel on one GPU; ``latents`` and ``noise`` are empty for the one on rows alone.
 
     ``loads`` and ``stores`` count instructions on global memory by bits, ``copies`` those that go straight to shared
     memory. Of the streaming loop (the pair of groups): ``per_element`` instructions, and ``in_flight`` bytes that a
@@ -56,6 +58,8 @@ class Report:
 
     @property
     def name(self) -> str:
+        if not self.latents:
+            return self.kernel
         form = self.latents if self.noise == self.latents else f"{self.latents}, {self.noise}"
         form = form.replace(", fp32", ", fp32 noise")
         return f"{self.kernel} {form}{' + reference' if self.reference else ''}"
@@ -85,6 +89,8 @@ def is_current() -> bool:
 
 def _version(mangled: str) -> tuple[str, str, str, bool]:
     """Kernel, dtypes of latents and noise, and whether there is a reference, from a mangled name."""
+    if _ON_ROWS in mangled:
+        return "log_prob", "", "", False
     found = _MANGLED.search(mangled)
     if found is None or found[1] not in KERNELS:
         raise RuntimeError(f"{mangled}: got an unknown kernel, expected one of {', '.join(KERNELS)}")
@@ -174,7 +180,7 @@ def inspect(library: Path, arch: str) -> list[Report]:
     if not found:
         raise RuntimeError(f"{library.name}: got no code for {arch}, expected kernels; was it built for other GPUs?")
     order = {name: index for index, name in enumerate(KERNELS)}
-    stored = {name: index for index, name in enumerate(STORED)}
+    stored = {name: index for index, name in enumerate(("", *STORED))}
     return sorted(found, key=lambda r: (order[r.kernel], stored[r.latents], stored[r.noise], r.reference))
 
 
@@ -214,6 +220,8 @@ def summary(rows: Iterable[Report]) -> str:
     archs = list(dict.fromkeys(r.arch for r in rows))
 
     def kind(r: Report) -> str:
+        if not r.latents:
+            return "rows alone"
         if r.latents == "any":
             return "mixtures of dtypes"
         noise = "seeded" if r.noise == "seeded" else "stored noise"

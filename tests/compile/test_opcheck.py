@@ -1,9 +1,10 @@
-"""The five registered operators under ``torch.library.opcheck``, on what the autograd functions pass them."""
+"""The registered operators under ``torch.library.opcheck``, on what the autograd functions pass them."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from support import given_rows
 from support.backends import CPU, require
 from support.layouts import trajectory_slice
 
@@ -51,6 +52,12 @@ def arguments(op, dtype, layout, form, variant):
             values = [0.9, -0.1, 0.2]
             return (sample, velocity, None, None, torch.arange(6), None, values, 7, 0, dtype, False, True, True)
         return (sample, velocity, noise, None, None, None, [0.9, -0.1, 0.2], 0, 0, dtype, True, False, False)
+    if op == "log_prob_loss":
+        columns = {"stored": 3, "seeded": 1, "plain": 0}[variant]
+        compute = torch.float64 if dtype == torch.float64 else torch.float32
+        objective = "grpo_guard_batch" if variant == "stored" else "dppo"
+        given = {"with_reference": variant == "stored", "with_weights": variant == "seeded"}
+        return tuple(given_rows.draw(objective, 6, dtype=compute, columns=columns, **given).args())
     first = source(dtype, layout, form, variant)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     if op == "row_stats":

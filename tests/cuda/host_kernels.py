@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flowdppo_fast.objectives import SUMMARY, RowField
 
-KINDS = ("statistics", "objective", "gradient", "step", "single_pass")
+KINDS = ("statistics", "objective", "gradient", "step", "single_pass", "log_prob")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 I64, U64, F32, POINTER = ctypes.c_int64, ctypes.c_uint64, ctypes.c_float, ctypes.c_void_p
 
@@ -35,6 +35,7 @@ class Source(ctypes.Structure):
 class Objective(ctypes.Structure):
     _fields_ = (
         ("advantages", POINTER), ("row_weights", POINTER), ("old_log_prob", POINTER),
+        ("log_prob", POINTER), ("drift", POINTER), ("reference_drift", POINTER),
         ("ints", I64 * 6), ("floats", ctypes.c_double * 5),
         ("loss", POINTER), ("rows", POINTER), ("summary", POINTER),
     )  # fmt: skip
@@ -238,8 +239,9 @@ class HostBackend:
         self._finish(code)
         return grad
 
-    def _objective(self, rows, advantages, row_weights, old_log_prob, ints, floats):
-        inputs = [None if x is None else self.kernels.buffer(x) for x in (advantages, row_weights, old_log_prob)]
+    def _objective(self, rows, advantages, row_weights, old_log_prob, ints, floats, given=(None, None, None)):
+        vectors = (advantages, row_weights, old_log_prob, *given)
+        inputs = [None if x is None else self.kernels.buffer(x) for x in vectors]
         results = [
             self._out((), torch.float32, "the loss"),
             self._out((len(RowField), rows), torch.float32, "row results"),
@@ -289,6 +291,18 @@ class HostBackend:
         )  # fmt: skip
         self._finish(code)
         return (*results, grad)
+
+    def log_prob_loss(
+        self, log_prob, old_log_prob, drift, reference_drift, step, step_values, advantages, row_weights, ints, floats
+    ):
+        rows = log_prob.shape[0]
+        source = self._source((log_prob[:, None, None],), None, step, step_values, 0, 0, 1)
+        given = (log_prob, drift, reference_drift)
+        objective, results = self._objective(rows, advantages, row_weights, old_log_prob, ints, floats, given)
+        plan = self._plan(Work(rows=rows, numel=1), "log_prob")
+        code = self._call("api_log_prob_loss", ctypes.byref(source), ctypes.byref(objective), ctypes.byref(plan.raw()))
+        self._finish(code)
+        return tuple(results)
 
     def sde_step(
         self, sample, velocity, noise, prev_sample, streams, step, step_values, seed, first_stream,

@@ -76,7 +76,7 @@ def test_dropped_rows_stay_out_even_where_the_ratio_overflows():
 
 
 def test_a_large_divergence_leaves_the_log_ratio_exact():
-    """``L + Q/2 - Q/2`` in float32 would lose a small ``L`` beside a large ``Q``."""
+    """A log-ratio that was ``P - Q/2`` again would lose a small ``L`` beside a large ``Q``."""
     log_prob = torch.tensor([1e-6], requires_grad=True)
     out = log_prob_policy_loss(
         fast.DPPO(1e-3), log_prob, torch.zeros(1), torch.tensor([-1.0]), 1.0, drift=torch.tensor([4e3])

@@ -7,6 +7,9 @@ import sys
 
 import pytest
 import torch
+from support.backends import CPU, require
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from . import conventions
 from .recorded import ADVANTAGE_CLIP, CLIP, ETA, LATENTS, THRESHOLD, check, outcome, record
@@ -412,3 +415,51 @@ def test_step_refuses_what_verl_omni_refuses(scheduler):
         scheduler.sample_previous_step(x, x, per_token_timesteps=x)
     with pytest.raises(ValueError, match="sde_type: got 'ode'"):
         scheduler.sample_previous_step(x, x, sde_type="ode")
+
+
+# ---- how much runs
+
+
+class Operations(TorchDispatchMode):
+    """Counts what computes: no views, no bare allocations; apart where a tensor of ``latents`` elements takes part."""
+
+    def __init__(self, latents: int) -> None:
+        super().__init__()
+        self.latents, self.on_latents, self.on_rows = latents, 0, 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        result = op(*args, **(kwargs or {}))
+        views = any(r.alias_info is not None and not r.alias_info.is_write for r in op._schema.returns)
+        if not views and "empty" not in op.__name__:
+            tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
+            if any(x.numel() >= self.latents for x in tensors):
+                self.on_latents += 1
+            else:
+                self.on_rows += 1
+        return result
+
+
+@pytest.mark.parametrize(
+    ("log_ratio", "forward", "backward"), [("log_probs", (1, 10), (1, 12)), ("means", (1, 9), (2, 3))]
+)
+def test_operations_of_a_loss(verl_omni, call, log_ratio, forward, backward):
+    """What docs/integrations/verl_omni.md says of ``flow_dppo`` under ``sde``; backward through the step, too."""
+    require(CPU)
+    verl_omni.register(log_ratio=log_ratio)
+    scheduler = sys.modules["verl_omni.pipelines.schedulers.flow_match_sde"].FlowMatchSDEDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(10)
+    index = [1, 1, 3, 3]
+    r = record("flow_sde", LATENTS["packed"], rows=4, index=index).to(torch.float32)
+    v = r.leaf()
+    _, log_prob, mean, std_dev_t, sqrt_dt = scheduler.sample_previous_step(
+        sample=r.state, model_output=v, timestep=scheduler.timesteps[index], noise_level=ETA,
+        prev_sample=r.next_state, sde_type="sde", return_logprobs=True, return_sqrt_dt=True,
+    )  # fmt: skip
+    output = {"log_probs": log_prob, "prev_sample_mean": mean, "std_dev_t": std_dev_t, "sqrt_dt": sqrt_dt}
+    data = {"old_log_probs": r.old.log_prob, "advantages": r.advantages, "old_prev_sample_mean": r.old.mean}
+    with Operations(v.numel()) as ran:
+        loss, _ = call(config("flow_dppo"), output, data)
+    assert (ran.on_latents, ran.on_rows) == forward
+    with Operations(v.numel()) as ran:
+        loss.backward()
+    assert (ran.on_latents, ran.on_rows) == backward

@@ -200,6 +200,20 @@ void one_case() {
     summary_by_threads.push_back(summary);
     losses_grads.push_back(loss_grad);
 
+    ObjectiveInputs<T> given = inputs;
+    given.log_prob = upstream.data();
+    given.old_log_prob = old_log_prob.data();
+    if (draw(0, 1) != 0) given.drift = weights.data();
+    if (draw(0, 1) != 0) given.reference_drift = weights.data();
+    StepTable<T> std_alone;
+    std_alone.data = weights.data();
+    std_alone.columns = 1;
+    cpu::log_prob_loss<T>(given_source(rows, std_alone), given, options, row_results.data(), summary.data());
+    for (int64_t row = 0; row < rows; ++row) {
+      const T log_ratio = upstream[row] - old_log_prob[row];
+      expect_close(row_results[kLogRatio * rows + row], log_ratio, 0.0, "log_prob_loss");
+    }
+
     std::vector<T> step_table(rows * 3), mean(rows * numel), log_prob(rows);
     for (int64_t row = 0; row < rows; ++row) {
       step_table[3 * row] = T(0.9);

@@ -57,7 +57,7 @@ EpilogueOptions options(const ApiObjective& from) {
 }
 
 ObjectiveInputs<float> inputs(const ApiObjective& from) {
-  return {from.advantages, from.row_weights, from.old_log_prob};
+  return {from.advantages, from.row_weights, from.old_log_prob, from.log_prob, from.drift, from.reference_drift};
 }
 
 gpu::ObjectiveResults results(const ApiObjective& from) { return {from.loss, from.rows, from.summary}; }
@@ -166,6 +166,8 @@ ApiPlan api_plan(const ApiWork* wanted, int64_t kind, const ApiLimits* limits, c
       return api(cut(gpu::plan_gradient(found), found, *wish), found.rows);
     case ApiKind::kStep:
       return api(cut(gpu::plan_step(found), found, *wish), found.rows);
+    case ApiKind::kLogProb:
+      return api(gpu::plan_log_prob(wish->threads == 0 ? found.rows : gpu::least(found.rows, wish->threads)), 0);
     default:
       break;
   }
@@ -221,6 +223,12 @@ int api_policy_loss_and_grad(
   return gpu::policy_loss_and_grad(
       rows(*source), inputs(*objective), options(*objective), results(*objective), factor, out, holding(*plan),
       {tickets, scratch}, nullptr);
+}
+
+int api_log_prob_loss(const ApiSource* source, const ApiObjective* objective, const ApiPlan* plan) {
+  const RowSource<float> from = given_source(source->outer * source->inner, rows(*source).step);
+  return gpu::log_prob_loss(
+      from, inputs(*objective), options(*objective), results(*objective), stream(*plan), nullptr);
 }
 
 int api_sde_step(

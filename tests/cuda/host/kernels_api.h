@@ -25,6 +25,10 @@ struct ApiObjective {
   const float* advantages;
   const float* row_weights;
   const float* old_log_prob;
+  // of rows without latents
+  const float* log_prob;
+  const float* drift;
+  const float* reference_drift;
   int64_t ints[6];
   double floats[5];
   float* loss;
@@ -57,7 +61,7 @@ struct ApiConstants {
   int64_t stream_threads, holding_threads, reduce_bytes, slot_bytes;
 };
 
-enum class ApiKind : int64_t { kStatistics, kObjective, kGradient, kStep, kSinglePass };
+enum class ApiKind : int64_t { kStatistics, kObjective, kGradient, kStep, kSinglePass, kLogProb };
 
 // Of a streaming kernel (splits, elements) or of one that holds rows (groups, per_thread, holds_noise).
 struct ApiPlan {
@@ -89,6 +93,8 @@ int api_policy_loss(
 int api_policy_loss_and_grad(
     const ApiSource* source, const ApiObjective* objective, double factor, void* out, const ApiPlan* plan,
     unsigned* tickets, double* scratch);
+// rows without latents: of the source only the number of rows and the step's numbers are looked at
+int api_log_prob_loss(const ApiSource* source, const ApiObjective* objective, const ApiPlan* plan);
 int api_sde_step(
     const ApiSource* source, const ApiStep* step, const ApiPlan* plan, unsigned* tickets, double* scratch);
 }

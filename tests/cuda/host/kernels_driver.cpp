@@ -203,6 +203,8 @@ void check_statistics(const std::string& name, Rows rows) {
 struct Objective {
   EpilogueOptions options;
   std::vector<float> advantages, weights, loss = {NAN}, rows, summary;
+  // of rows without latents
+  std::vector<float> log_prob, old_log_prob, drift, reference_drift;
 
   Objective(int64_t count, EpilogueOptions chosen) : options(chosen) {
     for (int64_t i = 0; i < count; ++i) {
@@ -213,36 +215,47 @@ struct Objective {
     summary.assign(kSummaryFields, NAN);
   }
 
+  static const float* pointer(const std::vector<float>& values) { return values.empty() ? nullptr : values.data(); }
+
   ApiObjective api() {
     return {
-        advantages.data(), weights.data(), nullptr,
+        advantages.data(), weights.data(), pointer(old_log_prob), pointer(log_prob), pointer(drift),
+        pointer(reference_drift),
         {static_cast<int64_t>(options.rule), static_cast<int64_t>(options.trust_region), options.sum_reduce,
          options.unnormalized_log_prob, options.batch_bias, options.reference_without_dt},
         {options.threshold, options.clip_low, options.clip_high, options.advantage_clip, options.kl_weight},
         loss.data(), rows.data(), summary.data()};
   }
 
-  // Row results and summary as one thread computes them; right if they are the kernels'.
   bool agrees(Rows& source) {
-    const int64_t count = source.count();
+    std::vector<RawSums> sums;
+    for (int64_t row = 0; row < source.count(); ++row) sums.push_back(source.sums(row));
+    return agrees(sums, source.numbers, source.numel, source.form);
+  }
+
+  // Row results and summary as one thread computes them; right if they are the kernels'.
+  bool agrees(const std::vector<RawSums>& sums, const RowNumbers<float>& numbers, int64_t numel, Form form) {
+    const int64_t count = static_cast<int64_t>(sums.size());
     std::vector<RowStats<float>> stats;
     double bias = 0.0, coupling = 0.0;
-    for (int64_t row = 0; row < count; ++row) {
-      stats.push_back(finish_sums<float>(source.sums(row), source.numbers.scale, source.numel, source.form));
-      bias += guard_divergence(stats.back().q, source.numel, options);
+    for (const RawSums& row : sums) {
+      stats.push_back(finish_sums<float>(row, numbers.scale, numel, form));
+      bias += guard_divergence(stats.back().q, numel, options);
     }
     std::vector<RowResult<float>> results;
     RowSummary together;
     for (int64_t row = 0; row < count; ++row) {
       const auto at = static_cast<size_t>(row);
       const float own = options.couples_rows() ? static_cast<float>(bias / static_cast<double>(count))
-                                               : guard_divergence(stats[at].q, source.numel, options);
+                                               : guard_divergence(stats[at].q, numel, options);
+      const float log_ratio = log_prob.empty() ? 0.0f : log_prob[at] - old_log_prob[at];
       results.push_back(evaluate_row<float>(
-          stats[at], source.numbers, advantages[at], weights[at], nullptr, own, source.numel, options));
+          stats[at], numbers, advantages[at], weights[at], nullptr, log_prob.empty() ? nullptr : &log_ratio, own, numel,
+          options));
       together.add(results.back());
       coupling += results.back().coupling;
     }
-    const float shift = options.couples_rows() ? coupled_grad_q<float>(coupling, count, source.numel, options) : 0.0f;
+    const float shift = options.couples_rows() ? coupled_grad_q<float>(coupling, count, numel, options) : 0.0f;
     bool right = true;
     for (int64_t row = 0; row < count; ++row) {
       for (int64_t field = 0; field < kRowFields; ++field) {
@@ -276,6 +289,31 @@ void check_objective(const std::string& name, Rows rows, EpilogueOptions options
     return api_policy_loss(&source, &api, &plan, workspace.tickets.data(), workspace.scratch.data());
   };
   expect(call() == 0 && call() == 0 && objective.agrees(rows), name);
+}
+
+void check_log_prob(const std::string& name, int64_t count, EpilogueOptions options) {
+  const RowNumbers<float> numbers = {0.5f, 2.0f, 0.25f};
+  ApiSource source = {};
+  source.outer = count;
+  source.inner = source.numel = 1;
+  source.values[0] = numbers.std;
+  source.values[2] = numbers.neg_dt;
+  ApiWork work = {};
+  work.rows = count;
+  const ApiPlan plan = plan_for(work, ApiKind::kLogProb);
+  Objective objective(count, options);
+  std::vector<RawSums> sums(static_cast<size_t>(count));
+  for (int64_t row = 0; row < count; ++row) {
+    objective.log_prob.push_back(0.03125f * static_cast<float>(row % 7 - 3));
+    objective.old_log_prob.push_back(0.0625f);
+    objective.drift.push_back(0.25f * static_cast<float>(row % 5));
+    objective.reference_drift.push_back(0.125f * static_cast<float>(row % 3));
+    sums[static_cast<size_t>(row)].dd = objective.drift.back();
+    sums[static_cast<size_t>(row)].ww = objective.reference_drift.back();
+  }
+  const ApiObjective api = objective.api();
+  const bool ran = api_log_prob_loss(&source, &api, &plan) == 0;
+  expect(ran && objective.agrees(sums, numbers, 1, Form::kMean), name);
 }
 
 void check_gradient(const std::string& name, Rows rows) {
@@ -398,6 +436,9 @@ const std::vector<std::pair<std::string, std::function<void(const std::string&)>
      [](const std::string& name) {
        check_objective(name, {35, 1, 9, V, {F, F, F, F}, false, false}, options_of(Rule::kRatioClip, false));
      }},
+    {"log_prob", [](const std::string& name) { check_log_prob(name, 75, options_of(Rule::kDppo, false)); }},
+    {"log_prob_coupled",
+     [](const std::string& name) { check_log_prob(name, 70, options_of(Rule::kGrpoGuard, true)); }},
     {"gradient", [](const std::string& name) { check_gradient(name, {1, 3, 1203, V, {B, B, B, B}}); }},
     {"gradient_seeded",
      [](const std::string& name) { check_gradient(name, {2, 1, 600, V, {F, F, F, F}, true, false}); }},

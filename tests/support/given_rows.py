@@ -1,0 +1,151 @@
+"""Rows of a trainer that has log-probs and drifts in place of latents: random ones, and what every backend must make
+of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowdppo_fast import reference
+from flowdppo_fast.objectives import SUMMARY, EpilogueOptions, RowField, Rule
+
+from .cases import OBJECTIVES, middle_gap
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "unnormalized": {"log_prob": "unnormalized"},
+    "reference": {"with_reference": True, "kl_weight": 0.3},
+    "reference_without_dt": {"with_reference": True, "kl_weight": 0.3, "reference_kl": "without_dt"},
+    "without_drift": {"with_drift": False},
+    "advantage_clip_and_weights": {"advantage_clip": 0.7, "with_weights": True},
+}
+# columns of the step table in turn (0: one step for all rows); a table of S alone lacks dt
+CASES = [
+    (objective, option, (0, 3, 1)[number % (2 if "guard" in objective or "dt" in option else 3)])
+    for number, (objective, option) in enumerate(itertools.product(OBJECTIVES, OPTIONS))
+    if option != "without_drift" or objective in ("ratio_clip", "ratio_clip_asymmetric", "unclipped")
+]
+# exact in any arithmetic: fractions of rows and a count
+_COUNTED = (
+    "kl_mask_fraction", "pos_rm_fraction", "neg_rm_fraction", "masked_fraction", "unmasked_fraction",
+    "nonfinite_rows", "clipfrac", "clipfrac_gt_one", "clipfrac_lt_one",
+)  # fmt: skip
+
+
+@dataclasses.dataclass
+class GivenRows:
+    """The arguments of ``log_prob_loss``, in the schema's order."""
+
+    log_prob: Tensor
+    old_log_prob: Tensor
+    drift: Tensor | None
+    reference_drift: Tensor | None
+    step: Tensor | None
+    step_values: list[float]
+    advantages: Tensor
+    row_weights: Tensor | None
+    ints: list[int]
+    floats: list[float]
+
+    def args(self) -> list[Any]:
+        return [getattr(self, field.name) for field in dataclasses.fields(self)]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> GivenRows:
+        """The same with ``function`` of every tensor."""
+        return GivenRows(*(function(x) if isinstance(x, Tensor) else x for x in self.args()))
+
+    def exact(self) -> GivenRows:
+        """For the reference on the CPU in float64; numbers as a kernel sees them, in the accumulation dtype."""
+        wide = self.map(lambda x: x.cpu().double())
+        wide.step_values = [float(torch.tensor(value, dtype=self.log_prob.dtype)) for value in self.step_values]
+        return wide
+
+
+def draw(
+    objective: str,
+    rows: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    columns: int = 0,
+    with_drift: bool = True,
+    with_reference: bool = False,
+    with_weights: bool = False,
+    **options: Any,
+) -> GivenRows:
+    """Random rows, and a bound in the middle of what they reach, so that no rounding can move one across."""
+
+    def normal() -> Tensor:
+        return torch.randn(rows, dtype=torch.float64)
+
+    old = -1.2 + 0.1 * normal()
+    vectors = (
+        old + 0.05 * normal(),
+        old,
+        0.02 * normal().square() if with_drift else None,
+        0.02 * normal().square() if with_reference else None,
+    )
+    table = torch.stack((0.3 + 0.2 * torch.rand(rows), torch.ones(rows), 0.05 + 0.05 * torch.rand(rows)), 1)
+    tensors = (
+        *vectors, table[:, :columns].contiguous() if columns else None, normal(),
+        torch.rand(rows) + 0.5 if with_weights else None,
+    )  # fmt: skip
+    log_prob, old, drift, reference_drift, step, advantages, weights = (
+        x if x is None else x.to(dtype) for x in tensors
+    )
+    values = [] if columns else [0.35, 1.0 / 0.35, 0.08]
+
+    def bounded(bound: float) -> GivenRows:
+        packed = EpilogueOptions.make(OBJECTIVES[objective].bounded(bound)[0], **options)
+        return GivenRows(
+            log_prob, old, drift, reference_drift, step, values, advantages, weights, packed.ints, packed.floats
+        )
+
+    call = bounded(0.5)
+    if rows == 0:
+        return call
+    reached = reference.log_prob_loss(*call.exact().args())[1]
+    clips = call.ints[0] in (Rule.RATIO_CLIP, Rule.GRPO_GUARD)
+    bound = middle_gap(reached[RowField.RATIO] - 1.0 if clips else reached[RowField.KL])
+    return bounded(min(bound, 0.9))
+
+
+def check(operator: Callable[..., tuple[Tensor, Tensor, Tensor]], call: GivenRows) -> tuple[Tensor, Tensor, Tensor]:
+    """Asserts that ``operator`` makes of the rows what the reference makes of them in float64; returns its results."""
+    loss, rows, summary = (x.cpu() for x in operator(*call.args()))
+    exact = call.exact()
+    _, exact_rows, exact_summary = reference.log_prob_loss(*exact.args())
+    dtype = call.log_prob.dtype
+    assert loss.shape == ()
+    assert loss.dtype == rows.dtype == summary.dtype == dtype
+    assert torch.equal(loss, summary[0]) or bool(torch.isnan(loss))
+    # the log-ratio is a difference of two log-probs, and where a guard adds its bias a sum of two numbers
+    size = 1.0 + float((exact.log_prob.abs() + exact.old_log_prob.abs()).nan_to_num().max())
+    ulps = 8 * torch.finfo(dtype).eps * size
+    for field in RowField:
+        within(field.name, rows[field], exact_rows[field], 0.0 if field == RowField.KEPT else ulps)
+    for name, got, want in zip(SUMMARY, summary, exact_summary):
+        # a count is exact, its division by the number of rows rounds; row losses cancel in their mean
+        terms = exact_rows[RowField.LOSS] if name in ("loss", "policy_loss") else want
+        within(name, got, want, torch.finfo(dtype).eps if name in _COUNTED else ulps, terms)
+    return loss, rows, summary
+
+
+def within(name: str, actual: Tensor, exact: Tensor, relative: float, terms: Tensor | None = None) -> None:
+    """Off by no more than ``relative`` of the largest exact value (or of ``terms``, where they add up to it); the same
+    kind of number where it is not finite."""
+    actual = actual.double()
+    infinite = torch.isinf(exact)
+    assert torch.equal(torch.isnan(actual), torch.isnan(exact)), name
+    assert torch.equal(actual[infinite], exact[infinite]), name
+    error, scale = (largest_finite(x) for x in (actual - exact, exact if terms is None else terms))
+    assert error <= relative * scale, f"{name}: {error:.3e} of {scale:.3e}"
+
+
+def largest_finite(x: Tensor) -> float:
+    """The largest absolute value that is finite; 0 if there is none."""
+    return float(x.abs().nan_to_num(0.0, 0.0, 0.0).max())
