@@ -1,9 +1,11 @@
-"""Generated blocks of README.md and docs/: each stands between two marks, and a check compares it with its source."""
+"""Generated blocks of README.md and docs/, between the marks ``<!-- name -->`` and ``<!-- /name -->``; a check compares
+each with its source."""
 
 from __future__ import annotations
 
 import difflib
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -13,46 +15,56 @@ class PageError(Exception):
     """A page that has no place for a block, or whose block is not the generated one."""
 
 
-def place(page: Path, name: str, content: str, *, check: bool) -> bool:
-    """Writes ``content`` between the markers of block ``name`` in ``page``.
+def block_of(text: str, name: str, page: str) -> tuple[str, str, str]:
+    """``text`` before, in and after block ``name``, the marks belonging to the outer parts.
+
+    Raises:
+        PageError: not exactly one pair of marks.
+    """
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(end) < text.index(begin):
+        raise PageError(f"{page}: expected one line {begin} and below it one line {end}, around the generated block")
+    before, rest = text.split(begin)
+    inner, after = rest.split(end)
+    return before + begin, inner, end + after
+
+
+def fill(page: Path, blocks: Mapping[str, str], *, check: bool) -> bool:
+    """Writes every block of ``blocks`` into ``page``.
 
     Args:
-        check: change nothing; raise if the block differs.
+        check: change nothing; raise if a block differs.
 
     Returns:
         Whether the page was changed.
 
     Raises:
-        PageError: page or marker missing, or (``check``) the block differs.
+        PageError: page or marks missing, or (``check``) a block differs.
     """
-    begin, end = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
     if not page.exists():
-        raise PageError(f"{page.name}: no such file; it must hold the lines {begin} and {end}")
-    text = page.read_text()
-    if text.count(begin) != 1 or text.count(end) != 1 or text.index(end) < text.index(begin):
-        raise PageError(
-            f"{page.name}: expected one line {begin} and below it one line {end}, around the generated block"
-        )
-    before, rest = text.split(begin)
-    old, after = rest.split(end)
-    new = f"\n\n{content.strip()}\n\n"
+        marks = " and ".join(f"<!-- {name} --> .. <!-- /{name} -->" for name in blocks)
+        raise PageError(f"{page.name}: no such file; it must hold the lines {marks}")
+    old = new = page.read_text()
+    for name, content in blocks.items():
+        before, _, after = block_of(new, name, page.name)
+        new = f"{before}\n\n{content.strip()}\n\n{after}"
     if old == new:
         return False
     if check:
         diff = difflib.unified_diff(old.splitlines(), new.splitlines(), "in the page", "generated", lineterm="", n=1)
-        raise PageError(f"{page.name}: block {name!r} is not the generated one:\n" + "\n".join(diff))
-    page.write_text(before + begin + new + end + after)
+        raise PageError(f"{page.name}: what stands there is not what is generated:\n" + "\n".join(diff))
+    page.write_text(new)
     return True
 
 
-def put(page: Path, name: str, content: str, *, check: bool, program: str) -> int:
-    """:func:`place` for a command line: says what happened; returns the exit status."""
+def put(page: Path, blocks: Mapping[str, str], *, check: bool, program: str) -> int:
+    """:func:`fill` for a command line: says what happened; returns the exit status."""
     try:
-        changed = place(page, name, content, check=check)
+        changed = fill(page, blocks, check=check)
     except PageError as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 1
-    print(f"{page}: block {name!r} {'written' if changed else 'is up to date'}")
+    print(f"{page}: {', '.join(blocks)} {'written' if changed else 'up to date'}")
     return 0
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.pages import put
 from flowdppo_fast import figures as style
 
 from . import analyses, figures, mask_and_clip, paths, plan, tables
@@ -16,39 +16,22 @@ from .results import Run, load
 from .statistics import estimate
 from .tasks import load_task
 
-_BLOCK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
-
-def filled(text: str, runs: Sequence[Run], settings: Mapping[str, Any]) -> str:
-    """The page with its tables made anew.
-
-    Raises:
-        ValueError: a table that is not known, or one that the page lacks.
-    """
-    names = [name for _, name, _ in _BLOCK.findall(text)]
-    if sorted(names) != sorted(tables.TABLES):
-        raise ValueError(f"tables: got {names} in the page, expected each of {list(tables.TABLES)} once")
+def blocks(runs: Sequence[Run], settings: Mapping[str, Any]) -> dict[str, str]:
+    """The page's tables by the names of their places."""
     whole = [run for run in runs if not run.failed]
-
-    def table(found: re.Match[str]) -> str:
-        made = tables.TABLES[found[2]](runs if found[2] == "progress" else whole, settings)
-        return f"{found[1]}{made}\n{found[3]}"
-
-    return _BLOCK.sub(table, text)
+    return {
+        f"learning:{name}": table(runs if name == "progress" else whole, settings)
+        for name, table in tables.TABLES.items()
+    }
 
 
 def update(folder: Path, settings: Mapping[str, Any], page: Path, pictures: Path, *, check: bool) -> int:
     """Writes tables and figures; with ``check`` only looks at the tables. Returns the exit status."""
     runs = load(folder)
-    before = page.read_text()
-    after = filled(before, runs, settings)
-    if check:
-        if before != after:
-            print(f"{page.name}: tables are not those of the run files; run `python -m bench.learning document`")
-            return 1
-        print(f"{page.name}: tables are those of {len(runs)} run files")
-        return 0
-    page.write_text(after)
+    status = put(page, blocks(runs, settings), check=check, program="bench.learning")
+    if check or status != 0:
+        return status
     held = json.loads(paths.ROWS.read_text())
     # the README's figure lies beside the folder of the page's
     for path in (*draw(runs, settings, pictures), mask_and_clip.draw(held, pictures.parent / "mask_and_clip.png")):

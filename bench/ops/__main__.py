@@ -186,7 +186,7 @@ def _readme(options: argparse.Namespace, arguments: list[str]) -> int:
     if result["device"] == "rehearsal" or result["quick"]:
         raise ValueError(f"{options.folder}: a quick run or a rehearsal is nothing to put into a README")
     content = table.short(result, shown(options.folder))
-    return put(options.page, f"ops:{result['device']}", content, check=options.check, program="bench.ops")
+    return put(options.page, {f"bench:ops:{result['device']}": content}, check=options.check, program="bench.ops")
 
 
 def _goals(options: argparse.Namespace, arguments: list[str]) -> int:
@@ -195,7 +195,7 @@ def _goals(options: argparse.Namespace, arguments: list[str]) -> int:
     found = [results.load(folder) for folder in options.folders]
     sources = ", ".join(f"`{shown(folder)}`" for folder in options.folders) or "none yet"
     content = f"Result folders: {sources}.\n\n{table.goals_table(found)}"
-    return put(options.page, "goals", content, check=options.check, program="bench.ops")
+    return put(options.page, {"bench:goals": content}, check=options.check, program="bench.ops")
 
 
 def _evidence(options: argparse.Namespace, arguments: list[str]) -> int:

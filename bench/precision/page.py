@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
 import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from bench.pages import ROOT, put
 from flowdppo_fast import figures
 
-ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "precision.md"
 FIGURES = ROOT / "docs" / "figures"
 # what is stored, and how it looks; means of fewer bits have what no other figure uses for a form
@@ -107,20 +106,14 @@ def write(folder: Path, *, check: bool) -> int:
     result = load(folder)
     where = folder.resolve().relative_to(ROOT)
     blocks = {
-        "backends-bfloat16": backend_table(result, "bfloat16"),
-        "backends-float32": backend_table(result, "float32"),
-        "storage": storage_table(result, "bfloat16", 65536),
-        "source": f"`{where}/results.json`, made by `{result['command']}` in {result['seconds']:.0f} s "
+        "precision:backends-bfloat16": backend_table(result, "bfloat16"),
+        "precision:backends-float32": backend_table(result, "float32"),
+        "precision:storage": storage_table(result, "bfloat16", 65536),
+        "precision:source": f"`{where}/results.json`, made by `{result['command']}` in {result['seconds']:.0f} s "
         f"(torch {result['environment']['torch']}, {result['environment']['cpu']}).",
     }
-    text = PAGE.read_text()
-    for name, block in blocks.items():
-        mark = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        if not mark.search(text):
-            raise ValueError(f"docs/precision.md: no place for {name!r}")
-        text = mark.sub(lambda found, block=block: f"{found[1]}{block}\n{found[2]}", text)
-    if check:
-        return int(text != PAGE.read_text())
-    PAGE.write_text(text)
+    status = put(PAGE, blocks, check=check, program="bench.precision")
+    if check or status != 0:
+        return status
     draw(result, "bfloat16", 65536, FIGURES / "precision.png")
     return 0

@@ -136,14 +136,14 @@ def _plot(options: argparse.Namespace, arguments: list[str]) -> int:
 def _memory(options: argparse.Namespace, arguments: list[str]) -> int:
     from . import published
 
-    status = 0
+    blocks = {}
     for name in options.tables:
         if name == "trajectories":
             content = published.trajectories_table()
         else:
             content = published.peak_table(say=lambda line: print(line, file=sys.stderr, flush=True))
-        status = max(status, put(options.page, f"memory:{name}", content, check=options.check, program="bench.train"))
-    return status
+        blocks[f"bench:memory:{name}"] = content
+    return put(options.page, blocks, check=options.check, program="bench.train")
 
 
 def _page(options: argparse.Namespace, arguments: list[str]) -> int:
@@ -153,7 +153,7 @@ def _page(options: argparse.Namespace, arguments: list[str]) -> int:
     if result["quick"]:
         raise ValueError(f"{options.folder}: a quick run is nothing to put into a page")
     content = table.page(result, shown(options.folder))
-    return put(options.page, f"train:{result['device']}", content, check=options.check, program="bench.train")
+    return put(options.page, {f"bench:train:{result['device']}": content}, check=options.check, program="bench.train")
 
 
 if __name__ == "__main__":

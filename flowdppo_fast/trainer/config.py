@@ -235,7 +235,7 @@ class RunConfig:
         trackers: where metrics go besides the output folder: ``"tensorboard"``, ``"wandb"`` or others of accelerate.
         project: name under which trackers file the run.
         plot_every: iterations between plots and pages of rollouts in the output folder; None means one plot at the
-            end. Evaluations leave their pages in any case.
+            end, 0 none. Evaluations leave their pages in any case.
         row_log: write log-ratio, KL and mask of every row of every update to ``rows.jsonl`` in the output folder.
     """
 
@@ -342,12 +342,12 @@ class FlowDPPOConfig:
             ("evaluation.every", e.every),
             ("evaluation.num_steps", e.num_steps),
             ("evaluation.images_per_prompt", e.images_per_prompt),
-            ("run.plot_every", r.plot_every),
             ("run.iterations", r.iterations),
             ("run.checkpoint_every", r.checkpoint_every),
             ("run.keep_checkpoints", r.keep_checkpoints),
         ):
             require(value is None or value >= 1, name, value, "an integer >= 1")
+        require(r.plot_every is None or r.plot_every >= 0, "run.plot_every", r.plot_every, "an integer >= 0")
         positive: tuple[tuple[str, float | None], ...] = (
             ("model.lora_alpha", self.model.lora_alpha),
             ("sampling.eta", s.eta),

@@ -42,7 +42,7 @@ class RunLog:
         config: settings of the run for trackers; nested keys are joined by dots.
         total: iterations of the whole run, for the progress bar.
         progress: show the progress bar.
-        plot_every: iterations between plots; there is one at the end in any case, None means only that.
+        plot_every: iterations between plots and before the one at the end; None means only that one, 0 none at all.
 
     Raises:
         ValueError: a tracker whose package is not installed.
@@ -105,7 +105,7 @@ class RunLog:
         shown = {name: form.format(metrics[key]) for key, (name, form) in _POSTFIX.items() if key in metrics}
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update()
-        if self.plot_every is not None and metrics["iteration"] % self.plot_every == 0:
+        if self.plot_every and metrics["iteration"] % self.plot_every == 0:
             self._plot()
 
     def images(self, kind: str, iteration: int, images: Any, captions: Sequence[str]) -> Path | None:
@@ -151,7 +151,7 @@ class RunLog:
                 tracker.finish()
             self.accelerator.trackers = []
         if self._bar is not None:
-            if self.history:
+            if self.history and self.plot_every != 0:
                 self._plot()
             self._bar.close()
             self._bar = None

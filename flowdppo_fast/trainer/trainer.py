@@ -386,8 +386,8 @@ class FlowDPPOTrainer:
 
     def _shows(self, iteration: int) -> bool:
         """Whether images of this iteration go to the output folder."""
-        every = self.config.run.plot_every
-        return every is not None and iteration % every == 0 and self.config.sampling.output_type != "latent"
+        every = self.config.run.plot_every or 0
+        return every > 0 and iteration % every == 0 and self.config.sampling.output_type != "latent"
 
     def _over_budget(self, metrics: dict[str, float]) -> bool:
         budget = self.config.objective.drift_budget

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bench.pages import block_of
 from bench.precision import measure, page
 
 
@@ -50,7 +51,6 @@ def test_the_log_ratio_is_exact_where_a_difference_of_log_probs_is_rounding(reco
 
 
 def test_the_committed_page_is_what_its_results_say():
-    text = page.PAGE.read_text()
-    source = text.split("<!-- source -->\n")[1].split("`")[1]
+    source = block_of(page.PAGE.read_text(), "precision:source", page.PAGE.name)[1].split("`")[1]
     assert page.write((page.ROOT / source).parent, check=True) == 0
     assert (page.FIGURES / "precision.png").exists()

@@ -127,7 +127,7 @@ def test_readme_block_round_trip(tmp_path, cpu_result, quiet, capsys):
     page.write_text(text.replace("| 8.00 ", "| 9.00 "))
     capsys.readouterr()
     assert main([*command, "--check"]) == 1
-    assert "is not the generated one" in capsys.readouterr().err
+    assert "what stands there is not what is generated" in capsys.readouterr().err
     assert main(command) == 0
     assert page.read_text() == text
 

@@ -12,6 +12,7 @@ import pytest
 from aot import ToolsMissing
 from cuda_code import KERNELS, LIBRARY, ROOT, Report, architectures, inspect, is_current, summary
 
+from bench.pages import block_of
 from flowdppo_fast import build_info
 
 GPUS = ("sm_80", "sm_90a", "sm_100")
@@ -149,7 +150,7 @@ def test_the_page_shows_what_was_built():
     """The table of docs/cuda.md, where the compiler is the one that it names."""
     if not LIBRARY.exists():
         pytest.skip("the CUDA library is not built")
-    block = (ROOT / "docs" / "cuda.md").read_text().split("<!-- cuda:code -->")[1].split("<!-- /cuda:code -->")[0]
+    _, block, _ = block_of((ROOT / "docs" / "cuda.md").read_text(), "cuda:code", "cuda.md")
     compiler, _, shown = block.strip().partition("\n\n")
     built = build_info()["nvcc"]
     if compiler.rstrip(".") != built:

@@ -14,11 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from bench.pages import put
 from flowdppo_fast.trainer.config import FlowDPPOConfig
 from flowdppo_fast.trainer.recipe import PipelineConfig, PromptsConfig, QuantizationConfig, Recipe
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
-BEGIN, END = "<!-- settings: begin -->", "<!-- settings: end -->"
+BLOCK = "settings"
 
 TRAINER = typing.get_type_hints(FlowDPPOConfig)
 RECIPE = {"pipeline": PipelineConfig, "pipeline.quantization": QuantizationConfig, "prompts": PromptsConfig}
@@ -164,19 +165,11 @@ def conflicts() -> Iterator[str]:
 def generated() -> str:
     parts = [part for section, kind in {**RECIPE, **TRAINER}.items() for part in table(section, kind)]
     heading = "### What is refused together"
-    return "\n\n".join([BEGIN, *parts, heading, "\n".join(conflicts()), END])
+    return "\n\n".join([*parts, heading, "\n".join(conflicts())])
 
 
 def main() -> int:
-    text = PAGE.read_text()
-    before, _, rest = text.partition(BEGIN)
-    new = before + generated() + rest.partition(END)[2]
-    if "--check" in sys.argv[1:]:
-        if new != text:
-            print(f"{PAGE.name} is not what the settings say; python -m tests.docs.configuration writes it")
-        return int(new != text)
-    PAGE.write_text(new)
-    return 0
+    return put(PAGE, {BLOCK: generated()}, check="--check" in sys.argv[1:], program="tests.docs.configuration")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bench.pages import block_of, put
 from flowdppo_fast.trainer.arguments import tensors_of
 from flowdppo_fast.trainer.recorder import Trajectory
 
@@ -16,7 +17,7 @@ from .cases import CASES, HALF, REFUSED, Case, Recording, hollow, record
 from .families import FAMILIES
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "pipelines.md"
-BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
+BLOCK = "pipelines"
 
 
 def nbytes(tensors: Iterable[Tensor]) -> int:
@@ -87,17 +88,14 @@ def refusal(name: str) -> str:
 
 def committed() -> str:
     """The generated part of the document as it stands."""
-    return DOCUMENT.read_text().split(BEGIN)[1].split(END)[0].strip()
+    return block_of(DOCUMENT.read_text(), BLOCK, DOCUMENT.name)[1].strip()
 
 
 def main() -> int:
     # more threads only get into each other's way on tensors this small
     torch.set_num_threads(1)
-    text = DOCUMENT.read_text()
     made = table({name: record(case) for name, case in CASES.items()})
-    head, tail = text.split(BEGIN)[0], text.split(END)[1]
-    DOCUMENT.write_text(f"{head}{BEGIN}\n{made}\n{END}{tail}")
-    return 0
+    return put(DOCUMENT, {BLOCK: made}, check=False, program="tests.pipelines.table")
 
 
 if __name__ == "__main__":

@@ -223,7 +223,13 @@ def small_config(tmp_path):
             "model": {"train": "full"},
             "sampling": {"num_steps": 6, "sde_steps": [0, 1, 2], "prompts_per_rollout": 4, "group_size": 4},
             "optimizer": {"learning_rate": 1e-3, "micro_batch_size": 8, "inner_epochs": 2},
-            "run": {"iterations": 3, "output_dir": str(tmp_path / "run"), "checkpoint_every": 1, "progress": False},
+            "run": {
+                "iterations": 3,
+                "output_dir": str(tmp_path / "run"),
+                "checkpoint_every": 1,
+                "progress": False,
+                "plot_every": 0,
+            },
         }
         for name, section in sections.items():
             values[name] = {**values.get(name, {}), **section}

@@ -61,7 +61,7 @@ def settings(folder: str | Path, sections: dict[str, dict]) -> dict[str, dict]:
         "sampling": {"num_steps": 5, "sde_steps": [0, 1, 2], "prompts_per_rollout": 4, "group_size": 4},
         "objective": {"threshold": 1e-6},
         "optimizer": {"learning_rate": 1e-2, "micro_batch_size": 4, "inner_epochs": 2, "max_grad_norm": 1e6},
-        "run": {"iterations": 2, "checkpoint_every": 1, "progress": False, "device": "cpu"},
+        "run": {"iterations": 2, "checkpoint_every": 1, "progress": False, "device": "cpu", "plot_every": 0},
     }
     for name, section in sections.items():
         values[name] = {**values.get(name, {}), **section}

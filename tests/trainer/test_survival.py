@@ -359,7 +359,7 @@ def test_nothing_is_unpickled(finished, monkeypatch):
 def test_a_last_plot_that_cannot_be_written(finished, monkeypatch, code):
     """The work is done and saved; only the picture is missing."""
     trainer, make = finished
-    more = make(iterations=3)
+    more = make(iterations=3, plot_every=None)
 
     def refuse(*args, **kwargs):
         raise OSError(code, os.strerror(code))

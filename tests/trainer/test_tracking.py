@@ -200,14 +200,15 @@ def test_the_progress_bar_says_what_matters(accelerator, tmp_path, capsys):
         assert part in said
 
 
-def test_plots_are_drawn_on_time_and_replaced_whole(accelerator, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("every", "lengths"), [(2, [2, 4, 5]), (None, [5]), (0, [])])
+def test_plots_are_drawn_on_time_and_replaced_whole(accelerator, tmp_path, monkeypatch, every, lengths):
     drawn = []
     monkeypatch.setattr(plots, "plot_run", lambda history, path: drawn.append((len(history), path.name)))
-    with quiet(accelerator, tmp_path, plot_every=2) as log:
+    with quiet(accelerator, tmp_path, plot_every=every) as log:
         log.start()
         for iteration in range(1, 6):
             log.iteration(metrics_of(iteration))
-    assert drawn == [(2, "metrics.png"), (4, "metrics.png"), (5, "metrics.png")]
+    assert drawn == [(length, "metrics.png") for length in lengths]
 
 
 def test_what_a_plot_shows(tmp_path, monkeypatch):
