@@ -115,7 +115,8 @@ def _reuse(runs: Sequence[Run], settings: Mapping[str, Any], path: Path) -> Path
                         groups.setdefault(method, {})[epochs] = [value(run) for run in members]
             groups = {method: points for method, points in groups.items() if len(points) > 1}
             figures.against(groups, axis, "inner epochs per rollout")
-            axis.set_xticks(plan.EPOCHS, [str(epochs) for epochs in plan.EPOCHS])
+            run = sorted({epochs for points in groups.values() for epochs in points})
+            axis.set_xticks(run, [str(epochs) for epochs in run])
             axis.minorticks_off()
             axis.set(ylabel=label, title=task)
     style.legend(figure, axes)

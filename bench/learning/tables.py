@@ -334,14 +334,14 @@ def contrasts(runs: Sequence[Run], settings: Mapping[str, Any]) -> list[tuple[st
 
         compare("higher reward", "final reward", over(chosen, _reward), with_unclipped)
         compare("less drift", "nats less at the end", over(chosen, _drift), with_unclipped, -1)
-        budget, level = settings[BUDGETS][task][1], settings[LEVELS][task][-1]
+        budget = settings[BUDGETS][task][1]
         for choice, (members, number) in choices_of(runs, task, settings).items():
             best = analyses.best_at_drift(members, budget, number)
             compare("higher reward at equal drift", f"at {budget:g} nats, {choice}", best, with_unclipped)
-            frechet = analyses.at_reward(members, level, analyses.held_out("frechet"), number)
-            compare(
-                "less forgetting", f"held-out Frechet less at reward {level:g}, {choice}", frechet, with_unclipped, -1
-            )
+            for level in settings[LEVELS][task]:
+                frechet = analyses.at_reward(members, level, analyses.held_out("frechet"), number)
+                text = f"held-out Frechet less at reward {level:g}, {choice}"
+                compare("less forgetting", text, frechet, with_unclipped, -1)
         for count in (2, 3):
             smallest = over(lambda m, t=task, n=count: several(runs, t, m, n), analyses.smallest_gain)  # type: ignore[misc]
             compare("balanced objectives", f"smallest of {count} gains, sd", smallest)
