@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
+from support import given_rows
 from support.cases import OBJECTIVES, Case, bounded_call
 from support.compare import Yardstick, compute_dtype
+from support.given_rows import GivenRows
 from support.layouts import DENSE, EXPANDED, LAYOUTS, Layout
 from support.problems import MEAN_NAMES, STOCHASTIC, VELOCITY_NAMES, Call, Outcome, Problem, make_problem, textbook
 from support.steps import StatisticsCall, StepCall, eager_step
@@ -263,6 +265,21 @@ def draw_statistics(choose: Chooser, device: str, *, float64: bool) -> Drawn:
         noise = draw_noise(choose, problem.rows, device)
     facts |= {"source": "seed" if seeded else "noise", **_described(tensors)}
     return Drawn(StatisticsCall(problem, tensors[0], tensors[1], noise), facts)
+
+
+def draw_given_rows(choose: Chooser, *, float64: bool) -> GivenRows:
+    """A call of ``log_prob_loss``: log-ratios and drifts over many decades."""
+    torch.manual_seed(choose.randint(0, 2**31))
+    objective, option, columns = choose.choice(given_rows.CASES)
+    return given_rows.draw(
+        objective,
+        choose.randint(1, 40),
+        dtype=choose.choice((torch.float32, torch.float64) if float64 else (torch.float32,)),
+        columns=columns,
+        spread=10 ** choose.uniform(-7, 0.5),
+        drift=10 ** choose.uniform(-9, -0.5),
+        **given_rows.OPTIONS[option],
+    )
 
 
 def out_of_range(call: Call, exact: Outcome) -> str:

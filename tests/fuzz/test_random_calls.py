@@ -9,11 +9,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, note, settings
 from hypothesis import strategies as st
+from support import given_rows
 from support.backends import CPU, REFERENCE, Backend, require
 from support.compare import check_backend
 from support.steps import check_statistics, check_step
 
-from .draws import draw_call, draw_statistics, draw_step, seeded, yardstick_of
+from flowdppo_fast.backend import operator
+
+from .draws import draw_call, draw_given_rows, draw_statistics, draw_step, seeded, yardstick_of
 
 CASES = int(os.environ.get("FLOWDPPO_FUZZ_CASES", "150"))
 
@@ -60,6 +63,22 @@ def test_random_steps_and_statistics_agree_with_the_textbook(backend: Backend, d
             check(drawn.call, backend.name)
         except AssertionError as error:
             raise AssertionError(f"seed {seed}: {drawn}") from error
+
+
+@pytest.mark.parametrize("backend", [REFERENCE, CPU], ids=lambda backend: backend.name)
+def test_random_given_rows_agree_with_the_reference(backend: Backend):
+    require(backend)
+    compared = 0
+    for seed in range(2 * CASES):
+        call = draw_given_rows(seeded(seed), float64=backend.float64)
+        if not given_rows.is_decidable(call):
+            continue
+        compared += 1
+        try:
+            given_rows.check(operator("log_prob_loss", backend.name, backend.device), call)
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}: {call}") from error
+    assert compared > CASES
 
 
 @pytest.mark.parametrize("draw", [draw_call, draw_step, draw_statistics])

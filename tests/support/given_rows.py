@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -72,37 +73,40 @@ def draw(
     *,
     dtype: torch.dtype = torch.float32,
     columns: int = 0,
+    spread: float = 0.05,
+    drift: float = 0.02,
     with_drift: bool = True,
     with_reference: bool = False,
     with_weights: bool = False,
     **options: Any,
 ) -> GivenRows:
-    """Random rows, and a bound in the middle of what they reach, so that no rounding can move one across."""
+    """Random rows, and a bound in the middle of what they reach, so that no rounding can move one across.
+
+    ``spread`` is the standard deviation of their log-ratios, ``drift`` the mean of their drifts.
+    """
 
     def normal() -> Tensor:
         return torch.randn(rows, dtype=torch.float64)
 
     old = -1.2 + 0.1 * normal()
     vectors = (
-        old + 0.05 * normal(),
+        old + spread * normal(),
         old,
-        0.02 * normal().square() if with_drift else None,
-        0.02 * normal().square() if with_reference else None,
+        drift * normal().square() if with_drift else None,
+        drift * normal().square() if with_reference else None,
     )
     table = torch.stack((0.3 + 0.2 * torch.rand(rows), torch.ones(rows), 0.05 + 0.05 * torch.rand(rows)), 1)
     tensors = (
         *vectors, table[:, :columns].contiguous() if columns else None, normal(),
         torch.rand(rows) + 0.5 if with_weights else None,
     )  # fmt: skip
-    log_prob, old, drift, reference_drift, step, advantages, weights = (
-        x if x is None else x.to(dtype) for x in tensors
-    )
+    log_prob, old, to_old, to_reference, step, advantages, weights = (x if x is None else x.to(dtype) for x in tensors)
     values = [] if columns else [0.35, 1.0 / 0.35, 0.08]
 
     def bounded(bound: float) -> GivenRows:
         packed = EpilogueOptions.make(OBJECTIVES[objective].bounded(bound)[0], **options)
         return GivenRows(
-            log_prob, old, drift, reference_drift, step, values, advantages, weights, packed.ints, packed.floats
+            log_prob, old, to_old, to_reference, step, values, advantages, weights, packed.ints, packed.floats
         )
 
     call = bounded(0.5)
@@ -114,6 +118,18 @@ def draw(
     return bounded(min(bound, 0.9))
 
 
+def is_decidable(call: GivenRows) -> bool:
+    """Whether no row is so close to its bound that honest roundings may decide."""
+    rows = reference.log_prob_loss(*call.exact().args())[1]
+    clips = call.ints[0] in (Rule.RATIO_CLIP, Rule.GRPO_GUARD)
+    reached = (rows[RowField.RATIO] - 1.0).abs() if clips else rows[RowField.KL]
+    bounds = [bound for bound in call.floats[:3] if math.isfinite(bound)]
+    eps = torch.finfo(call.log_prob.dtype).eps
+    # a log-ratio is as exact as the log-probs that it is the difference of
+    size = call.log_prob.abs().max().double() if clips else reached
+    return all(bool(((reached - bound).abs() > 16 * eps * (size + bound)).all()) for bound in bounds)
+
+
 def check(operator: Callable[..., tuple[Tensor, Tensor, Tensor]], call: GivenRows) -> tuple[Tensor, Tensor, Tensor]:
     """Asserts that ``operator`` makes of the rows what the reference makes of them in float64; returns its results."""
     loss, rows, summary = (x.cpu() for x in operator(*call.args()))
@@ -123,26 +139,36 @@ def check(operator: Callable[..., tuple[Tensor, Tensor, Tensor]], call: GivenRow
     assert loss.shape == ()
     assert loss.dtype == rows.dtype == summary.dtype == dtype
     assert torch.equal(loss, summary[0]) or bool(torch.isnan(loss))
-    # the log-ratio is a difference of two log-probs, and where a guard adds its bias a sum of two numbers
-    size = 1.0 + float((exact.log_prob.abs() + exact.old_log_prob.abs()).nan_to_num().max())
+    # the log-ratio is a difference of two log-probs; a ratio is as exact as its exponent is small
+    size = 1.0 + largest_finite(exact.log_prob) + largest_finite(exact.old_log_prob)
+    size += largest_finite(exact_rows[RowField.RATIO].log())
     ulps = 8 * torch.finfo(dtype).eps * size
     for field in RowField:
-        within(field.name, rows[field], exact_rows[field], 0.0 if field == RowField.KEPT else ulps)
+        # under a bias of the batch dl/dQ is a mean of what dl/dL is made of
+        terms = exact_rows[RowField.GRAD_P] if field == RowField.GRAD_Q else None
+        within(field.name, rows[field], exact_rows[field], 0.0 if field == RowField.KEPT else ulps, terms)
+    # of what cancels in a summary
+    added_up = {
+        "loss": exact_rows[RowField.LOSS],
+        "policy_loss": exact_rows[RowField.LOSS],
+        "ratio_std": exact_rows[RowField.RATIO] - 1.0,
+    }
     for name, got, want in zip(SUMMARY, summary, exact_summary):
-        # a count is exact, its division by the number of rows rounds; row losses cancel in their mean
-        terms = exact_rows[RowField.LOSS] if name in ("loss", "policy_loss") else want
-        within(name, got, want, torch.finfo(dtype).eps if name in _COUNTED else ulps, terms)
+        # a count is exact, its division by the number of rows rounds
+        within(name, got, want, torch.finfo(dtype).eps if name in _COUNTED else ulps, added_up.get(name))
     return loss, rows, summary
 
 
 def within(name: str, actual: Tensor, exact: Tensor, relative: float, terms: Tensor | None = None) -> None:
-    """Off by no more than ``relative`` of the largest exact value (or of ``terms``, where they add up to it); the same
-    kind of number where it is not finite."""
+    """Off by no more than ``relative`` of the largest exact value, or of the ``terms`` that add up to it; the same kind
+    of number where it is not finite."""
     actual = actual.double()
     infinite = torch.isinf(exact)
     assert torch.equal(torch.isnan(actual), torch.isnan(exact)), name
     assert torch.equal(actual[infinite], exact[infinite]), name
-    error, scale = (largest_finite(x) for x in (actual - exact, exact if terms is None else terms))
+    error, scale = largest_finite(actual - exact), largest_finite(exact)
+    if terms is not None:
+        scale = max(scale, largest_finite(terms))
     assert error <= relative * scale, f"{name}: {error:.3e} of {scale:.3e}"
 
 
