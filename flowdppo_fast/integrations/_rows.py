@@ -39,8 +39,8 @@ def squared_drift(new: Tensor, old: Tensor, *, rows: int = 1, backend: str = "au
     Raises:
         ValueError, TypeError, RuntimeError: as in :func:`flowdppo_fast.row_statistics`.
     """
-    old = old.detach()
-    return row_statistics(new, old, old, _UNIT_STEP, rows=rows, backend=backend)[1]
+    # P is not looked at, so any noise will do; torch.compile refuses one tensor in two places
+    return row_statistics(new, old.detach(), old.detach(), _UNIT_STEP, rows=rows, backend=backend)[1]
 
 
 def log_prob_policy_loss(

@@ -15,6 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import flowdppo_fast as fast
 from flowdppo_fast import backend as backends
 from flowdppo_fast import ops, reference
+from flowdppo_fast.integrations._rows import log_prob_policy_loss, squared_drift
 
 PROBLEM = make_problem((4, 2), (3, 8, 8), index=[3, 5])
 STEP = PROBLEM.step
@@ -93,7 +94,25 @@ def sampler_replay(velocity, old, noise, reference, advantages, std, backend):
     return result.log_prob.sum(), result.log_prob
 
 
-FUNCTIONS = [dppo_velocity, scalar_step, guard_means, seeded, own_objective, sampler_step, sampler_replay]
+def own_log_probs(velocity, old, noise, reference, advantages, std, backend):
+    log_prob = -0.5 * (velocity.float() - noise.float()).square().mean((2, 3, 4))
+    out = log_prob_policy_loss(
+        fast.GRPOGuard(0.05, 0.05), log_prob, log_prob.detach() - 0.02 * advantages, advantages, std, dt=-0.1 * std,
+        drift=squared_drift(velocity, old, rows=2, backend=backend), backend=backend,
+    )  # fmt: skip
+    return out.loss, out.rows.ratio
+
+
+FUNCTIONS = [
+    dppo_velocity,
+    scalar_step,
+    guard_means,
+    seeded,
+    own_objective,
+    sampler_step,
+    sampler_replay,
+    own_log_probs,
+]
 
 
 def check(function, compiled, arguments, backend):
