@@ -162,6 +162,7 @@ def ratio_clip_loss(
     *,
     clip_range: float | tuple[float, float] = 1e-4,
     adv_clip_max: float | None = 5.0,
+    backend: str = "auto",
 ) -> LossOutput:
     """The inline clip loss from the script's own log-probs; nothing has to be stored for it.
 
@@ -169,6 +170,7 @@ def ratio_clip_loss(
         new_log_probs, old_log_probs, advantages: ``[B]``; the first one with gradient.
         clip_range: ``c`` or ``(low, high)``.
         adv_clip_max: clamp on advantages (``args.adv_clip_max``).
+        backend: as for :func:`~flowdppo_fast.fused_policy_loss`.
     """
     return log_prob_policy_loss(
         RatioClip(*clip_pair(clip_range)),
@@ -177,4 +179,5 @@ def ratio_clip_loss(
         advantages.reshape(-1),
         1.0,
         advantage_clip=adv_clip_max,
+        backend=backend,
     )

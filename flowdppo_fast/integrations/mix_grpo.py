@@ -142,6 +142,7 @@ def ratio_clip_loss(
     clip_range: float | tuple[float, float] = 1e-4,
     adv_clip_max: float | None = 5.0,
     kl_coeff: float = 0.0,
+    backend: str = "auto",
 ) -> tuple[LossOutput, Tensor]:
     """The inline loss with MixGRPO's penalty on the distance to the *old* policy.
 
@@ -150,6 +151,7 @@ def ratio_clip_loss(
         clip_range: ``c`` or ``(low, high)``.
         adv_clip_max: clamp on advantages.
         kl_coeff: weight of the penalty.
+        backend: as for the losses.
 
     Returns:
         the clip loss, and ``kl_loss = mean((new - old)**2) / 2``; the script's loss is ``out.loss + kl_coeff *
@@ -162,6 +164,7 @@ def ratio_clip_loss(
         advantages.reshape(-1),
         1.0,
         advantage_clip=adv_clip_max,
+        backend=backend,
     )
     kl_loss = 0.5 * (new_log_probs - old_log_probs.detach()).square().mean()
     return out._replace(loss=out.loss + kl_coeff * kl_loss), kl_loss.detach()

@@ -295,8 +295,9 @@ class FlowDPPO(_FlowDPPO):
         old_log_probs = self._anchor(segment, "sde_logp", steps).to(log_probs.device)
         drift = squared_drift(means.detach(), old_means, rows=2, backend=self.loss_backend)
         return log_prob_policy_loss(
-            objective, log_probs, old_log_probs, adv.to(log_probs.dtype), std, drift=drift, log_prob_kind=convention
-        )
+            objective, log_probs, old_log_probs, adv.to(log_probs.dtype), std, drift=drift, log_prob_kind=convention,
+            backend=self.loss_backend,
+        )  # fmt: skip
 
     def _anchor(self, segment: Any, name: str, steps: list[int]) -> Tensor:
         field = getattr(segment, name)

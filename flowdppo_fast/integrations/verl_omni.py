@@ -140,6 +140,7 @@ class FlowGRPOLoss(_FlowGRPOLoss):
             1.0,
             advantage_clip=settings.adv_clip_max,
             row_weights=_detached(rollout_is_weights),
+            backend=cls.options.backend,
         )
         return out.loss, _floats(out, _CLIP_NAMES)
 
@@ -189,8 +190,9 @@ class FlowDPPOLoss(_FlowDPPOLoss):
             # a mask passes no gradient on
             drift = squared_drift(prev_sample_mean.detach(), old_prev_sample_mean, backend=options.backend)
             out = log_prob_policy_loss(
-                objective, log_prob, old_log_prob, advantages, std, drift=drift, row_weights=weights
-            )
+                objective, log_prob, old_log_prob, advantages, std, drift=drift, row_weights=weights,
+                backend=options.backend,
+            )  # fmt: skip
         return out.loss, _floats(out, _MASK_NAMES, population_std=True)
 
 
@@ -227,7 +229,11 @@ class GRPOGuardLoss(_GRPOGuardLoss):
         std = options.std(std_dev_t, sqrt_dt, config)
         objective = GRPOGuard(settings.clip_ratio, settings.clip_ratio)
         dt = -(_flat(sqrt_dt) ** 2)
-        shared = {"advantage_clip": settings.adv_clip_max, "row_weights": _detached(rollout_is_weights)}
+        shared = {
+            "advantage_clip": settings.adv_clip_max,
+            "row_weights": _detached(rollout_is_weights),
+            "backend": options.backend,
+        }
         if options.log_ratio == "means":
             out = fused_policy_loss(
                 objective,
@@ -237,14 +243,22 @@ class GRPOGuardLoss(_GRPOGuardLoss):
                 std,
                 advantages.detach(),
                 dt=dt,
-                backend=options.backend,
                 **shared,  # type: ignore[arg-type]
             )
             return out.loss, _floats(out, _CLIP_NAMES)
         if options.sigma == "exact" and options.sampler(config) == "cps":
             log_prob, old_log_prob = log_prob / (2.0 * std**2), old_log_prob / (2.0 * std**2)
         drift = squared_drift(prev_sample_mean, old_prev_sample_mean, backend=options.backend)
-        out = log_prob_policy_loss(objective, log_prob, old_log_prob, advantages, std, dt=dt, drift=drift, **shared)
+        out = log_prob_policy_loss(
+            objective,
+            log_prob,
+            old_log_prob,
+            advantages,
+            std,
+            dt=dt,
+            drift=drift,
+            **shared,  # type: ignore[arg-type]
+        )
         return out.loss, _floats(out, _CLIP_NAMES)
 
 

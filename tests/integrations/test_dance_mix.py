@@ -185,3 +185,10 @@ def test_clip_loss_from_log_probs(trainer):
 def _swap(result, v):
     loss, metrics = result
     return loss, v, metrics
+
+
+@pytest.mark.parametrize("module", [dance_grpo, mix_grpo], ids=["dance", "mix"])
+def test_a_backend_that_is_named_runs_or_is_an_error(module):
+    rows = (torch.zeros(2), torch.zeros(2), torch.ones(2))
+    with pytest.raises(RuntimeError, match="backend='triton' cannot run"):
+        module.ratio_clip_loss(*rows, backend="triton")

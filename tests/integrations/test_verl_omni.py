@@ -265,6 +265,14 @@ def test_metric_names_and_required_keys_are_theirs(verl_omni, call):
         call(config("flow_dppo"), model_output, data)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_backend_that_is_named_runs_or_is_an_error(verl_omni, call, mode):
+    verl_omni.register(backend="triton", fused_step=False)
+    r = record("flow_sde", LATENTS["packed"])
+    with pytest.raises(RuntimeError, match="backend='triton' cannot run"):
+        call(config(mode), *batch(r, "sde", r.replay(r.velocity)))
+
+
 def test_register_replaces_and_unregister_restores(verl_omni):
     registry = sys.modules["verl_omni.trainer.diffusion.diffusion_algos"].DIFFUSION_LOSS_REGISTRY
     scheduler = sys.modules["verl_omni.pipelines.schedulers.flow_match_sde"].FlowMatchSDEDiscreteScheduler
