@@ -167,8 +167,7 @@ def test_evaluation_needs_prompts_and_prompts_need_evaluation(run):
 
 def test_compiled_blocks_train_like_eager_ones(run, monkeypatch):
     # graphs are captured and split by autograd as ever; what inductor makes of them is torch's, and takes half a minute
-    captured = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
-    monkeypatch.setattr(torch.nn.Module, "compile", captured)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     eager, expected = run(run={"iterations": 1})
