@@ -5,6 +5,7 @@ Rows, seeds and updates are numbered for the whole run, so that a run does the s
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +25,12 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from .sharding import FullyShardedWeights, WholeWeights
 
 
+def _leave() -> None:
+    """Ends the group before the interpreter ends: its threads must not meet a Python that is being taken down."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 class Workers:
     """All processes of ``accelerator``, of which this is number ``rank``.
 
@@ -39,6 +46,8 @@ class Workers:
         self.is_main = accelerator.is_main_process
         self._accelerator = accelerator
         self.sharding = sharding_of(accelerator)
+        if self.count > 1:
+            atexit.register(_leave)
         self._error: Exception | None = None
         # an error that all processes were told of: they may still do things together
         self.agreed = False

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -15,6 +17,12 @@ def main(folder: str, sections: str, *fate: str) -> None:
     from distributed_runs import killed, train
 
     torch.set_num_threads(1)
+
+    # what was registered before the trainer's own runs after it
+    @atexit.register
+    def note_the_group() -> None:
+        Path(folder, f"group-{os.environ['RANK']}").write_text(str(torch.distributed.is_initialized()))
+
     (killed if fate else train)(folder, json.loads(sections), reward="two")
 
 
