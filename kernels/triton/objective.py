@@ -91,7 +91,7 @@ def epilogue_kernel(
     REFERENCE_WITHOUT_DT: tl.constexpr,
     COLUMNS: tl.constexpr,
     MEAN_FORM: tl.constexpr,
-    DRIFT: tl.constexpr,
+    DRIFT: tl.constexpr,  # of the partials
     FIELDS: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
     ROW_BLOCKS: tl.constexpr,
@@ -375,7 +375,7 @@ def log_prob_loss(
     with on_device(log_prob):
         return _launch_epilogue(
             None, log_prob, drift, reference_drift, step, step_values, advantages, row_weights, old_log_prob,
-            ints, floats, 1, splits=1, mean_form=True, drift=reference_drift is not None,
+            ints, floats, 1, splits=1, mean_form=True, drift=False,
         )  # fmt: skip
 
 

@@ -55,6 +55,12 @@ OBJECTIVES = {
 # no row is dropped whatever the bound
 NEVER_DROP = {"unclipped"}
 
+# metrics that are exact in any arithmetic: fractions of rows and a count
+COUNTED = (
+    "kl_mask_fraction", "pos_rm_fraction", "neg_rm_fraction", "masked_fraction", "unmasked_fraction",
+    "nonfinite_rows", "clipfrac", "clipfrac_gt_one", "clipfrac_lt_one",
+)  # fmt: skip
+
 # drift makes the policies close enough for sums over latents to stay in range
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -15,7 +15,10 @@ from torch import Tensor
 from flowdppo_fast import reference
 from flowdppo_fast.objectives import SUMMARY, EpilogueOptions, RowField, Rule
 
-from .cases import OBJECTIVES, middle_gap
+from .cases import COUNTED, OBJECTIVES, middle_gap
+from .tolerance import check_within, largest_finite
+
+Operator = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -31,11 +34,6 @@ CASES = [
     for number, (objective, option) in enumerate(itertools.product(OBJECTIVES, OPTIONS))
     if option != "without_drift" or objective in ("ratio_clip", "ratio_clip_asymmetric", "unclipped")
 ]
-# exact in any arithmetic: fractions of rows and a count
-_COUNTED = (
-    "kl_mask_fraction", "pos_rm_fraction", "neg_rm_fraction", "masked_fraction", "unmasked_fraction",
-    "nonfinite_rows", "clipfrac", "clipfrac_gt_one", "clipfrac_lt_one",
-)  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -130,7 +128,7 @@ def is_decidable(call: GivenRows) -> bool:
     return all(bool(((reached - bound).abs() > 16 * eps * (size + bound)).all()) for bound in bounds)
 
 
-def check(operator: Callable[..., tuple[Tensor, Tensor, Tensor]], call: GivenRows) -> tuple[Tensor, Tensor, Tensor]:
+def check(operator: Operator, call: GivenRows) -> tuple[Tensor, Tensor, Tensor]:
     """Asserts that ``operator`` makes of the rows what the reference makes of them in float64; returns its results."""
     loss, rows, summary = (x.cpu() for x in operator(*call.args()))
     exact = call.exact()
@@ -143,10 +141,16 @@ def check(operator: Callable[..., tuple[Tensor, Tensor, Tensor]], call: GivenRow
     size = 1.0 + largest_finite(exact.log_prob) + largest_finite(exact.old_log_prob)
     size += largest_finite(exact_rows[RowField.RATIO].log())
     ulps = 8 * torch.finfo(dtype).eps * size
+
+    def close(name: str, got: Tensor, want: Tensor, relative: float, terms: Tensor | None = None) -> None:
+        # of the largest value, or of the terms that add up to it
+        scale = max(largest_finite(want), 0.0 if terms is None else largest_finite(terms))
+        check_within(name, got, want, relative * scale, dtype)
+
     for field in RowField:
         # under a bias of the batch dl/dQ is a mean of what dl/dL is made of
         terms = exact_rows[RowField.GRAD_P] if field == RowField.GRAD_Q else None
-        within(field.name, rows[field], exact_rows[field], 0.0 if field == RowField.KEPT else ulps, terms)
+        close(field.name, rows[field], exact_rows[field], 0.0 if field == RowField.KEPT else ulps, terms)
     # of what cancels in a summary
     added_up = {
         "loss": exact_rows[RowField.LOSS],
@@ -155,23 +159,29 @@ def check(operator: Callable[..., tuple[Tensor, Tensor, Tensor]], call: GivenRow
     }
     for name, got, want in zip(SUMMARY, summary, exact_summary):
         # a count is exact, its division by the number of rows rounds
-        within(name, got, want, torch.finfo(dtype).eps if name in _COUNTED else ulps, added_up.get(name))
+        close(name, got, want, torch.finfo(dtype).eps if name in COUNTED else ulps, added_up.get(name))
     return loss, rows, summary
 
 
-def within(name: str, actual: Tensor, exact: Tensor, relative: float, terms: Tensor | None = None) -> None:
-    """Off by no more than ``relative`` of the largest exact value, or of the ``terms`` that add up to it; the same kind
-    of number where it is not finite."""
-    actual = actual.double()
-    infinite = torch.isinf(exact)
-    assert torch.equal(torch.isnan(actual), torch.isnan(exact)), name
-    assert torch.equal(actual[infinite], exact[infinite]), name
-    error, scale = largest_finite(actual - exact), largest_finite(exact)
-    if terms is not None:
-        scale = max(scale, largest_finite(terms))
-    assert error <= relative * scale, f"{name}: {error:.3e} of {scale:.3e}"
+def check_no_rows(operator: Operator, objective: str) -> None:
+    """Asserts that of no rows there is a loss of 0 and nothing to report, as in the reference."""
+    call = draw(objective, 0)
+    for got, want in zip(operator(*call.args()), reference.log_prob_loss(*call.args())):
+        assert torch.equal(torch.isnan(got.cpu()), torch.isnan(want))
+        assert torch.equal(got.cpu().nan_to_num(), want.nan_to_num())
 
 
-def largest_finite(x: Tensor) -> float:
-    """The largest absolute value that is finite; 0 if there is none."""
-    return float(x.abs().nan_to_num(0.0, 0.0, 0.0).max())
+def check_not_finite(operator: Operator, objective: str, field: str, bad: float) -> None:
+    """Asserts that a number that is not finite goes where the reference lets it go."""
+    call = draw(objective, 6)
+    getattr(call, field)[2] = bad
+    check(operator, call)
+
+
+def check_overflow(operator: Operator, objective: str) -> None:
+    """Asserts that a dropped row has no gradient even where its ratio overflows."""
+    call = draw(objective, 4)
+    call.log_prob[1], call.drift[1], call.advantages[1] = 2000.0, 50.0, 1.0  # type: ignore[index]
+    _, rows, _ = check(operator, call)
+    assert rows[RowField.RATIO, 1] == math.inf
+    assert rows[RowField.GRAD_P :, 1].tolist() == [0.0] * 3

@@ -49,6 +49,7 @@ def check_within(name: str, actual: Tensor, exact: Tensor, slack: float, compute
     assert actual.shape == exact.shape, f"{name}: shape {tuple(actual.shape)} for {tuple(exact.shape)}"
     result, exact = actual.detach().double(), exact.double()
     finite = torch.isfinite(exact)
+    assert torch.equal(torch.isnan(result), torch.isnan(exact)), name
     assert torch.equal(torch.nan_to_num(result[~finite]), torch.nan_to_num(exact[~finite])), name
     result, exact = result[finite], exact[finite]
     if exact.numel() == 0:
@@ -63,6 +64,11 @@ def check_within(name: str, actual: Tensor, exact: Tensor, slack: float, compute
         f"{name}: {int(off.sum())} of {error.numel()} off, worst by {float(error[off].max()):.3e} "
         f"where {float(bound[off].min()):.3e} is allowed"
     )
+
+
+def largest_finite(x: Tensor) -> float:
+    """The largest absolute value that is finite; 0 if there is none."""
+    return float(x[torch.isfinite(x)].abs().max()) if torch.isfinite(x).any() else 0.0
 
 
 def check_float64(name: str, actual: Tensor, expected: Tensor, scale: float = 1.0) -> None:

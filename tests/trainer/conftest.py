@@ -79,12 +79,12 @@ def make_flux() -> FluxPipeline:
     return pipeline
 
 
-def make_digits():
+def make_digits(layers: int = 2):
     from pipeline import DigitsPipeline
 
     torch.manual_seed(3)
     transformer = SD3Transformer2DModel(
-        sample_size=8, patch_size=4, in_channels=1, out_channels=1, num_layers=2, attention_head_dim=8,
+        sample_size=8, patch_size=4, in_channels=1, out_channels=1, num_layers=layers, attention_head_dim=8,
         num_attention_heads=2, joint_attention_dim=11, caption_projection_dim=16, pooled_projection_dim=11,
         pos_embed_max_size=2,
     )  # fmt: skip

@@ -11,7 +11,8 @@ import math
 import pytest
 import torch
 from problems_for_kernels import DEVICE, FORMS, MARKS, SEED, Source, source
-from support.cases import NEVER_DROP, middle_gap
+from support.cases import COUNTED, NEVER_DROP, middle_gap
+from support.tolerance import check_within, largest_finite
 
 from flowdppo_fast import reference
 from flowdppo_fast.kernels import launch, policy_loss, policy_loss_and_grad, row_grad, row_stats
@@ -60,11 +61,6 @@ OPTIONS = {
         "advantage_clip": 0.9, "reduce": "sum", "drift": 0.01,
     },
 }  # fmt: skip
-# summary entries that are exact in any arithmetic: fractions of rows and a count
-COUNTED = (
-    "kl_mask_fraction", "pos_rm_fraction", "neg_rm_fraction", "masked_fraction", "unmasked_fraction",
-    "nonfinite_rows", "clipfrac", "clipfrac_gt_one", "clipfrac_lt_one",
-)  # fmt: skip
 
 
 class Loss:
@@ -127,19 +123,9 @@ class Loss:
         return size * (self.numel if self.options.sum_reduce else 1)
 
 
-def largest(x: torch.Tensor) -> float:
-    finite = x[torch.isfinite(x)]
-    return float(finite.abs().max()) if finite.numel() else 0.0
-
-
-def assert_close(name: str, actual: torch.Tensor, exact: torch.Tensor, allowed: float) -> None:
-    """Within ``allowed`` where finite; the same kind of number elsewhere."""
-    actual, exact = actual.double(), exact.double()
-    finite = torch.isfinite(exact)
-    assert torch.equal(torch.isnan(actual), torch.isnan(exact)), name
-    assert torch.equal(actual[torch.isinf(exact)], exact[torch.isinf(exact)]), name
-    error = (actual - exact)[finite].abs()
-    assert bool((error <= allowed).all()), f"{name}: {largest(error):.3e} > {allowed:.3e}"
+def check_close(name: str, actual: torch.Tensor, exact: torch.Tensor, allowed: float) -> None:
+    """Off by no more than ``allowed`` where finite; the same kind of number elsewhere."""
+    check_within(name, actual, exact, allowed, actual.dtype)
 
 
 def check(call: Loss) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -152,14 +138,14 @@ def check(call: Loss) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     assert loss.dtype == rows.dtype == summary.dtype == compute
     assert torch.equal(loss, summary[0]) or bool(torch.isnan(loss))
     ulps = 16 * torch.finfo(compute).eps
-    condition = largest(call.condition())
-    allowed = {field: ulps * (1.0 + condition) * largest(exact_rows[field]) for field in RowField}
+    condition = largest_finite(call.condition())
+    allowed = {field: ulps * (1.0 + condition) * largest_finite(exact_rows[field]) for field in RowField}
     allowed[RowField.LOG_RATIO] = ulps * condition
     allowed[RowField.KEPT] = 0.0
     for field in RowField:
-        assert_close(field.name, rows[field], exact_rows[field], allowed[field])
+        check_close(field.name, rows[field], exact_rows[field], allowed[field])
 
-    ratio = largest(exact_rows[RowField.RATIO])
+    ratio = largest_finite(exact_rows[RowField.RATIO])
     by_name = {
         "loss": allowed[RowField.LOSS],
         "policy_loss": allowed[RowField.LOSS],
@@ -168,16 +154,16 @@ def check(call: Loss) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         "ratio_std": ulps * condition * ratio,
         "ratio_min": allowed[RowField.RATIO],
         "ratio_max": allowed[RowField.RATIO],
-        "approx_kl": 2.0 * allowed[RowField.LOG_RATIO] * (largest(exact_rows[RowField.LOG_RATIO]) + ulps),
+        "approx_kl": 2.0 * allowed[RowField.LOG_RATIO] * (largest_finite(exact_rows[RowField.LOG_RATIO]) + ulps),
         "kl_new_old_mean": allowed[RowField.KL],
         "kl_new_old_max": allowed[RowField.KL],
-        "drift_mean": ulps * largest(exact_summary[SUMMARY.index("drift_mean")]),
-        "kl_ref_mean": ulps * largest(exact_summary[SUMMARY.index("kl_ref_mean")]),
+        "drift_mean": ulps * largest_finite(exact_summary[SUMMARY.index("drift_mean")]),
+        "kl_ref_mean": ulps * largest_finite(exact_summary[SUMMARY.index("kl_ref_mean")]),
     }
     for index, name in enumerate(SUMMARY):
         # a count is exact, its division by the number of rows rounds
         bound = torch.finfo(compute).eps if name in COUNTED else by_name[name]
-        assert_close(name, summary[index], exact_summary[index], bound)
+        check_close(name, summary[index], exact_summary[index], bound)
     return loss, rows, summary
 
 
@@ -375,10 +361,12 @@ def test_everything_agrees_from_end_to_end():
     )
     for name, actual, expected in zip(("loss", "rows", "summary"), outcome, exact):
         # float32 sums of 6,151 products: blocked, so a random walk of a few steps (support.tolerance)
-        allowed = (8 + 2 * math.log2(6151)) * 2.0**-23 * (1.0 + largest(call.condition())) * largest(expected)
-        assert_close(name, actual.cpu(), expected, allowed)
+        allowed = (
+            (8 + 2 * math.log2(6151)) * 2.0**-23 * (1.0 + largest_finite(call.condition())) * largest_finite(expected)
+        )
+        check_close(name, actual.cpu(), expected, allowed)
     grad, expected = outcome[3].cpu().double(), exact[3]
-    rounding = 2.0**-7 * expected.abs() + 64 * 2.0**-23 * largest(expected)
+    rounding = 2.0**-7 * expected.abs() + 64 * 2.0**-23 * largest_finite(expected)
     assert bool(((grad - expected).abs() <= rounding).all())
 
 
