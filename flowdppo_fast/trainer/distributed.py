@@ -26,7 +26,11 @@ from .sharding import FullyShardedWeights, WholeWeights
 
 
 def _leave() -> None:
-    """Ends the group before the interpreter ends: its threads must not meet a Python that is being taken down."""
+    """Ends the group before the interpreter ends, as torch asks for.
+
+    A thread of the group that wants Python's lock while Python is taken down aborts the process. Under DDP the threads
+    are gone after this; where FSDP2 or DeepSpeed holds the group they stay, with nothing left to do.
+    """
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -447,11 +447,27 @@ class Operations(TorchDispatchMode):
         return result
 
 
+def test_operations_of_their_formula():
+    """What docs/integrations/verl_omni.md says of verl-omni's ``flow_dppo`` under ``sde``, four samples."""
+    r = record("flow_sde", LATENTS["packed"], rows=4, index=[1, 1, 3, 3]).to(torch.float32)
+    v, old = r.leaf(), r.old
+    new = r.replay(v)
+    with Operations(v.numel()) as ran:
+        loss, _ = conventions.verl_omni_flow_dppo(
+            new.log_prob, old.log_prob, new.mean, old.mean, new.std_dev_t, new.sqrt_dt.flatten(), r.advantages,
+            kl_mask_threshold=THRESHOLD, add_kl_coefficient=True,
+        )  # fmt: skip
+    assert (ran.on_latents, ran.on_rows) == (4, 43)
+    with Operations(v.numel()) as ran:
+        loss.backward()
+    assert (ran.on_latents, ran.on_rows) == (11, 6)
+
+
 @pytest.mark.parametrize(
     ("log_ratio", "forward", "backward"), [("log_probs", (1, 10), (1, 12)), ("means", (1, 9), (2, 3))]
 )
 def test_operations_of_a_loss(verl_omni, call, log_ratio, forward, backward):
-    """What docs/integrations/verl_omni.md says of ``flow_dppo`` under ``sde``; backward through the step, too."""
+    """What the page says of this code; backward through the step, too."""
     require(CPU)
     verl_omni.register(log_ratio=log_ratio)
     scheduler = sys.modules["verl_omni.pipelines.schedulers.flow_match_sde"].FlowMatchSDEDiscreteScheduler(shift=3.0)

@@ -403,7 +403,7 @@ def test_accelerate_launches_a_sharded_run(alone, tmp_path):
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run" / "facts.json").read_text()) == {"processes": 2, "parts": 3}
     assert_same_run(alone(LAUNCHED), tmp_path / "run")
-    # no thread of the group is left that could meet an interpreter on its way out
+    # both had left their group when the interpreter ended
     assert [(tmp_path / "run" / f"group-{rank}").read_text() for rank in (0, 1)] == ["False"] * 2
 
 
