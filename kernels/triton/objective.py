@@ -77,7 +77,7 @@ def epilogue_kernel(
     rows,
     splits,
     numel,
-    options,  # the five numbers below as float64, or None
+    option_table,  # the five numbers below as float64, or None
     threshold,
     clip_low,
     clip_high,
@@ -101,11 +101,11 @@ def epilogue_kernel(
     SPLIT_BLOCKS: tl.constexpr,
 ):
     dtype: tl.constexpr = advantages.dtype.element_ty
-    threshold = _number(threshold, options, 0, dtype)
-    clip_low = _number(clip_low, options, 1, dtype)
-    clip_high = _number(clip_high, options, 2, dtype)
-    advantage_clip = _number(advantage_clip, options, 3, dtype)
-    kl_weight = _number(kl_weight, options, 4, dtype)
+    threshold = _number(threshold, option_table, 0, dtype)
+    clip_low = _number(clip_low, option_table, 1, dtype)
+    clip_high = _number(clip_high, option_table, 2, dtype)
+    advantage_clip = _number(advantage_clip, option_table, 3, dtype)
+    kl_weight = _number(kl_weight, option_table, 4, dtype)
     zero = tl.full((ROW_BLOCK,), 0.0, dtype)
     one = tl.full((ROW_BLOCK,), 1.0, dtype)
     count = one
