@@ -21,6 +21,7 @@ _LINK = re.compile(r"(?<!!)\[([^\]]*)\]\((\.\.?/[^)\s#]*)(?:#[^)\s]*)?\)")
 _NOT_RUN = re.compile(r"^<!-- not run: (.+?) -->\n(```.*?^```$)", re.MULTILINE | re.DOTALL)
 # as pymdownx.arithmatex marks them
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.+?)\\[)\]]</\1>', re.DOTALL)
+_PRIME = re.compile(r"<msup>(<mi>[^<]*</mi>)<mi>(&#x02032;)</mi></msup>")
 _FOREIGN = re.compile(r'<(?:script|link|img|iframe)\b[^>]*(?:src|href)="(?:https?:)?//[^"]*"[^>]*>')
 # what is left where python-markdown reads a page otherwise than its author meant
 _LEFTOVERS = re.compile(r"\|\s*-{3,}|<p>(?:[-*] |\d+\. |#)|\n[-*] |\]\(|:[a-z]+:<code>|^```|\$", re.MULTILINE)
@@ -51,7 +52,8 @@ def on_page_content(content: str, page, config, files) -> str:
         shown = convert(html.unescape(match[2]), display="block" if match[1] == "div" else "inline")
         if "\\" in shown:
             log.warning("%s has a formula that cannot be drawn: %s", page.file.src_path, match[2])
-        return shown
+        # fonts for mathematics have the prime raised already
+        return _PRIME.sub(r"<mrow>\1<mo>\2</mo></mrow>", shown)
 
     return _FORMULA.sub(formula, content)
 
