@@ -12,8 +12,6 @@ import os
 import re
 from pathlib import Path
 
-from latex2mathml.converter import convert
-
 ROOT = Path(__file__).parents[2]
 log = logging.getLogger("mkdocs.hooks.flowdppo")
 
@@ -47,6 +45,7 @@ def on_page_markdown(markdown: str, page, config, files) -> str:
 
 def on_page_content(content: str, page, config, files) -> str:
     """HTML of a page with MathML in place of TeX; a command that the converter does not know is a warning."""
+    from latex2mathml.converter import convert
 
     def formula(match: re.Match) -> str:
         shown = convert(html.unescape(match[2]), display="block" if match[1] == "div" else "inline")
