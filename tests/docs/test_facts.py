@@ -61,13 +61,12 @@ def test_the_settings_page_has_every_check(kind):
         assert re.search(pattern, said) or re.search(rf"\| (integer|number) {short}[ |,]", said), pattern
 
 
-# troubleshooting.md, and the same names in learning.md
+# troubleshooting.md
 
 
 def test_every_finding_of_diagnose_is_explained():
-    for name in ("troubleshooting.md", "learning.md"):
-        rows = re.findall(r"^\| ([^|`]+) \|", page(name).text, re.MULTILINE)
-        assert set(diagnose.CHECKS) <= set(rows), name
+    rows = re.findall(r"^\| ([^|`]+) \|", page("troubleshooting.md").text, re.MULTILINE)
+    assert set(diagnose.CHECKS) <= set(rows)
 
 
 def test_the_words_of_doctor_are_its_words():
