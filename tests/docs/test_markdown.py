@@ -56,6 +56,7 @@ def test_every_renderer_reads_the_page_alike(page):
         ("$ x $ is no formula", "a dollar"),
         ("$x$s is none", "a dollar"),
         (r"$\operatorname{mean}(x)$", "operatorname"),
+        (r"$a\,x$", "GitHub refuses"),
     ],
 )
 def test_what_is_read_otherwise_somewhere(prose, said):
@@ -84,10 +85,13 @@ def wrong_markup(prose: str) -> list[str]:
     if re.search(r'(?:!\[[^\]]*\]\(|<img[^>]* src=")(?:https?:)?//', prose):
         found.append("a picture of another host")
     text = re.sub(r"``.+?``|`[^`]+`", "", prose, flags=re.DOTALL)
-    if re.search(r"\$[^$]*\\operatorname", text):
-        found.append(r"GitHub refuses \operatorname: take \mathrm")
-    text = re.sub(r"^\$\$\n.+?\n\$\$$", "", text, flags=re.MULTILINE | re.DOTALL)
-    text = re.sub(r"(?<![\w\\])\$(?! )[^$\n]+(?<! )\$(?!\w)", "", text)
+    formula = re.compile(r"^\$\$\n.+?\n\$\$$|(?<![\w\\])\$(?! )[^$\n]+(?<! )\$(?!\w)", re.MULTILINE | re.DOTALL)
+    for match in formula.finditer(text):
+        # markdown takes a backslash before punctuation for its own
+        found += [
+            f"GitHub refuses {wrong} in {match[0]}" for wrong in re.findall(r"\\operatorname|\\[^A-Za-z]", match[0])
+        ]
+    text = formula.sub("", text)
     found += [f"a dollar that ends no formula: {line}" for line in text.splitlines() if "$" in line]
     return found
 
