@@ -26,7 +26,8 @@ def test_compiled_kernels_on_the_emulator(tmp_path):
     # a worker of pytest-xdist must not take this run for another worker, and kernels must not be interpreted
     env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "TRITON_INTERPRET"))}
     env |= {"PYTHONPATH": str(ROOT / "tests"), "FLOWDPPO_PTX_TALLY": str(tally)}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "ptx.plugin", "-p", "no:cacheprovider", f"@{SHORT}"]
+    plugins = ("-p", "ptx.tally", "-p", "ptx.plugin", "-p", "no:cacheprovider")
+    command = [sys.executable, "-m", "pytest", "-q", *plugins, f"@{SHORT}"]
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(tally.read_text())
