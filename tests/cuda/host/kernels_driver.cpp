@@ -15,6 +15,7 @@
 
 #include "control.h"
 #include "kernels_api.h"
+#include "normals.cuh"
 #include "objective.h"
 #include "philox.h"
 #include "platform.cuh"
@@ -125,7 +126,7 @@ struct Rows {
   float noise(int64_t row, int64_t i) {
     if (!seeded) return latents[2].get(row * numel + i);
     float z[4];
-    philox_normals(seed, static_cast<uint64_t>(first_stream + row), static_cast<uint64_t>(i / 4), z);
+    gpu::philox_normals_by_hardware(seed, static_cast<uint64_t>(first_stream + row), static_cast<uint64_t>(i / 4), z);
     return z[i % 4];
   }
 
