@@ -370,15 +370,15 @@ def _shuffle(kernel: Kernel, one: Instruction) -> Action:
     way = one.modifiers[1]
     result, predicate = halves(one.operands[0])
     source, count, clamp, mask = one.operands[1:]
-    if not isinstance(source, Register) or clamp != Immediate(0 if way == "up" else 31, "int"):
-        raise Fault("shuffle within part of a warp")
-    read, distance, members = (
-        reader(kernel, operand, kind) for operand, kind in ((source, "u32"), (count, "u32"), (mask, "u32"))
-    )
+    if not isinstance(source, Register):
+        raise Fault("shuffle of what is no register")
+    read, distance, bound, members = (reader(kernel, operand, "u32") for operand in (source, count, clamp, mask))
     write, write_predicate = writer(kernel, result), writer(kernel, predicate)
 
     def run(machine: Machine, lanes: Lanes) -> None:
         whole_warps(machine, lanes, members(machine, lanes))
+        if (bound(machine, lanes) != np.uint32(0 if way == "up" else 31)).any():
+            raise Fault("shuffle within part of a warp")
         lane = (machine.thread[lanes.pick] & np.uint32(31)).astype(np.int64)
         n = distance(machine, lanes).astype(np.int64)
         giver = {"bfly": lane ^ n, "down": lane + n, "up": lane - n, "idx": n + 0 * lane}[way]

@@ -284,7 +284,8 @@ class Machine:
     def load(self, lanes: Lanes, space: str, addresses: Addresses, width: int, count: int = 1, atomic=False) -> Array:
         """``[lanes, count]`` numbers of ``width`` bytes from ``global``, ``shared``, ``param`` or ``generic`` memory."""
         check_alignment(addresses, width * count)
-        if space == "param":
+        # a generic address may be that of a parameter (__grid_constant__)
+        if space == "param" or (space == "generic" and self._parameter_memory.holds(addresses)):
             return self._parameter_memory.load(addresses, width, count)
         if self._is_shared(space, addresses):
             places = self.shared.place(addresses, self.local_block[lanes.pick], width * count)

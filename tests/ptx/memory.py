@@ -57,6 +57,12 @@ class GlobalMemory:
         self._bytes = [np.frombuffer((ctypes.c_uint8 * n).from_address(start), np.uint8) for start, n in items]
         self._stale = False
 
+    def holds(self, addresses: Addresses) -> bool:
+        """Whether all of them lie within the known allocations' bounds."""
+        if self._stale:
+            self._sort()
+        return bool(len(self._starts) and addresses.min() >= self._starts[0] and addresses.max() < self._ends[-1])
+
     def _parts(self, addresses: Addresses, size: int) -> list[tuple[int, NDArray[np.bool_] | None]]:
         """Which allocation each address is in: (allocation, its lanes; None for all)."""
         if self._stale:
