@@ -206,7 +206,7 @@ def _matrix(kernel: Kernel, one: Instruction) -> Action:
         warp = np.arange(lanes.count) - lane
         found: list[Array] = []
         for matrix in range(count):
-            # thread i holds columns 2*(i % 4) and one more of row i / 4, whose address is given by thread 8*matrix + row
+            # thread i holds columns 2*(i % 4) and one more of row i / 4; thread 8*matrix + row gives a row's address
             def row(number: NDArray[np.int64], matrix: int = matrix) -> Addresses:
                 start = rows[warp + 8 * matrix + number]
                 if (start & np.uint64(15)).any():

@@ -295,9 +295,8 @@ def _permute_bytes(kernel: Kernel, one: Instruction) -> Action:
         found = np.zeros(1, np.uint32)
         for i in range(4):
             which = selector >> np.uint32(4 * i)
-            byte = (both >> ((which & np.uint32(7)).astype(np.uint64) * np.uint64(8))).astype(np.uint32) & np.uint32(
-                255
-            )
+            place = (which & np.uint32(7)).astype(np.uint64) * np.uint64(8)
+            byte = (both >> place).astype(np.uint32) & np.uint32(255)
             sign = np.where(byte & np.uint32(128), np.uint32(255), np.uint32(0))
             found = found | (np.where(which & np.uint32(8), sign, byte) << np.uint32(8 * i))
         return found

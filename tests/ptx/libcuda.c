@@ -13,13 +13,11 @@ typedef int (*Callback)(const Launch *);
 
 static Callback callback;
 static uint64_t next_function;
-static int shared_limit = 232448;
 static char message[900] = "launch failed";
 static int context;
 
 void standin_callback(Callback c) { callback = c; }
 void standin_next_function(uint64_t number) { next_function = number; }
-void standin_shared_limit(int bytes) { shared_limit = bytes; }
 void standin_message(const char *text) { strncpy(message, text, sizeof message - 1); }
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **parameters, void **extra) {
@@ -40,10 +38,14 @@ CUresult cuGetErrorString(CUresult error, const char **text) {
   *text = error == CUDA_SUCCESS ? "no error" : message;
   return CUDA_SUCCESS;
 }
+// a device is known by its compute capability, 90 for 9.0
+static int shared_limit(CUdevice device) {
+  return device == 80 ? 166912 : device == 86 || device == 89 || device == 120 ? 101376 : 232448;
+}
 CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice device) {
   switch (attribute) {
-    case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN: *value = shared_limit; break;
-    case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR: *value = shared_limit + 1024; break;
+    case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN: *value = shared_limit(device); break;
+    case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR: *value = shared_limit(device) + 1024; break;
     case CU_DEVICE_ATTRIBUTE_MAX_REGISTERS_PER_BLOCK: *value = 65536; break;
     case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: *value = 132; break;
     case CU_DEVICE_ATTRIBUTE_WARP_SIZE: *value = 32; break;
@@ -65,7 +67,7 @@ CUresult cuPointerGetAttribute(void *data, CUpointer_attribute attribute, CUdevi
   return CUDA_SUCCESS;
 }
 CUresult cuCtxGetCurrent(CUcontext *current) { return *current = (CUcontext)&context, CUDA_SUCCESS; }
-CUresult cuDeviceGet(CUdevice *device, int ordinal) { return *device = 0, CUDA_SUCCESS; }
+CUresult cuDeviceGet(CUdevice *device, int ordinal) { return *device = ordinal, CUDA_SUCCESS; }
 CUresult cuDevicePrimaryCtxRetain(CUcontext *current, CUdevice device) { return cuCtxGetCurrent(current); }
 CUresult cuDriverGetVersion(int *version) { return *version = CUDA_VERSION, CUDA_SUCCESS; }
 CUresult cuModuleLoadData(CUmodule *module, const void *image) { return *module = (CUmodule)&context, CUDA_SUCCESS; }

@@ -1,4 +1,4 @@
-"""A GPU that runs one launch: a register is an array with a lane per thread, and the lanes at the lowest pc run first."""
+"""A GPU that runs one launch. A register is an array with a lane per thread; the lanes that are behind go first."""
 
 from __future__ import annotations
 
@@ -102,6 +102,7 @@ class Machine:
         self.program, self.kernel, self.memory = program, program.kernel, memory
         self.approximation, self.order, self.resident, self.races = approximation, order, resident, races
         self.steps = 0
+        self.text = ""
 
     def launch(self, grid: int, threads: int, shared_bytes: int, parameters: bytes, cluster: int = 1) -> None:
         """Runs ``grid`` blocks of ``threads``, with ``shared_bytes`` of dynamic shared memory each.
@@ -126,7 +127,7 @@ class Machine:
             blocks = (first[:, None] + np.arange(cluster)).reshape(-1)
         together = grid if self.resident is None else max(cluster, self.resident // cluster * cluster)
         if self.races:
-            self.races.begin(grid, threads)
+            self.races.begin(self)
         with np.errstate(all="ignore"):
             for start in range(0, grid, together):
                 self._run(blocks[start : start + together])
@@ -148,7 +149,7 @@ class Machine:
         self.groups_committed = np.zeros(count, np.int64)
         self._ready: dict[int, Index] = {0: np.arange(count)}
         if self.races:
-            self.races.begin_blocks(blocks, self._shared_bytes)
+            self.races.begin_blocks(self)
         while self._ready:
             at = min(self._ready)
             self._advance(at, Lanes(self._ready.pop(at), count))
@@ -176,6 +177,7 @@ class Machine:
                 self._flow(step, at, on.index, off)
                 return
             if on.count:
+                self.text = step.text
                 try:
                     step.action(self, on)
                 except Fault as fault:
@@ -238,10 +240,10 @@ class Machine:
 
     def set_register(self, name: str, value: Array, lanes: Lanes, owned: bool | None = None) -> None:
         """``owned``: nobody else holds the array's memory, so that it can become the register."""
-        if isinstance(lanes.pick, slice) and len(value) == self.lane_count:
-            if owned or (owned is None and value.base is None):
-                self._registers[name] = value
-                return
+        mine = owned or (owned is None and value.base is None)
+        if mine and isinstance(lanes.pick, slice) and len(value) == self.lane_count:
+            self._registers[name] = value
+            return
         self.register(name)[lanes.pick] = value
 
     def special(self, name: str, lanes: Lanes) -> Array:
@@ -281,32 +283,40 @@ class Machine:
             raise Fault("generic addresses of shared and of global memory in one instruction")
         return bool(window.any())
 
-    def load(self, lanes: Lanes, space: str, addresses: Addresses, width: int, count: int = 1, atomic=False) -> Array:
-        """``[lanes, count]`` numbers of ``width`` bytes from ``global``, ``shared``, ``param`` or ``generic`` memory."""
-        check_alignment(addresses, width * count)
+    def load(self, lanes: Lanes, space: str, addresses: Addresses, width: int, count: int = 1) -> Array:
+        """``[lanes, count]`` numbers of ``width`` bytes; ``space`` is global, shared, param or generic."""
+        size = width * count
+        check_alignment(addresses, size)
         # a generic address may be that of a parameter (__grid_constant__)
         if space == "param" or (space == "generic" and self._parameter_memory.holds(addresses)):
             return self._parameter_memory.load(addresses, width, count)
         if self._is_shared(space, addresses):
-            places = self.shared.place(addresses, self.local_block[lanes.pick], width * count)
-            if self.races and not atomic:
-                self.races.shared_access(self, lanes, places, width * count, False)
+            places = self.shared.place(addresses, self.local_block[lanes.pick], size)
+            if self.races:
+                self.races.shared_access(self, lanes, places, size, False)
             return self.shared.load(places, width, count)
         found = self.memory.load(addresses, width, count)
-        if self.races and not atomic:
-            self.races.global_access(self, lanes, addresses, width * count, False)
+        if self.races:
+            self.races.global_access(self, lanes, self.memory.places(addresses), size, False)
         return found
 
-    def store(self, lanes: Lanes, space: str, addresses: Addresses, values: Array, atomic=False) -> None:
+    def store(self, lanes: Lanes, space: str, addresses: Addresses, values: Array) -> None:
         """Unsigned numbers ``[lanes, count]`` to memory."""
         size = values.dtype.itemsize * values.shape[1]
         check_alignment(addresses, size)
         if self._is_shared(space, addresses):
             places = self.shared.place(addresses, self.local_block[lanes.pick], size)
-            if self.races and not atomic:
-                self.races.shared_access(self, lanes, places, size, True)
             self.shared.store(places, values)
+            if self.races:
+                self.races.shared_access(self, lanes, places, size, True)
+                self._compare("shared", self.shared.load(places, values.dtype.itemsize, values.shape[1]), values)
             return
         self.memory.store(addresses, values)
-        if self.races and not atomic:
-            self.races.global_access(self, lanes, addresses, size, True)
+        if self.races:
+            self.races.global_access(self, lanes, self.memory.places(addresses), size, True)
+            self._compare("global", self.memory.load(addresses, values.dtype.itemsize, values.shape[1]), values)
+
+    def _compare(self, where: str, held: Array, stored: Array) -> None:
+        different = (held != stored).any(1)
+        if different.any() and self.races:
+            self.races.different_values(where, int(different.sum()), self.text)

@@ -55,6 +55,7 @@ class GlobalMemory:
         self._starts = np.array([start for start, _ in items], np.uint64)
         self._ends = np.array([start + size for start, size in items], np.uint64)
         self._bytes = [np.frombuffer((ctypes.c_uint8 * n).from_address(start), np.uint8) for start, n in items]
+        self._places = np.cumsum([0, *(-(-size // 16) * 16 for _, size in items)])
         self._stale = False
 
     def holds(self, addresses: Addresses) -> bool:
@@ -99,6 +100,18 @@ class GlobalMemory:
             view, index = self._view(allocation, part, width)
             view[index[:, None] + np.arange(count)] = values if lanes is None else values[lanes]
 
+    @property
+    def bytes(self) -> int:
+        """Size of all allocations together, each rounded up to whole 16 bytes."""
+        if self._stale:
+            self._sort()
+        return int(self._places[-1])
+
+    def places(self, addresses: Addresses) -> NDArray[np.int64]:
+        """Position of each address (inside an allocation) in all allocations side by side."""
+        where = np.searchsorted(self._starts, addresses, "right") - 1
+        return self._places[where] + (addresses - self._starts[where]).astype(np.int64)
+
     def _view(self, allocation: int, addresses: Addresses, width: int) -> tuple[NDArray, NDArray[np.int64]]:
         """The allocation as numbers of ``width`` bytes, and the index of each (aligned) address."""
         data, start = self._bytes[allocation], int(self._starts[allocation])
@@ -113,7 +126,8 @@ class SharedMemory:
     def __init__(self, blocks: int, size: int) -> None:
         self.size = size
         self.pitch = -(-size // 16) * 16 + 16
-        self._bytes = np.full(blocks * self.pitch, 0xFF, np.uint8)
+        self.bytes = blocks * self.pitch
+        self._bytes = np.full(self.bytes, 0xFF, np.uint8)
 
     def place(self, addresses: Addresses, blocks: NDArray[np.int64], size: int) -> NDArray[np.int64]:
         """Position in the emulator's bytes of ``size`` bytes at each lane's address."""

@@ -82,7 +82,7 @@ class Parameter:
 
 @dataclass
 class Kernel:
-    """An entry point; ``shared`` maps arrays to (offset, bytes), the dynamic one (0 bytes) starting after all others."""
+    """An entry point; ``shared`` maps arrays to (offset, bytes), the dynamic one (0 bytes) behind all others."""
 
     name: str
     parameters: list[Parameter]

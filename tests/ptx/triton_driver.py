@@ -2,18 +2,19 @@
 
 :func:`install` puts a stand-in for ``libcuda.so.1`` under Triton's CUDA driver and makes it the active one, for the
 whole process, in which Triton must not have been imported for interpretation. Tensors are on the CPU. A launch runs the
-PTX that Triton compiled on :class:`ptx.machine.Machine`; with ``mode="drop"`` it ends in the driver library, which is
-what the host's share of a launch costs.
+PTX that Triton compiled on :class:`ptx.machine.Machine`; with ``mode="drop"`` it ends in the driver library, which
+leaves the host's share of it. Each architecture is a device of its own to Triton, so that one process can have several.
 """
 
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import subprocess
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,18 +22,19 @@ import numpy as np
 import torch
 import triton
 from triton import knobs
-from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaDriver, CudaLauncher
 
 from flowdppo_fast import backend
+from ptx.contract import contract
 from ptx.machine import Machine, Program
 from ptx.memory import GlobalMemory
 from ptx.numbers import Approximation
 from ptx.parse import Fault, parse
+from ptx.races import RaceChecker
 
 _SOURCE = Path(__file__).with_name("libcuda.c")
-# the most that a block may ask for
-_SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 120: 101376}
+# what C holds a pointer to
+_alive: list[Any] = []
 _folder = tempfile.TemporaryDirectory(prefix="flowdppo-libcuda-")
 
 
@@ -55,47 +57,69 @@ class Launched(NamedTuple):
     """What one launch was and took."""
 
     kernel: str
+    arch: int
     grid: int
     threads: int
+    programmatic: bool
     instructions: int
     seconds: float
 
 
+class _Function(NamedTuple):
+    name: str
+    text: str
+    may_contract: bool
+
+
 @dataclass
-class Emulator:
-    """How launches run; all of it may be changed between them.
+class Settings:
+    """How launches run.
 
     Args:
+        arch: compute capability of the device, 90 for 9.0.
         approximation: see :class:`ptx.numbers.Approximation`.
+        contraction: whether products and sums are fused where ptxas may do so.
         order: shuffles blocks and arrivals, see :class:`ptx.machine.Machine`.
-        resident: blocks that run at a time.
-        log: the launches so far.
+        resident: blocks that run at a time; None is all.
+        races: whether races are looked for.
     """
 
     arch: int = 90
     approximation: Approximation = Approximation.VARIED
+    contraction: bool = False
     order: np.random.Generator | None = None
     resident: int | None = None
-    log: list[Launched] = field(default_factory=list)
-    memory: GlobalMemory = field(default_factory=GlobalMemory)
-    _programs: dict[int, Program] = field(default_factory=dict)
-    _texts: list[tuple[str, str]] = field(default_factory=list)
-    failure: BaseException | None = None
-    callback: Any = None
+    races: bool = False
 
-    def load(self, name: str, text: str) -> int:
-        """Number of a function; numbers start at 1, because 0 is no function."""
-        self._texts.append((name, text))
-        return len(self._texts)
 
-    def program(self, number: int) -> Program:
-        if number not in self._programs:
-            name, text = self._texts[number - 1]
-            self._programs[number] = Program(parse(text)[name])
-        return self._programs[number]
+class Emulator:
+    """What :func:`install` leaves to look at: ``settings`` for the next launches, ``log`` and ``races`` of the last."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.log: list[Launched] = []
+        self.races: list[str] = []
+        self.memory = GlobalMemory()
+        self.failure: BaseException | None = None
+        self._functions: list[_Function] = []
+        self._programs: dict[tuple[int, bool], Program] = {}
+
+    def load(self, name: str, text: str, may_contract: bool) -> int:
+        """Number of a function; 0 is none."""
+        self._functions.append(_Function(name, text, may_contract))
+        return len(self._functions)
+
+    def _program(self, number: int) -> Program:
+        function = self._functions[number - 1]
+        contracted = self.settings.contraction and function.may_contract
+        key = (number, contracted)
+        if key not in self._programs:
+            kernel = parse(function.text)[function.name]
+            self._programs[key] = Program(contract(kernel) if contracted else kernel)
+        return self._programs[key]
 
     def run(self, launch: _Launch) -> None:
-        program = self.program(launch.function)
+        program, settings = self._program(launch.function), self.settings
         kernel = program.kernel
         if any(size != 1 for size in (*launch.grid[1:], *launch.block[1:])):
             raise Fault(f"{kernel.name}: a grid of more than one dimension")
@@ -103,13 +127,31 @@ class Emulator:
         for i, parameter in enumerate(kernel.parameters):
             place = slice(parameter.offset, parameter.offset + parameter.bytes)
             parameters[place] = ctypes.string_at(launch.parameters[i], parameter.bytes)
+        races = RaceChecker() if settings.races else None
         machine = Machine(
-            program, self.memory, approximation=self.approximation, order=self.order, resident=self.resident
+            program,
+            self.memory,
+            approximation=settings.approximation,
+            order=settings.order,
+            resident=settings.resident,
+            races=races,
         )
         start = time.perf_counter()
         machine.launch(launch.grid[0], launch.block[0], launch.shared, bytes(parameters), launch.cluster)
         seconds = time.perf_counter() - start
-        self.log.append(Launched(kernel.name, launch.grid[0], launch.block[0], machine.steps, seconds))
+        if races:
+            self.races += [f"{kernel.name} (sm_{settings.arch}): {report}" for report in races.reports]
+        self.log.append(
+            Launched(
+                kernel=kernel.name,
+                arch=settings.arch,
+                grid=launch.grid[0],
+                threads=launch.block[0],
+                programmatic=bool(launch.programmatic),
+                instructions=machine.steps,
+                seconds=seconds,
+            )
+        )
 
 
 def span(tensor: torch.Tensor) -> int:
@@ -131,7 +173,7 @@ def _build_library() -> ctypes.CDLL:
 
 
 def install(arch: int = 90, *, mode: str = "emulate") -> Emulator:
-    """Makes an emulated GPU of compute capability ``arch`` (90 is 9.0) Triton's active device.
+    """Makes an emulated GPU of compute capability ``arch`` Triton's active device; later ``settings.arch`` is another.
 
     Args:
         mode: ``"emulate"`` runs kernels, ``"drop"`` drops launches.
@@ -145,8 +187,7 @@ def install(arch: int = 90, *, mode: str = "emulate") -> Emulator:
         raise RuntimeError("TRITON_INTERPRET=1: kernels are interpreted in this process, not compiled")
     library = _build_library()
     library.standin_next_function.argtypes = [ctypes.c_uint64]
-    library.standin_shared_limit(_SHARED_LIMIT.get(arch, 232448))
-    emulator = Emulator(arch)
+    emulator = Emulator(Settings(arch))
 
     def run(launch: Any) -> int:
         try:
@@ -158,8 +199,9 @@ def install(arch: int = 90, *, mode: str = "emulate") -> Emulator:
         return 0
 
     def load(module: Any, function: Any, name: str, files: dict[str, str], hash: str) -> None:
-        (path,) = (path for file, path in files.items() if file.endswith(".ptx"))
-        library.standin_next_function(emulator.load(name, Path(path).read_text()))
+        paths = {Path(file).suffix: Path(path) for file, path in files.items()}
+        fuses = json.loads(paths[".json"].read_text())["enable_fp_fusion"]
+        library.standin_next_function(emulator.load(name, paths[".ptx"].read_text(), fuses))
 
     class Launcher(CudaLauncher):
         """Triton's launcher, which is told on the way which memory a kernel is given."""
@@ -177,9 +219,9 @@ def install(arch: int = 90, *, mode: str = "emulate") -> Emulator:
 
         def __init__(self) -> None:
             super().__init__()
-            self.get_device_capability = lambda device=None: divmod(arch, 10)
+            self.get_device_capability = lambda device=None: divmod(emulator.settings.arch, 10)
             self.get_current_stream = lambda device=None: 0
-            self.get_current_device = lambda: 0
+            self.get_current_device = lambda: emulator.settings.arch
             if mode == "emulate":
                 self.launcher_cls = Launcher
 
@@ -189,10 +231,10 @@ def install(arch: int = 90, *, mode: str = "emulate") -> Emulator:
     # called right before a binary is loaded
     knobs.runtime.kernel_load_start_hook.add(load)
     triton.runtime.driver.set_active(Driver())
-    assert triton.runtime.driver.active.get_current_target() == GPUTarget("cuda", arch, 32)
     if mode == "emulate":
-        emulator.callback = _Callback(run)
-        library.standin_callback(emulator.callback)
+        callback = _Callback(run)
+        _alive.append(callback)
+        library.standin_callback(callback)
     # the backend serves tensors of a GPU, and those of the CPU where kernels are interpreted
     backend.triton_interpreted = lambda: True
     return emulator
