@@ -7,29 +7,25 @@
 
 namespace flowdppo::gpu {
 
-#if defined(__CUDACC__)
 FLOWDPPO_DEVICE float hardware_log2(float x) {
   asm("lg2.approx.ftz.f32 %0, %0;" : "+f"(x));
   return x;
 }
+
 FLOWDPPO_DEVICE float hardware_cosine(float x) {
   asm("cos.approx.ftz.f32 %0, %0;" : "+f"(x));
   return x;
 }
+
 FLOWDPPO_DEVICE float hardware_sine(float x) {
   asm("sin.approx.ftz.f32 %0, %0;" : "+f"(x));
   return x;
 }
+
 FLOWDPPO_DEVICE float hardware_root(float x) {
   asm("sqrt.approx.ftz.f32 %0, %0;" : "+f"(x));
   return x;
 }
-#else
-FLOWDPPO_DEVICE float hardware_log2(float x) { return log2f(x); }
-FLOWDPPO_DEVICE float hardware_cosine(float x) { return cosf(x); }
-FLOWDPPO_DEVICE float hardware_sine(float x) { return sinf(x); }
-FLOWDPPO_DEVICE float hardware_root(float x) { return sqrtf(x); }
-#endif
 
 // Two normals as in philox.h. Near u = 1 the logarithm has an absolute error of 2^-22; from 1 - 2^-11 on, -2*log(u) is
 // 2*(1 - u) to 2.4e-7: both are off by the same there, which is 5e-6 in the radius.
