@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kStreamThreads, 3) gradient_kernel(const __gri
       float value[Values::kCount];
       FLOWDPPO_UNROLL
       for (int i = 0; i < v.kCount; ++i) {
-        value[i] = fmaf(on_diff, v.x[i] - v.y[i], on_noise * (mean ? v.n[i] - v.y[i] : v.n[i]));
+        value[i] = fmaf(on_diff, v.x[i] - v.y[i], on_noise * (on_means<V>(mean) ? v.n[i] - v.y[i] : v.n[i]));
         if constexpr (V::kReference) value[i] = fmaf(on_ref, v.x[i] - v.w[i], value[i]);
       }
       store<Values>(out, kDType, at, length, value);

@@ -129,7 +129,6 @@ _APPROXIMATIONS: dict[str, tuple[Callable[[Array], Array], int]] = {
     "rsqrt": (lambda x: 1.0 / np.sqrt(x), 2),
     "rcp": (lambda x: 1.0 / x, 1),
     "ex2": (np.exp2, 2),
-    "lg2": (np.log2, 2),
 }
 
 
@@ -164,6 +163,39 @@ def _root_or_power(kernel: Kernel, one: Instruction) -> Action:
         write(machine, lanes, np.where(x == 0, exact, machine.approximation.of(exact, ulps)))
 
     return power
+
+
+def _log2_error(x: Array) -> Array:
+    return np.where((x > 0.5) & (x < 2.0), 1.0, np.abs(np.log2(x))) * 2.0**-22
+
+
+def _angle_error(x: Array) -> Array:
+    if (np.abs(x) > 2.0 * np.pi).any():
+        raise Fault("an angle beyond 2*pi has a larger error")
+    return np.full(x.shape, 2.0**-20.5)
+
+
+# errors that PTX allows, absolute
+_ABSOLUTE: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]] = {
+    "lg2": (np.log2, _log2_error),
+    "sin": (np.sin, _angle_error),
+    "cos": (np.cos, _angle_error),
+}
+
+
+@instruction(*_ABSOLUTE)
+def _logarithm_or_angle(kernel: Kernel, one: Instruction) -> Action:
+    expect(one, "approx", "ftz")
+    if "approx" not in one.modifiers or types(one) != ["f32"]:
+        raise Fault("only approximate, only f32")
+    function, error = _ABSOLUTE[one.opcode]
+    read, write = reader(kernel, one.operands[1], "f32"), writer(kernel, one.operands[0])
+
+    def run(machine, lanes) -> None:
+        x = read(machine, lanes).astype(np.float64)
+        write(machine, lanes, machine.approximation.within(function(x), error(x)))
+
+    return run
 
 
 @instruction("cvt")

@@ -49,6 +49,17 @@ class Approximation(enum.Enum):
         touched = np.isfinite(value) & (np.abs(value) > np.finfo(np.float32).tiny)
         return np.where(touched, bits + error, bits).astype(np.int32).view(np.float32)
 
+    def within(self, value: Array, error: Array) -> Array:
+        """float32 of float64 ``value`` with an absolute error of up to ``error``; infinities and NaN stay."""
+        if self is Approximation.EXACT:
+            part = 0.0
+        elif self is Approximation.VARIED:
+            mixed = value.astype(np.float32).view(np.uint32) * np.uint32(2654435761)
+            part = (mixed >> np.uint32(16)) / 32767.5 - 1.0
+        else:
+            part = 1.0 if self is Approximation.HIGH else -1.0
+        return np.where(np.isfinite(value), value + part * error, value).astype(np.float32)
+
 
 def fma32(a: Array, b: Array, c: Array) -> Array:
     """``a*b + c`` rounded once to float32: the product is exact in float64, the sum is rounded to odd there."""
