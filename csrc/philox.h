@@ -1,5 +1,6 @@
-// Counter-based Gaussian noise: Philox4x32-10 (Salmon et al., SC 2011), 24-bit uniforms, Box-Muller. The definition is
-// in flowdppo_fast/noise.py; this is its twin for scalars (CUDA, host) and, through `Lanes`, for CPU vectors.
+// Counter-based Gaussian noise: Philox4x32-7 (Salmon et al., SC 2011) and Box-Muller. The definition is in
+// flowdppo_fast/noise.py; this is its twin for scalars and, through `Lanes`, for CPU vectors. GPUs share the words and
+// have a Box-Muller of their own (kernels/cuda/normals.cuh).
 #pragma once
 
 #include <math.h>
@@ -10,6 +11,8 @@
 
 namespace flowdppo {
 
+constexpr float kUnit = 0x1p-32f, kHalfUnit = 0x1p-33f;
+
 // The few operations the arithmetic below is written in; cpu/simd.h has the same for vectors.
 struct ScalarLanes {
   using Float = float;
@@ -18,8 +21,9 @@ struct ScalarLanes {
   using Word = uint64_t;
 
   FLOWDPPO_HD Word multiply_low(Word a, uint32_t b) { return static_cast<uint64_t>(static_cast<uint32_t>(a)) * b; }
-  // of an integer below 2^31
-  FLOWDPPO_HD Float to_float(Uint x) { return static_cast<float>(static_cast<int32_t>(x)); }
+  FLOWDPPO_HD Float to_float(Uint x) { return static_cast<float>(x); }
+  // of the bits of a signed integer
+  FLOWDPPO_HD Float signed_to_float(Uint x) { return static_cast<float>(static_cast<int32_t>(x)); }
   FLOWDPPO_HD Uint bits(Float x) {
     Uint out;
     memcpy(&out, &x, sizeof out);
@@ -46,7 +50,7 @@ FLOWDPPO_HD PhiloxWords<typename Lanes::Word> philox4x32(
   using Word = typename Lanes::Word;
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   FLOWDPPO_UNROLL
-  for (int round = 0; round < 10; ++round) {
+  for (int round = 0; round < 7; ++round) {
     const Word p0 = Lanes::multiply_low(counter.w0, 0xD2511F53u);
     const Word p1 = Lanes::multiply_low(counter.w2, 0xCD9E8D57u);
     counter.w0 = (p1 >> 32) ^ counter.w1 ^ static_cast<uint64_t>(k0);
@@ -59,14 +63,14 @@ FLOWDPPO_HD PhiloxWords<typename Lanes::Word> philox4x32(
   return counter;
 }
 
-// -2*log(u), u in [2^-24, 1]: accurate to a few ulp also next to u = 1, where radii are small. Polynomials here are
+// -2*log(u), u in [2^-33, 1]: accurate to a few ulp also next to u = 1, where radii are small. Polynomials here are
 // minimax fits whose coefficients were rounded to float32.
 template <class Lanes>
 FLOWDPPO_HD typename Lanes::Float minus_two_log(typename Lanes::Float u) {
   using Float = typename Lanes::Float;
   // u = 2^exponent * (1 + f), 1 + f in [sqrt(1/2), sqrt(2))
   const typename Lanes::Uint biased = Lanes::bits(u) + (0x3f800000u - 0x3f3504f3u);
-  const Float exponent = Lanes::to_float((biased >> 23) - 127u);
+  const Float exponent = Lanes::signed_to_float((biased >> 23) - 127u);
   const Float f = Lanes::from_bits((biased & 0x007fffffu) + 0x3f3504f3u) - 1.0f;
   Float tail = Lanes::multiply_add(f, 0.15268987f, -0.2552315f);
   tail = Lanes::multiply_add(tail, f, 0.26320365f);
@@ -80,20 +84,22 @@ FLOWDPPO_HD typename Lanes::Float minus_two_log(typename Lanes::Float u) {
   return Lanes::multiply_add(exponent, -1.38629436f, Lanes::multiply_add(f, -2.0f, curved));
 }
 
-// Normals from 24-bit integers: radius from (radius_bits + 1) * 2^-24, angle from angle_bits * 2^-24 turns.
+// Two normals: radius sqrt(-2*log(u)) for u = radius_word * 2^-32 + 2^-33, where the word and the sum are rounded to
+// float32, and angle_word * 2^-32 turns.
 template <class Lanes>
 FLOWDPPO_HD void box_muller(
-    typename Lanes::Uint radius_bits,
-    typename Lanes::Uint angle_bits,
+    typename Lanes::Uint radius_word,
+    typename Lanes::Uint angle_word,
     typename Lanes::Float& cosine,
     typename Lanes::Float& sine) {
   using Float = typename Lanes::Float;
   using Uint = typename Lanes::Uint;
-  const Float uniform = Lanes::to_float(radius_bits + 1u) * 5.9604644775390625e-8f;
+  const Float uniform = Lanes::multiply_add(Lanes::to_float(radius_word), kUnit, kHalfUnit);
   const Float radius = Lanes::square_root(minus_two_log<Lanes>(uniform));
-  // nearest quarter turn, and what is left in quarter turns, [-1/2, 1/2): exact in integers
-  const Uint quarter = (angle_bits + 0x200000u) >> 22;
-  const Float r = Lanes::to_float(angle_bits - (quarter << 22)) * 2.384185791015625e-7f;
+  // with an eighth of a turn added, the two top bits number the nearest quarter turn, and the rest is what is left of
+  // it in quarter turns, [-1/2, 1/2): exact in integers
+  const Uint shifted = angle_word + 0x20000000u;
+  const Float r = Lanes::signed_to_float((shifted << 2) ^ 0x80000000u) * kUnit;
   const Float z = r * r;
   Float s = Lanes::multiply_add(z, -0.0046859714f, 0.079712525f);
   s = Lanes::multiply_add(s, z, -0.64596665f);
@@ -102,21 +108,22 @@ FLOWDPPO_HD void box_muller(
   c = Lanes::multiply_add(c, z, 0.25366855f);
   c = Lanes::multiply_add(c, z, -1.2337005f);
   c = Lanes::multiply_add(c, z, 1.0f);
-  const Uint odd = quarter & 1u;
-  const Uint sign_of_cosine = ((quarter + 1u) << 30) & 0x80000000u, sign_of_sine = (quarter << 30) & 0x80000000u;
+  const Uint odd = shifted & 0x40000000u;
+  const Uint sign_of_cosine = (shifted + 0x40000000u) & 0x80000000u, sign_of_sine = shifted & 0x80000000u;
   const Float unsigned_cosine = Lanes::select(odd, s, c), unsigned_sine = Lanes::select(odd, c, s);
   cosine = radius * Lanes::from_bits(Lanes::bits(unsigned_cosine) ^ sign_of_cosine);
   sine = radius * Lanes::from_bits(Lanes::bits(unsigned_sine) ^ sign_of_sine);
 }
 
 FLOWDPPO_HD void box_muller_words(uint32_t radius_word, uint32_t angle_word, float& cosine, float& sine) {
-  box_muller<ScalarLanes>(radius_word >> 8, angle_word >> 8, cosine, sine);
+  box_muller<ScalarLanes>(radius_word, angle_word, cosine, sine);
 }
 
 // For float64 latents; speed does not matter there.
 FLOWDPPO_HD void box_muller_words(uint32_t radius_word, uint32_t angle_word, double& cosine, double& sine) {
-  const double radius = sqrt(-2.0 * log(((radius_word >> 8) + 1u) * 0x1p-24));
-  const double angle = (angle_word >> 8) * (0x1p-24 * 6.283185307179586476925286766559);
+  const float uniform = fmaf(static_cast<float>(radius_word), kUnit, kHalfUnit);
+  const double radius = sqrt(-2.0 * log(static_cast<double>(uniform)));
+  const double angle = angle_word * (0x1p-32 * 6.283185307179586476925286766559);
   cosine = radius * cos(angle);
   sine = radius * sin(angle);
 }

@@ -129,7 +129,7 @@ __attribute__((noinline)) void fill_normals(uint64_t seed, uint64_t stream, int6
   for (int i = 0; i < count; i += 2 * lanes) {
     FloatV cosine, sine;
     box_muller<VectorLanes>(
-        load_unaligned<UintV>(radius + i / 2) >> 8, load_unaligned<UintV>(angle + i / 2) >> 8, cosine, sine);
+        load_unaligned<UintV>(radius + i / 2), load_unaligned<UintV>(angle + i / 2), cosine, sine);
     store_interleaved(to + i, cosine, sine);
   }
   pad<float>(to, count);

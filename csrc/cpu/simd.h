@@ -238,7 +238,15 @@ struct VectorLanes {
     return (a & 0xffffffffu) * factor;
 #endif
   }
-  FLOWDPPO_HD Float to_float(Uint x) { return __builtin_convertvector((IntV)x, FloatV); }
+  FLOWDPPO_HD Float signed_to_float(Uint x) { return __builtin_convertvector((IntV)x, FloatV); }
+  FLOWDPPO_HD Float to_float(Uint x) {
+#if defined(__AVX512F__)
+    return (FloatV)_mm512_cvtepu32_ps((__m512i)x);
+#else
+    // both halves and their scaling are exact, so the sum rounds once, fused or not
+    return multiply_add(signed_to_float(x >> 16), 65536.0f, signed_to_float(x & 0xffffu));
+#endif
+  }
   FLOWDPPO_HD Uint bits(Float x) { return (UintV)x; }
   FLOWDPPO_HD Float from_bits(Uint x) { return (FloatV)x; }
   // one rounding where the instruction set has it; b and c may be scalars

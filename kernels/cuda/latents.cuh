@@ -1,8 +1,8 @@
 // Reading and writing latents: a group of elements in 16-byte pieces where rows are aligned, single elements elsewhere.
 #pragma once
 
-#include "../../csrc/philox.h"
 #include "../../csrc/row_source.h"
+#include "normals.cuh"
 #include "platform.cuh"
 
 namespace flowdppo::gpu {
@@ -58,7 +58,7 @@ FLOWDPPO_DEVICE void generate(uint64_t seed, uint64_t stream, int64_t first, flo
   FLOWDPPO_UNROLL
   for (int i = 0; i < kCount; i += 4) {
     float z[4];
-    philox_normals(seed, stream, static_cast<uint64_t>(first + i) / 4, z);
+    philox_normals_by_hardware(seed, stream, static_cast<uint64_t>(first + i) / 4, z);
     FLOWDPPO_UNROLL
     for (int k = 0; k < 4; ++k) out[i + k] = z[k];
   }

@@ -17,8 +17,9 @@ from aot import ARCHITECTURES, EXIT_TOOLS_MISSING, UNALIGNED, WIDE_NUMBERS
 SCRIPT = Path(__file__).with_name("aot.py")
 # of 255; an SM has 65,536, so 80 leave three programs of eight warps
 REGISTERS = {"partials": 80, "gradient": 48, "step": 64, "epilogue": 128, "statistics": 64, "log-prob": 48}
-# instructions of the streaming loop per element: ten rounds of Philox and Box-Muller cost about 30, the rest below 17
-PER_ELEMENT, PER_ELEMENT_SEEDED = 17.0, 45.0
+# instructions of the streaming loop per element: seven rounds of Philox and Box-Muller cost about 14, the rest of what
+# reads two tensors below 12. A step that also writes a float32 mean and adds up squares needs 4 more
+PER_ELEMENT, PER_ELEMENT_SEEDED, STEP_WITH_EVERYTHING = 17.0, 26.0, 30.0
 # bytes that one SM has asked for before its threads first wait: 4.8 TB/s over 132 SMs are 36 KB a microsecond, and a
 # load takes well below one
 BYTES_IN_FLIGHT = 24 * 1024
@@ -94,6 +95,8 @@ def test_float32_kernels_have_no_float64_instruction(reports):
 def test_loops_are_short(reports):
     for report in streaming(reports):
         limit = PER_ELEMENT_SEEDED if "seeded" in report["name"] else PER_ELEMENT
+        if report["name"] == "step bf16 seeded, fp32 mean, log-prob":
+            limit = STEP_WITH_EVERYTHING
         assert report["per_element"] <= limit, report
 
 
