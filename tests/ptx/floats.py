@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ptx.instructions import Action, elementwise, expect, instruction, integer_arithmetic, types
-from ptx.numbers import Array, bf16_bits, convert, flushed, fma, fma32, from_bf16
+from ptx.numbers import Array, bf16_bits, convert, flushed, fma, fma32
 from ptx.operands import reader, writer
 from ptx.parse import Fault, Instruction, Kernel, bits_of
 
@@ -19,8 +19,8 @@ def _arithmetic(kernel: Kernel, one: Instruction) -> Action:
     kinds = types(one)
     if kinds == ["f32x2"]:
         return _packed(kernel, one)
-    if kinds[-1] == "bf16" and kinds[0] == "f32":
-        return _mixed(kernel, one)
+    if len(kinds) == 2 and kinds[0] == "f32":
+        return _mixed(kernel, one, kinds[1])
     (kind,) = kinds
     if kind[0] != "f":
         return integer_arithmetic(kernel, one, kind)
@@ -82,14 +82,16 @@ def _packed(kernel: Kernel, one: Instruction) -> Action:
     return elementwise(kernel, one, ["u64"] * (len(one.operands) - 1), both)
 
 
-def _mixed(kernel: Kernel, one: Instruction) -> Action:
-    """``add.f32.bf16`` and its like: bf16 sources widened, the last one of float32."""
+def _mixed(kernel: Kernel, one: Instruction, narrow: str) -> Action:
+    """``add.f32.bf16`` and its like: sources of 16 bits widened, the last one of float32."""
     expect(one, "rn")
     function = _function(one.opcode, False, False)
-    kinds = ["bf16"] * (len(one.operands) - 2) + ["f32"]
-    return elementwise(
-        kernel, one, kinds, lambda *values: function(*(from_bf16(value) for value in values[:-1]), values[-1])
-    )
+    kinds = [narrow] * (len(one.operands) - 2) + ["f32"]
+
+    def widened(*values: Array) -> Array:
+        return function(*(convert(value, narrow, "f32", ()) for value in values[:-1]), values[-1])
+
+    return elementwise(kernel, one, kinds, widened)
 
 
 @instruction("contracted")
