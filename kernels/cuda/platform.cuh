@@ -26,8 +26,8 @@ FLOWDPPO_DEVICE T& shared_memory() {
   return *reinterpret_cast<T*>(flowdppo_shared_memory);
 }
 
-// Counts up and returns the number before; after `last` comes 0. Whoever gets `last` sees what the others wrote
-// before their fence and ticket.
+// Counts up and returns the number before; after `last` comes 0. Whoever gets `last` sees what each of the others wrote
+// before its ticket, and so does its block after a barrier.
 FLOWDPPO_DEVICE unsigned take_ticket(unsigned* counter, unsigned last) {
   unsigned before;
   asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"

@@ -70,15 +70,11 @@ FLOWDPPO_DEVICE RawSums load_sums(const double* from) {
   return {__ldcg(from), __ldcg(from + 1), __ldcg(from + 2), __ldcg(from + 3)};
 }
 
-// Whether this block is the last of `count` to get here; if so it sees what thread 0 of the others stored before. All
-// threads must call it, all get the same answer.
+// Whether this block is the last of `count` to get here; if so all of it sees what thread 0 of the others stored before.
+// All threads must call it, all get the same answer.
 FLOWDPPO_DEVICE bool arrives_last(unsigned* counter, unsigned count) {
   ReduceShared& shared = shared_memory<ReduceShared>();
-  if (threadIdx.x == 0) {
-    __threadfence();
-    shared.last = take_ticket(counter, count - 1) == count - 1;
-    __threadfence();
-  }
+  if (threadIdx.x == 0) shared.last = take_ticket(counter, count - 1) == count - 1;
   __syncthreads();
   return shared.last != 0;
 }

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ptx.instructions import Action, expect, instruction, types, whole_warps
-from ptx.memory import UNSIGNED, Addresses
-from ptx.numbers import Array, numpy_type
+from ptx.memory import UNSIGNED, check_alignment
+from ptx.numbers import numpy_type
 from ptx.operands import address, elements, reader, writer
 from ptx.parse import Fault, Immediate, Instruction, Kernel, bits_of
 
@@ -90,13 +89,6 @@ def _warp_barrier(kernel: Kernel, one: Instruction) -> Action:
     return run
 
 
-@instruction("barrier")
-def _cluster_arrival(kernel: Kernel, one: Instruction) -> Action:
-    if "cluster" not in one.modifiers or "arrive" not in one.modifiers:
-        raise Fault("unknown barrier")
-    return lambda machine, lanes: None
-
-
 @instruction("atom")
 def _atomic(kernel: Kernel, one: Instruction) -> Action:
     expect(one, "global", "acq_rel", "relaxed", "gpu", "inc", "add", "sys")
@@ -130,103 +122,21 @@ def _atomic(kernel: Kernel, one: Instruction) -> Action:
     return run
 
 
-# ---------------------------------------------------------------- copies that complete later
-
-
-class Copy(NamedTuple):
-    """One ``cp.async``: nothing arrives in shared memory before a wait for its group."""
-
-    lanes: NDArray[np.int64]
-    group: NDArray[np.int64]
-    to: Addresses
-    source: Addresses
-    size: int
-    left: NDArray[np.bool_]
-
-
-@instruction("cp")
-def _asynchronous_copy(kernel: Kernel, one: Instruction) -> Action:
-    if "commit_group" in one.modifiers:
-
-        def commit(machine: Machine, lanes: Lanes) -> None:
-            machine.groups_committed[lanes.index] += 1
-
-        return commit
-    if "wait_group" in one.modifiers or "wait_all" in one.modifiers:
-        pending = one.operands[0].value if "wait_group" in one.modifiers else 0
-        return lambda machine, lanes: _complete(machine, lanes, pending)
-    if len(one.operands) != 3 or not isinstance(one.operands[2], Immediate):
-        raise Fault("unknown copy")
-    to, source, size = address(kernel, one.operands[0]), address(kernel, one.operands[1]), one.operands[2].value
-
-    def start(machine: Machine, lanes: Lanes) -> None:
-        places = machine.groups_committed[lanes.index].copy()
-        machine.copies.append(
-            Copy(lanes.index, places, to(machine, lanes), source(machine, lanes), size, np.ones(lanes.count, bool))
-        )
-
-    return start
-
-
-def _complete(machine: Machine, lanes: Lanes, pending: int) -> None:
-    """Carries out the copies of all groups of these lanes but the last ``pending``."""
-    from ptx.machine import Lanes
-
-    waiting = np.zeros(machine.lane_count, bool)
-    waiting[lanes.index] = True
-    for copy in machine.copies:
-        due = copy.left & waiting[copy.lanes] & (copy.group < machine.groups_committed[copy.lanes] - pending)
-        if due.any():
-            some = Lanes(copy.lanes[due], machine.lane_count)
-            values = machine.load(some, "global", copy.source[due], 4, copy.size // 4)
-            machine.store(some, "shared", copy.to[due], values)
-            copy.left[due] = False
-    machine.copies = [copy for copy in machine.copies if copy.left.any()]
-
-
-# ---------------------------------------------------------------- matrices of 8 x 8 numbers of 16 bits
-
-
-@instruction("ldmatrix", "stmatrix")
+@instruction("ldmatrix")
 def _matrix(kernel: Kernel, one: Instruction) -> Action:
-    expect(one, "sync", "aligned", "m8n8", "x1", "x2", "x4", "shared", "trans")
-    count = next(int(m[1]) for m in one.modifiers if m in ("x1", "x2", "x4"))
-    loads, transposed = one.opcode == "ldmatrix", "trans" in one.modifiers
-    registers, place = one.operands if loads else one.operands[::-1]
-    if transposed and not loads:
-        raise Fault("transposed store")
-    where = address(kernel, place)
-    writes = [writer(kernel, item) for item in elements(registers)] if loads else []
-    reads = [] if loads else [reader(kernel, item, "u32") for item in elements(registers)]
+    """A matrix of 8 x 8 numbers of 16 bits: thread i gets columns 2*(i % 4) and one more of row i / 4."""
+    expect(one, "sync", "aligned", "m8n8", "x1", "shared")
+    where = address(kernel, one.operands[1])
+    (target,) = elements(one.operands[0])
+    write = writer(kernel, target)
 
     def run(machine: Machine, lanes: Lanes) -> None:
         whole_warps(machine, lanes)
-        rows = where(machine, lanes)
         lane = (machine.thread[lanes.pick] & np.uint32(31)).astype(np.int64)
-        warp = np.arange(lanes.count) - lane
-        found: list[Array] = []
-        for matrix in range(count):
-            # thread i holds columns 2*(i % 4) and one more of row i / 4; thread 8*matrix + row gives a row's address
-            def row(number: NDArray[np.int64], matrix: int = matrix) -> Addresses:
-                start = rows[warp + 8 * matrix + number]
-                if (start & np.uint64(15)).any():
-                    raise Fault("misaligned row of a matrix")
-                return start
-
-            if transposed:
-                column = (lane // 4).astype(np.uint64) * np.uint64(2)
-                low, high = (
-                    machine.load(lanes, "shared", row(2 * (lane % 4) + half) + column, 2)[:, 0].astype(np.uint32)
-                    for half in (0, 1)
-                )
-                found.append(low | (high << np.uint32(16)))
-                continue
-            at = row(lane // 4) + (lane % 4).astype(np.uint64) * np.uint64(4)
-            if loads:
-                found.append(machine.load(lanes, "shared", at, 4)[:, 0])
-            else:
-                machine.store(lanes, "shared", at, lanes.spread(reads[matrix](machine, lanes)).reshape(-1, 1))
-        for write, value in zip(writes, found):
-            write(machine, lanes, value)
+        # the first eight threads give the rows' addresses
+        rows = where(machine, lanes)[np.arange(lanes.count) - lane + lane // 4]
+        check_alignment(rows, 16)
+        column = (lane % 4).astype(np.uint64) * np.uint64(4)
+        write(machine, lanes, machine.load(lanes, "shared", rows + column, 4)[:, 0])
 
     return run

@@ -16,28 +16,31 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flowdppo_fast import ops
+from flowdppo_fast import backend, ops
 from ptx.machine import Machine, Program
 from ptx.memory import GlobalMemory
 from ptx.numbers import Approximation
 from ptx.parse import Fault, parse
+from ptx.races import RaceChecker
 
 ROOT = Path(__file__).parents[2]
 KERNELS, BINDING = ROOT / "kernels" / "cuda", ROOT / "csrc" / "cuda" / "bindings.cpp"
 STANDIN = Path(__file__).with_name("cuda_runtime.cpp")
 CACHE = ROOT / "build" / "cuda_ptx"
 GPUS = ("80", "90a", "100")
-# what host objects are compiled beside
-_DEFAULT_GPU = "90a"
+# where a test does not care: all of them, and each source is compiled for one
+SPREAD = {"forward": "90a", "gradient": "100", "sampler_step": "80"}
 _WRAPPED = (
     "aoti_torch_library_init_impl", "aoti_torch_library_def", "aoti_torch_get_device_type",
     "aoti_torch_get_device_index", "torch_call_dispatcher",
@@ -46,6 +49,8 @@ _KERNEL = re.compile(r"\d([a-z]+_kernel)E")
 POISON = 0xFF
 # counters in front of the scratch memory that a stream keeps: kKeptTickets in bindings.cpp
 _TICKET_BYTES = 4096 * 4
+# of blocks that run at a time: every register of every thread is memory here
+_MOST_RESIDENT = 128
 
 
 def nvcc() -> str | None:
@@ -77,18 +82,24 @@ def _digest(paths: list[Path], *rest: str) -> str:
     return out.hexdigest()[:20]
 
 
-def _made(name: str, suffix: str, sources: list[Path], command: list[str]) -> Path:
-    """What nvcc makes of it, once per content; ``command`` ends with ``-o``."""
+def _made(name: str, suffix: str, sources: list[Path], command: list[str], keep: str = "") -> Path:
+    """What nvcc makes of it, once per content; ``command`` ends with ``-o``, ``keep`` names a GPU whose PTX is kept."""
     out = CACHE / f"{name}.{_digest(sources, _version(), torch.__version__, *command)}{suffix}"
     CACHE.mkdir(parents=True, exist_ok=True)
     with open(out.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not out.exists():
-            made = out.with_name(f"{os.getpid()}.{out.name}")
-            done = subprocess.run([str(nvcc()), *command, str(made)], capture_output=True, text=True, cwd=ROOT)
-            if done.returncode != 0:
-                raise RuntimeError(f"nvcc {' '.join(command)} failed:\n{done.stdout}{done.stderr}")
-            made.rename(out)
+            with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+                made = Path(folder, f"made{suffix}")
+                kept = ["--keep", f"--keep-dir={folder}"] if keep else []
+                done = subprocess.run(
+                    [str(nvcc()), *kept, *command, str(made)], capture_output=True, text=True, cwd=ROOT
+                )
+                if done.returncode != 0:
+                    raise RuntimeError(f"nvcc {' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+                if keep:
+                    Path(folder, f"{name}.ptx").rename(out.with_suffix(".ptx"))
+                made.rename(out)
     return out
 
 
@@ -96,13 +107,15 @@ def _headers() -> list[Path]:
     return sorted([*KERNELS.glob("*.h"), *KERNELS.glob("*.cuh"), *(ROOT / "csrc").glob("*.h")])
 
 
+def _kernels(source: Path, gpu: str) -> Path:
+    """The host's half of a kernel source as an object; its other half lies beside it as PTX."""
+    flags = [*_setup_constant("NVCC_FLAGS"), f"-gencode=arch=compute_{gpu},code=compute_{gpu}"]
+    return _made(source.stem, ".o", [source, *_headers()], [*flags, "-c", str(source.relative_to(ROOT)), "-o"], keep=gpu)
+
+
 def ptx_of(source: Path, gpu: str) -> Path:
     """What the library has of ``source`` for one GPU, such as ``"90a"``, before ptxas."""
-    flags = [flag for flag in _setup_constant("NVCC_FLAGS") if not flag.startswith("-X")]
-    return _made(
-        source.stem, ".ptx", [source, *_headers()],
-        [*flags, f"-arch=compute_{gpu}", "-ptx", str(source.relative_to(ROOT)), "-o"],
-    )  # fmt: skip
+    return _kernels(source, gpu).with_suffix(".ptx")
 
 
 def _library() -> Path:
@@ -118,12 +131,7 @@ def _library() -> Path:
         _made(path.stem, ".o", [path, *_headers()], [*common, str(path.relative_to(ROOT)), "-o"])
         for path in (BINDING, STANDIN)
     ]
-    # the host's half of the kernels; the other one is not looked at
-    device = [f"-gencode=arch=compute_{_DEFAULT_GPU},code=compute_{_DEFAULT_GPU}", *_setup_constant("NVCC_FLAGS")]
-    objects += [
-        _made(path.stem, ".o", [path, *_headers()], [*device, "-c", str(path.relative_to(ROOT)), "-o"])
-        for path in sorted(KERNELS.glob("*.cu"))
-    ]
+    objects += [_kernels(path, SPREAD[path.stem]) for path in sorted(KERNELS.glob("*.cu"))]
     wraps = [f"-Xlinker=--wrap={name}" for name in _WRAPPED]
     torch_library = Path(torch.__file__).parent / "lib"
     names = [str(path) for path in objects]
@@ -149,27 +157,32 @@ class Launched:
     read: dict[int, int]
 
 
-class _Reads:
-    """Counts what is read of each allocation; has the methods by which a machine tells a race checker."""
+class _Watch(RaceChecker):
+    """Counts what a launch reads of each allocation, and looks for races where it is told to."""
 
-    def __init__(self, starts: list[int]) -> None:
-        self.starts = np.array(sorted(starts), np.uint64)
-        self.bytes = np.zeros(len(starts), np.int64)
+    def __init__(self, races: bool, starts: list[int]) -> None:
+        super().__init__()
+        self.races, self.starts = races, np.array(sorted(starts), np.uint64)
+        self.read = np.zeros(len(starts), np.int64)
 
-    def begin(self, grid: int, threads: int) -> None: ...
-    def begin_blocks(self, blocks: Any, shared_bytes: int) -> None: ...
-    def shared_access(self, machine: Any, lanes: Any, places: Any, size: int, write: bool) -> None: ...
-    def block_barrier(self, blocks: Any) -> None: ...
+    def begin(self, machine: Machine) -> None:
+        self._first = machine.memory.places(self.starts)
+        if self.races:
+            super().begin(machine)
 
-    def global_access(self, machine: Any, lanes: Any, addresses: Any, size: int, write: bool) -> None:
+    def global_access(self, machine: Machine, lanes: Any, places: Any, size: int, write: bool) -> None:
         if not write:
-            found = np.searchsorted(self.starts, addresses, "right") - 1
-            np.add.at(self.bytes, found, size)
+            self.read += size * np.bincount(
+                np.searchsorted(self._first, places, "right") - 1, minlength=len(self.starts)
+            )
+        if self.races:
+            super().global_access(machine, lanes, places, size, write)
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return lambda *_, **__: None
+    def __getattribute__(self, name: str) -> Any:
+        told = ("begin_blocks", "shared_access", "warp_barrier", "block_barrier", "atomic", "different_values")
+        if name in told and not self.races:
+            return lambda *_: None
+        return super().__getattribute__(name)
 
 
 @dataclass
@@ -177,23 +190,23 @@ class Cuda:
     """The operators of ``flowdppo_cuda``, with the names and arguments of ``reference.py``.
 
     Args:
-        gpu: whose PTX runs, one of :data:`GPUS`.
+        gpus: whose PTX runs, one of :data:`GPUS` by kernel source.
         approximation: see :class:`ptx.numbers.Approximation`.
         seed: the order of blocks and arrivals; None is the natural one.
         resident: blocks that run at a time.
-        watch: makes the race checker of a launch; None has what is read counted.
+        races: whether a race is a fault.
         edit: what is done to the PTX before it runs.
         launched: the launches since the last call of an operator began, and ``launches`` how many there were ever.
         allocated: (what, address, bytes) of the memory that the last call asked for.
     """
 
     library: ctypes.CDLL
-    gpu: str = _DEFAULT_GPU
+    gpus: dict[str, str] = field(default_factory=lambda: dict(SPREAD))
     approximation: Approximation = Approximation.VARIED
     seed: int | None = None
     resident: int | None = None
-    watch: Any = None
-    edit: Any = None
+    races: bool = True
+    edit: Callable[[str], str] | None = None
     launched: list[Launched] = field(default_factory=list)
     launches: int = 0
     allocated: list[tuple[str, int, int]] = field(default_factory=list)
@@ -254,24 +267,26 @@ class Cuda:
 
     def _on_launch(self, name: bytes, blocks: int, threads: int, shared: int, parameters: Any) -> int:
         try:
-            program = _program(name.decode(), self.gpu, self.edit)
+            program = _program(name.decode(), tuple(self.gpus.items()), self.edit)
             kernel = program.kernel
             raw = bytearray(kernel.parameter_bytes)
             for i, parameter in enumerate(kernel.parameters):
                 place = slice(parameter.offset, parameter.offset + parameter.bytes)
                 raw[place] = ctypes.string_at(parameters[i], parameter.bytes)
             memory = {address: size for address, size in self._memory.items() if address and size}
-            reads = _Reads(list(memory))
+            watch = _Watch(self.races, list(memory))
             machine = Machine(
                 program,
                 GlobalMemory(memory.items()),
                 approximation=self.approximation,
                 order=None if self.seed is None else np.random.default_rng(self.seed),
-                resident=self.resident,
-                races=reads if self.watch is None else self.watch(),
+                resident=min(self.resident or _MOST_RESIDENT, _MOST_RESIDENT),
+                races=watch,
             )
             machine.launch(blocks, threads, shared, bytes(raw))
-            read = {int(start): int(size) for start, size in zip(reads.starts, reads.bytes)}
+            if watch.reports:
+                raise Fault(f"{kernel.name}: {watch.reports[0]}")
+            read = {int(start): int(size) for start, size in zip(watch.starts, watch.read)}
             self.launched.append(Launched(kernel.name, blocks, threads, shared, read))
             self.launches += 1
             return 0
@@ -282,13 +297,13 @@ class Cuda:
 
 
 @functools.lru_cache(maxsize=64)
-def _program(mangled: str, gpu: str, edit: Any) -> Program:
+def _program(mangled: str, gpus: tuple[tuple[str, str], ...], edit: Any) -> Program:
     found = _KERNEL.search(mangled)
     if found is None:
         raise Fault(f"{mangled}: no name of a kernel")
     for source in sorted(KERNELS.glob("*.cu")):
         if f" {found[1]}(" in source.read_text():
-            text = ptx_of(source, gpu).read_text()
+            text = ptx_of(source, dict(gpus)[source.stem]).read_text()
             (kernel,) = (k for name, k in _parsed(edit(text) if edit else text).items() if found[1] in name)
             return Program(kernel)
     raise Fault(f"no source has a {found[1]}")
@@ -323,13 +338,13 @@ def load() -> Cuda:
 
 
 @contextlib.contextmanager
-def settings(cuda: Cuda, **values: Any) -> Iterator[None]:
-    """Attributes of ``cuda`` for a while."""
-    before = {name: getattr(cuda, name) for name in values}
-    for name, value in values.items():
-        setattr(cuda, name, value)
-    try:
+def serving(cuda: Cuda) -> Iterator[None]:
+    """The public API's backend ``"cuda"`` serves tensors of the CPU."""
+    operators = {op: functools.partial(cuda.call, op) for op in ops.SCHEMAS}
+
+    def problem(name: str, device_type: str) -> str | None:
+        return None if (name, device_type) == ("cuda", "cpu") else before(name, device_type)
+
+    before = backend.problem
+    with mock.patch.dict(backend._CUDA_OPERATORS, operators), mock.patch.object(backend, "problem", problem):
         yield
-    finally:
-        for name, value in before.items():
-            setattr(cuda, name, value)

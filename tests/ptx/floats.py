@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ptx.instructions import Action, elementwise, expect, instruction, integer_arithmetic, types
-from ptx.numbers import Array, bf16_bits, convert, flushed, fma, fma32, from_bf16
+from ptx.numbers import Array, bf16_bits, convert, flushed, fma, fma32
 from ptx.operands import reader, writer
 from ptx.parse import Fault, Instruction, Kernel, bits_of
 
@@ -19,8 +19,8 @@ def _arithmetic(kernel: Kernel, one: Instruction) -> Action:
     kinds = types(one)
     if kinds == ["f32x2"]:
         return _packed(kernel, one)
-    if kinds[-1] == "bf16" and kinds[0] == "f32":
-        return _mixed(kernel, one)
+    if len(kinds) == 2 and kinds[0] == "f32":
+        return _mixed(kernel, one, kinds[1])
     (kind,) = kinds
     if kind[0] != "f":
         return integer_arithmetic(kernel, one, kind)
@@ -82,14 +82,16 @@ def _packed(kernel: Kernel, one: Instruction) -> Action:
     return elementwise(kernel, one, ["u64"] * (len(one.operands) - 1), both)
 
 
-def _mixed(kernel: Kernel, one: Instruction) -> Action:
-    """``add.f32.bf16`` and its like: bf16 sources widened, the last one of float32."""
+def _mixed(kernel: Kernel, one: Instruction, narrow: str) -> Action:
+    """``add.f32.bf16`` and its like: sources of 16 bits widened, the last one of float32."""
     expect(one, "rn")
     function = _function(one.opcode, False, False)
-    kinds = ["bf16"] * (len(one.operands) - 2) + ["f32"]
-    return elementwise(
-        kernel, one, kinds, lambda *values: function(*(from_bf16(value) for value in values[:-1]), values[-1])
-    )
+    kinds = [narrow] * (len(one.operands) - 2) + ["f32"]
+
+    def widened(*values: Array) -> Array:
+        return function(*(convert(value, narrow, "f32", ()) for value in values[:-1]), values[-1])
+
+    return elementwise(kernel, one, kinds, widened)
 
 
 @instruction("contracted")
@@ -130,6 +132,28 @@ _APPROXIMATIONS: dict[str, tuple[Callable[[Array], Array], int]] = {
     "rcp": (lambda x: 1.0 / x, 1),
     "ex2": (np.exp2, 2),
 }
+# errors that PTX allows for these, from argument and result, all absolute
+_NEAR: dict[str, tuple[Callable[[Array], Array], Callable[[Array, Array], Array | float]]] = {
+    "lg2": (np.log2, lambda x, y: 2.0**-22 * np.where((x > 0.5) & (x < 2.0), 1.0, np.abs(y))),
+    # in [-2*pi, 2*pi], beyond which nothing here goes
+    "sin": (np.sin, lambda x, y: np.where(np.abs(x) <= 2 * np.pi, 2.0**-20.5, np.nan)),
+    "cos": (np.cos, lambda x, y: np.where(np.abs(x) <= 2 * np.pi, 2.0**-20.5, np.nan)),
+}
+
+
+@instruction(*_NEAR)
+def _logarithm_or_angle(kernel: Kernel, one: Instruction) -> Action:
+    expect(one, "approx", "ftz")
+    function, bound = _NEAR[one.opcode]
+    read, write = reader(kernel, one.operands[1], "f32"), writer(kernel, one.operands[0])
+
+    def run(machine, lanes) -> None:
+        x = read(machine, lanes)
+        x = flushed(x) if "ftz" in one.modifiers else x
+        y = function(x.astype(np.float64)).astype(np.float32)
+        write(machine, lanes, machine.approximation.near(y, bound(x, y)))
+
+    return run
 
 
 @instruction(*_APPROXIMATIONS)
@@ -163,39 +187,6 @@ def _root_or_power(kernel: Kernel, one: Instruction) -> Action:
         write(machine, lanes, np.where(x == 0, exact, machine.approximation.of(exact, ulps)))
 
     return power
-
-
-def _log2_error(x: Array) -> Array:
-    return np.where((x > 0.5) & (x < 2.0), 1.0, np.abs(np.log2(x))) * 2.0**-22
-
-
-def _angle_error(x: Array) -> Array:
-    if (np.abs(x) > 2.0 * np.pi).any():
-        raise Fault("an angle beyond 2*pi has a larger error")
-    return np.full(x.shape, 2.0**-20.5)
-
-
-# errors that PTX allows, absolute
-_ABSOLUTE: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]] = {
-    "lg2": (np.log2, _log2_error),
-    "sin": (np.sin, _angle_error),
-    "cos": (np.cos, _angle_error),
-}
-
-
-@instruction(*_ABSOLUTE)
-def _logarithm_or_angle(kernel: Kernel, one: Instruction) -> Action:
-    expect(one, "approx", "ftz")
-    if "approx" not in one.modifiers or types(one) != ["f32"]:
-        raise Fault("only approximate, only f32")
-    function, error = _ABSOLUTE[one.opcode]
-    read, write = reader(kernel, one.operands[1], "f32"), writer(kernel, one.operands[0])
-
-    def run(machine, lanes) -> None:
-        x = read(machine, lanes).astype(np.float64)
-        write(machine, lanes, machine.approximation.within(function(x), error(x)))
-
-    return run
 
 
 @instruction("cvt")

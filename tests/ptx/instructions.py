@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ptx.memory import SHARED_WINDOW
 from ptx.numbers import Array, from_bf16, numpy_type
 from ptx.operands import Reader, halves, reader, unsigned, writer
 from ptx.parse import Fault, Immediate, Instruction, Kernel, Register, Symbol, Vector, bits_of
@@ -112,8 +113,6 @@ def _pack(kernel: Kernel, source: Vector, target, bits: int) -> Action:
 
 @instruction("cvta")
 def _cvta(kernel: Kernel, one: Instruction) -> Action:
-    from ptx.memory import SHARED_WINDOW
-
     expect(one, "to", "global", "shared", "const", "param")
     read, write = reader(kernel, one.operands[1], "u64"), writer(kernel, one.operands[0])
     if "shared" not in one.modifiers:
@@ -126,25 +125,6 @@ def _cvta(kernel: Kernel, one: Instruction) -> Action:
         write(machine, lanes, read(machine, lanes) + np.uint64(SHARED_WINDOW) + block)
 
     return to_generic
-
-
-@instruction("mapa")
-def _mapa(kernel: Kernel, one: Instruction) -> Action:
-    from ptx.memory import SHARED_WINDOW
-
-    expect(one)
-    read, rank = reader(kernel, one.operands[1], "u64"), reader(kernel, one.operands[2], "u32")
-    write = writer(kernel, one.operands[0])
-
-    def run(machine: Machine, lanes: Lanes) -> None:
-        target = rank(machine, lanes).astype(np.int64)
-        if (target >= machine.cluster).any():
-            raise Fault(f"rank {int(target.max())} in a cluster of {machine.cluster}")
-        block = machine.local_block[lanes.pick] // machine.cluster * machine.cluster + target
-        offset = read(machine, lanes) & np.uint64(0xFFFFFF)
-        write(machine, lanes, np.uint64(SHARED_WINDOW) + (block.astype(np.uint64) << np.uint64(24)) + offset)
-
-    return run
 
 
 # ---------------------------------------------------------------- integers
@@ -351,15 +331,16 @@ def _comparison(name: str, kind: str) -> Callable[[Array, Array], Array]:
 # ---------------------------------------------------------------- between the threads of a warp
 
 
-def whole_warps(machine: Machine, lanes: Lanes, mask: Array | None = None) -> None:
-    """Raises Fault unless all threads of each warp take part."""
+def whole_warps(machine: Machine, lanes: Lanes, mask: Array | None = None, alive: Array | None = None) -> None:
+    """Raises Fault unless all threads of each warp take part, or all that are ``alive``."""
     if mask is not None and (mask != np.uint32(0xFFFFFFFF)).any():
         raise Fault("a mask that leaves threads of the warp out")
     if lanes.count != machine.lane_count:
         here = np.zeros(machine.lane_count, bool)
         here[lanes.index] = True
         parts = here.reshape(-1, 32)
-        if (parts.any(1) & ~parts.all(1)).any():
+        complete = parts if alive is None else parts | ~alive.reshape(-1, 32)
+        if (parts.any(1) & ~complete.all(1)).any():
             raise Fault("executed by part of a warp")
 
 

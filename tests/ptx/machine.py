@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ptx.instructions import Action, decode
+from ptx.instructions import Action, decode, whole_warps
 from ptx.memory import SHARED_WINDOW, UNSIGNED, Addresses, GlobalMemory, SharedMemory, check_alignment
 from ptx.numbers import Approximation, Array
 from ptx.operands import Reader, reader
@@ -64,11 +63,9 @@ class Program:
         elif opcode in ("ret", "exit"):
             flow = "exit"
         elif opcode in ("bar", "barrier") and "sync" in modifiers and "warp" not in modifiers:
-            flow = "block barrier"
+            flow = "barrier"
             if instruction.operands != (Immediate(0, "int"),):
                 raise Fault(f"{kernel.name}: {instruction.text}: not all threads of the block at barrier 0")
-        elif opcode == "barrier" and "cluster" in modifiers and "wait" in modifiers:
-            flow = "cluster barrier"
         else:
             try:
                 action = decode(kernel, instruction)
@@ -104,7 +101,7 @@ class Machine:
         self.steps = 0
         self.text = ""
 
-    def launch(self, grid: int, threads: int, shared_bytes: int, parameters: bytes, cluster: int = 1) -> None:
+    def launch(self, grid: int, threads: int, shared_bytes: int, parameters: bytes) -> None:
         """Runs ``grid`` blocks of ``threads``, with ``shared_bytes`` of dynamic shared memory each.
 
         Raises:
@@ -115,17 +112,12 @@ class Machine:
             raise Fault(f"{kernel.name}: {len(parameters)} bytes of parameters, expected {kernel.parameter_bytes}")
         if threads % 32 or threads > (kernel.max_threads or 1024):
             raise Fault(f"{kernel.name}: {threads} threads per block, compiled for {kernel.max_threads}")
-        if grid % cluster:
-            raise Fault(f"{kernel.name}: {grid} blocks are no multiple of a cluster of {cluster}")
         self._parameters = ctypes.create_string_buffer(parameters, max(len(parameters), 1))
         self._parameter_memory = GlobalMemory([(ctypes.addressof(self._parameters), len(parameters))])
-        self.grid, self.threads, self.cluster = grid, threads, cluster
+        self.grid, self.threads = grid, threads
         self._shared_bytes = kernel.static_shared + shared_bytes
-        blocks = np.arange(grid)
-        if self.order is not None:
-            first = self.order.permutation(grid // cluster) * cluster
-            blocks = (first[:, None] + np.arange(cluster)).reshape(-1)
-        together = grid if self.resident is None else max(cluster, self.resident // cluster * cluster)
+        blocks = np.arange(grid) if self.order is None else self.order.permutation(grid)
+        together = self.resident or grid
         if self.races:
             self.races.begin(self)
         with np.errstate(all="ignore"):
@@ -143,19 +135,14 @@ class Machine:
         self.shared = SharedMemory(len(blocks), self._shared_bytes)
         self._registers: dict[str, Array] = {}
         self._exited = np.zeros(count, bool)
-        self._waits_for = np.zeros(count, np.int8)
+        self._waits = np.zeros(count, bool)
         self._resume = np.zeros(count, np.int64)
-        self.copies = []
-        self.groups_committed = np.zeros(count, np.int64)
         self._ready: dict[int, Index] = {0: np.arange(count)}
         if self.races:
             self.races.begin_blocks(self)
         while self._ready:
             at = min(self._ready)
             self._advance(at, Lanes(self._ready.pop(at), count))
-        if not self._exited.all():
-            places = sorted({self.program.steps[i - 1].text for i in self._resume[self._waits_for > 0]})
-            raise Fault(f"{self.kernel.name}: deadlock, threads wait at {places}")
 
     def _advance(self, at: int, lanes: Lanes) -> None:
         """Runs lanes that are at one instruction until they part, wait or end."""
@@ -194,7 +181,11 @@ class Machine:
         if step.flow == "exit":
             self._exited[on] = True
         else:
-            self._waits_for[on] = 1 if step.flow == "block barrier" else 2
+            try:
+                whole_warps(self, Lanes(on, self.lane_count), alive=~self._exited)
+            except Fault as fault:
+                raise Fault(f"{self.kernel.name}: {step.text}: {fault}") from None
+            self._waits[on] = True
             self._resume[on] = at + 1
         self._release()
 
@@ -204,22 +195,15 @@ class Machine:
             self._ready[at] = lanes if waiting is None else np.sort(np.concatenate((waiting, lanes)))
 
     def _release(self) -> None:
-        """Lets go who waits at barriers that everybody alive has reached."""
-        self._release_at(1, self.threads, self.races.block_barrier if self.races else None)
-        if self.cluster > 1 or (self._waits_for == 2).any():
-            self._release_at(2, self.cluster * self.threads, self.races.cluster_barrier if self.races else None)
-
-    def _release_at(self, barrier: int, size: int, tell: Callable[[Index], None] | None) -> None:
-        waits = (self._waits_for == barrier).reshape(-1, size)
-        complete = (waits | self._exited.reshape(-1, size)).all(1) & waits.any(1)
+        """Lets blocks go on whose living threads all wait at the barrier."""
+        waits = self._waits.reshape(-1, self.threads)
+        complete = (waits | self._exited.reshape(-1, self.threads)).all(1) & waits.any(1)
         if not complete.any():
             return
-        if tell is not None:
-            for one in np.flatnonzero(complete):
-                blocks = size // self.threads
-                tell(np.arange(one * blocks, (one + 1) * blocks))
+        if self.races:
+            self.races.block_barrier(np.flatnonzero(complete))
         lanes = np.flatnonzero((waits & complete[:, None]).reshape(-1))
-        self._waits_for[lanes] = 0
+        self._waits[lanes] = False
         for at in np.unique(self._resume[lanes]):
             self._go(int(at), lanes[self._resume[lanes] == at])
 
@@ -254,12 +238,9 @@ class Machine:
             return self.thread[lanes.pick] & np.uint32(31)
         if name == "%ctaid.x":
             return self.block[lanes.pick]
-        if name == "%cluster_ctarank":
-            return self.block[lanes.pick] % np.uint32(self.cluster)
         one_for_all = {
-            "%ntid.x": self.threads, "%nctaid.x": self.grid, "%cluster_nctarank": self.cluster,
-            "%cluster_nctaid.x": self.cluster, "%tid.y": 0, "%tid.z": 0, "%ctaid.y": 0, "%ctaid.z": 0,
-            "%ntid.y": 1, "%ntid.z": 1, "%nctaid.y": 1, "%nctaid.z": 1,
+            "%ntid.x": self.threads, "%ntid.y": 1, "%ntid.z": 1, "%tid.y": 0, "%tid.z": 0,
+            "%nctaid.x": self.grid, "%nctaid.y": 1, "%nctaid.z": 1, "%ctaid.y": 0, "%ctaid.z": 0,
         }  # fmt: skip
         if name not in one_for_all:
             raise Fault(f"special register {name}")

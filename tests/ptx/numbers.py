@@ -49,16 +49,15 @@ class Approximation(enum.Enum):
         touched = np.isfinite(value) & (np.abs(value) > np.finfo(np.float32).tiny)
         return np.where(touched, bits + error, bits).astype(np.int32).view(np.float32)
 
-    def within(self, value: Array, error: Array) -> Array:
-        """float32 of float64 ``value`` with an absolute error of up to ``error``; infinities and NaN stay."""
+    def near(self, value: Array, bound: Array | float) -> Array:
+        """float32 ``value`` with an absolute error of up to ``bound``; zeros, infinities and NaN stay."""
         if self is Approximation.EXACT:
-            part = 0.0
-        elif self is Approximation.VARIED:
-            mixed = value.astype(np.float32).view(np.uint32) * np.uint32(2654435761)
-            part = (mixed >> np.uint32(16)) / 32767.5 - 1.0
-        else:
-            part = 1.0 if self is Approximation.HIGH else -1.0
-        return np.where(np.isfinite(value), value + part * error, value).astype(np.float32)
+            return value
+        share: Array | float = 1.0 if self is Approximation.HIGH else -1.0
+        if self is Approximation.VARIED:
+            share = (value.view(np.uint32) * np.uint32(2654435761)).view(np.int32) / 2.0**31
+        moved = (value.astype(np.float64) + share * np.asarray(bound, np.float64)).astype(np.float32)
+        return np.where(np.isfinite(value) & (value != 0), moved, value)
 
 
 def fma32(a: Array, b: Array, c: Array) -> Array:

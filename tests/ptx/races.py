@@ -1,8 +1,8 @@
 """Races by happens-before: an access has to be ordered after whatever touched the same memory before it.
 
-Order comes from barriers of a warp, of a block and of a cluster, and between blocks from acquire-release atomics on one
-address. Every two bytes of memory remember their last writer and their last reader. Fences alone, relaxed atomics and
-the order in which the emulator happens to run threads prove nothing.
+Order comes from barriers of a warp and of a block, and between blocks from acquire-release atomics on one address.
+Every two bytes of memory remember their last writer and their last reader. Fences alone, relaxed atomics and the order
+in which the emulator happens to run threads prove nothing.
 """
 
 from __future__ import annotations
@@ -77,14 +77,6 @@ class RaceChecker:
             if block in self._acquired:
                 _, known = self._acquired.pop(block)
                 self._known[block] = self._known[block].joined(known)
-
-    def cluster_barrier(self, blocks: Index) -> None:
-        self.block_barrier(blocks)
-        for one in blocks:
-            for other in blocks:
-                if one != other:
-                    known = self._known[self._blocks[one]].epoch
-                    known[self._blocks[other]] = max(known[self._blocks[other]], self._epoch[other])
 
     def atomic(self, machine: Machine, lane: int, address: int, ordering: bool) -> None:
         """An atomic: its lane learns what earlier ones on the address have released, and releases what it knows."""

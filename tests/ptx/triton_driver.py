@@ -121,8 +121,8 @@ class Emulator:
     def run(self, launch: _Launch) -> None:
         program, settings = self._program(launch.function), self.settings
         kernel = program.kernel
-        if any(size != 1 for size in (*launch.grid[1:], *launch.block[1:])):
-            raise Fault(f"{kernel.name}: a grid of more than one dimension")
+        if any(size != 1 for size in (*launch.grid[1:], *launch.block[1:], launch.cluster)):
+            raise Fault(f"{kernel.name}: a grid of more than one dimension, or clusters")
         parameters = bytearray(kernel.parameter_bytes)
         for i, parameter in enumerate(kernel.parameters):
             place = slice(parameter.offset, parameter.offset + parameter.bytes)
@@ -137,7 +137,7 @@ class Emulator:
             races=races,
         )
         start = time.perf_counter()
-        machine.launch(launch.grid[0], launch.block[0], launch.shared, bytes(parameters), launch.cluster)
+        machine.launch(launch.grid[0], launch.block[0], launch.shared, bytes(parameters))
         seconds = time.perf_counter() - start
         if races:
             self.races += [f"{kernel.name} (sm_{settings.arch}): {report}" for report in races.reports]
