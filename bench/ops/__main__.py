@@ -74,8 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--all", action="store_true", dest="everything", help="also what is within noise")
     compare.set_defaults(run=_compare)
 
-    readme = commands.add_parser("readme", help="write the README's table from a result folder")
-    readme.add_argument("folder", type=Path, metavar="DIR")
+    readme = commands.add_parser("readme", help="write the README's table from result folders, one per machine")
+    readme.add_argument("folders", type=Path, nargs="+", metavar="DIR")
     readme.add_argument("--check", action="store_true", help="only fail if the README differs")
     readme.add_argument("--page", type=Path, default=Path(_README))
     readme.set_defaults(run=_readme)
@@ -182,11 +182,14 @@ def _compare(options: argparse.Namespace, arguments: list[str]) -> int:
 def _readme(options: argparse.Namespace, arguments: list[str]) -> int:
     from . import results, table
 
-    result = results.load(options.folder)
-    if result["device"] == "rehearsal" or result["quick"]:
-        raise ValueError(f"{options.folder}: a quick run or a rehearsal is nothing to put into a README")
-    content = table.short(result, shown(options.folder))
-    return put(options.page, {f"bench:ops:{result['device']}": content}, check=options.check, program="bench.ops")
+    found = [(results.load(folder), shown(folder)) for folder in options.folders]
+    for result, source in found:
+        if result["device"] == "rehearsal" or result["quick"]:
+            raise ValueError(f"{source}: a quick run or a rehearsal is nothing to put into a README")
+    (kind, *others) = {result["device"] for result, _ in found}
+    if others:
+        raise ValueError(f"folders: got results of {kind} and {', '.join(others)}, expected one kind of device")
+    return put(options.page, {f"bench:ops:{kind}": table.short(found)}, check=options.check, program="bench.ops")
 
 
 def _goals(options: argparse.Namespace, arguments: list[str]) -> int:

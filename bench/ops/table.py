@@ -7,6 +7,7 @@ from typing import Any
 
 from . import goals
 from .results import FORWARD, TOTAL, Record, Stat, best_backend, by_name, compiled_peer, failures
+from .workloads import WORKLOADS
 
 _HEADER = (
     "contender", "forward ms", "fwd+bwd ms", "x eager", "x compiled", "% copy fwd", "% copy f+b",
@@ -164,48 +165,57 @@ def _trainer_row(record: Record, named: Mapping[str, Record]) -> list[str]:
     ]
 
 
-def short(result: Mapping[str, Any], source: str) -> str:
-    """The README's table: forward plus backward, this library against eager and compiled trainers' code."""
+def short(found: Sequence[tuple[Mapping[str, Any], str]]) -> str:
+    """The README's table: the core workloads, forward plus backward, a group of columns per machine.
+
+    Args:
+        found: results of one kind of device, each with the folder that it is from.
+    """
+    header, columns, sources = ["latents", "dtype"], [], []
+    for result, source in found:
+        header += [f"{_machine(result)}: this library ms", "x eager", "x compiled"]
+        columns.append(_short_cases(result))
+        threads = max((case["threads"] or 0 for case in result["cases"]), default=0)
+        sources.append(f"- {describe(result)}{f', {_threads(threads)}' if threads else ''}: `{source}`.")
+    rows = [
+        [f"{name} [{shape}]", dtype, *(cell for one in columns for cell in one.get((name, shape, dtype), ["-"] * 3))]
+        for name, shape, dtype in dict.fromkeys(key for one in columns for key in one)
+    ]
+    lines = [
+        "Loss, metrics and gradient of one micro-batch, forward plus backward, medians. Eager and compiled are what "
+        "trainers run today: sampler step, log-prob, KL and masked loss from the model's output.",
+        "",
+        markdown(header, rows),
+        "",
+        *sources,
+    ]
+    return "\n".join([*(line for result, _ in found for line in _warnings(result)), *lines])
+
+
+def _machine(result: Mapping[str, Any]) -> str:
+    env = result["environment"]
+    return env["cpu"] if result["device"] != "cuda" else (env.get("gpu") or {}).get("name", "GPU")
+
+
+def _short_cases(result: Mapping[str, Any]) -> dict[tuple[str, str, str], list[str]]:
+    """Of each core workload with the most threads: this library's time, and that of eager and compiled code over it."""
     backend = best_backend(result)
     threads = max((case["threads"] or 0 for case in result["cases"]), default=0)
-    rows = []
+    core = {workload.key for workload in WORKLOADS if workload.core}
+    cells = {}
     for case in result["cases"]:
         named = by_name(result, case)
         ours, compiled = named.get(f"{backend}/velocity"), compiled_peer(named, TOTAL)
         eager = named.get("peer-eager, no syncs")
-        if (case["threads"] or 0) != threads or ours is None or compiled is None or eager is None:
+        if case["workload"] not in core or (case["threads"] or 0) != threads or None in (ours, compiled, eager):
             continue
-        if case["name"] == "overhead":
-            continue
-        seeded = named.get(f"{backend}/seeded")
-        rows.append(
-            [
-                f"{case['name']} [{'x'.join(map(str, case['rows']))}, {', '.join(map(str, case['latent']))}]",
-                case["dtype"],
-                _milliseconds(eager.time(TOTAL), spread=False),
-                _milliseconds(compiled.time(TOTAL), spread=False),
-                _milliseconds(ours.time(TOTAL), spread=False),
-                _milliseconds(seeded.time(TOTAL) if seeded else None, spread=False),
-                _ratio(eager, ours),
-                _ratio(compiled, ours),
-                f"{_megabytes(compiled.entry['extra_bytes_total'])} / {_megabytes(ours.entry['extra_bytes_total'])}",
-            ]
-        )
-    header = (
-        "latents", "dtype", "eager ms", "compiled ms", "this library ms", "with seeded noise ms",
-        "x eager", "x compiled", "extra MB compiled / ours",
-    )  # fmt: skip
-    lines = [
-        f"Loss, metrics and gradient of one micro-batch, forward plus backward, on {describe(result)}"
-        + (f", {_threads(threads)}" if threads else "")
-        + f". Medians; raw samples and errors against float64 in `{source}`.",
-        "",
-        markdown(header, rows),
-        "",
-        "Eager and compiled are what trainers run today: sampler step, log-prob, KL and masked loss from the model's "
-        "output (docs/performance.md).",
-    ]
-    return "\n".join([*_warnings(result), *lines])
+        shape = f"{'x'.join(map(str, case['rows']))}, {', '.join(map(str, case['latent']))}"
+        cells[case["name"], shape, case["dtype"]] = [
+            _milliseconds(ours.time(TOTAL), spread=False),
+            _ratio(eager, ours),
+            _ratio(compiled, ours),
+        ]
+    return cells
 
 
 def goals_table(results: Sequence[Mapping[str, Any]], device: str | None = None) -> str:

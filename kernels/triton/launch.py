@@ -1,6 +1,7 @@
 """What every launch needs: how rows are cut up, where they lie in memory, the device, and the compiled kernel.
 
-The cut depends on the shape alone, never on the device, so that one input gives the same bits on every GPU.
+The cut depends on the shape alone, never on the device. Inside a program the compiler decides in which order numbers
+are added up: an input gives the same bits again on one kind of GPU, with one version of Triton and rows aligned alike.
 """
 
 from __future__ import annotations

@@ -296,7 +296,10 @@ def epilogue_kernel(
         for block in range(ROW_BLOCKS):
             row = tl.arange(0, ROW_BLOCK) + block * ROW_BLOCK
             out = rows_out + LINE_GRAD_Q * line + row
-            tl.store(out, tl.load(out, mask=row < rows, other=0.0) + shared, mask=row < rows)
+            grad_q = tl.load(out, mask=row < rows, other=0.0)
+            # where a row is in several lanes all of them read it and one stores it
+            tl.debug_barrier()
+            tl.store(out, grad_q + shared, mask=row < rows)
 
     mean_excess = divide(tl.sum(lane_rows * excess_mean, axis=0), total_rows)
     distance = tl.where(lane_rows > 0, excess_mean - mean_excess, 0.0)

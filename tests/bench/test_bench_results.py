@@ -132,6 +132,17 @@ def test_readme_block_round_trip(tmp_path, cpu_result, quiet, capsys):
     assert page.read_text() == text
 
 
+def test_readme_has_a_group_of_columns_per_machine(cpu_result):
+    other = copy.deepcopy(cpu_result)
+    other["environment"]["cpu"] = "Other CPU"
+    other["cases"][0]["contenders"][3] = entry("cpu/velocity", 4e6, 0.4e6, backend="cpu")
+    rows = [line for line in table.short([(cpu_result, "a"), (other, "b")]).splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert cells[0][2::3] == ["Some CPU: this library ms", "Other CPU: this library ms"]
+    # only core workloads: sd3-512/8 is not one
+    assert cells[2:] == [["flux-1024 [16, 4096, 64]", "bfloat16", "1.00", "8.00", "2.00", "4.00", "2.00", "0.50"]]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

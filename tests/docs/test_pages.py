@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,39 +16,6 @@ from .commands import check
 from .pages import ALL, COMMAND_LINE, LANGUAGES, ROOT, SHELL, Block, Page, load
 
 NOT_RUN = [block for page in ALL for block in page.blocks() if block.reason is not None]
-
-
-def _readme(folder: Path) -> dict[str, Any]:
-    """The names that the README's fragments take for granted."""
-    shape = (4, 16, 8, 8)
-    old_velocity, noise = torch.randn(shape), torch.randn(shape)
-    config = {
-        "model": {"train": "full"},
-        "sampling": {"prompts_per_rollout": 2, "group_size": 2},
-        "run": {"iterations": 1, "output_dir": "runs/readme", "progress": False, "device": "cpu"},
-    }
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    sys.path.insert(0, "examples/digits")
-    from pipeline import DigitsPipeline
-
-    return {
-        "sigmas": torch.linspace(1, 0, 11).tolist(),
-        "old_velocity": old_velocity,
-        "velocity": (old_velocity + 0.01).requires_grad_(),
-        "noise": noise,
-        "advantages": torch.tensor([1.0, -1.0, 0.5, -0.5]),
-        "log": print,
-        "prev_sample_mean": (old_velocity + 0.01).requires_grad_(),
-        "old_prev_sample_mean": old_velocity,
-        "prev_sample": old_velocity + 0.1 * noise,
-        "std": 0.1,
-        "pipeline": DigitsPipeline.from_pretrained("examples/digits/checkpoint"),
-        "reward": lambda images, prompts, metadata: images.mean(dim=(1, 2, 3)),
-        "prompts": ["3", "8"],
-    }
-
-
-GIVEN: dict[str, Callable[[Path], dict[str, Any]]] = {"README.md": _readme}
 
 
 def having(*languages: str) -> list[Page]:
@@ -71,8 +35,6 @@ def test_python_blocks_run_in_order(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     namespace: dict = {"__name__": page.path.stem}
-    if str(page) in GIVEN:
-        namespace |= GIVEN[str(page)](tmp_path)
     for block in page.blocks("python"):
         if block.reason is None:
             # lines of a traceback are those of the page
