@@ -158,8 +158,9 @@ class Launcher:
     Triton's own launch binds the arguments by name, works out their specialisation and looks it up by its string: most
     of a small loss's host time. Here that happens once per kind of arguments. The key of a kind is no coarser than
     Triton's rules: of tensors dtype, 16-byte alignment and (AMD: buffers below 2 GB) the size of their memory; integers
-    and constants by value; floats by type. What Triton reads from the environment when it compiles counts as it was at
-    the first launch of a kind. Hooks on launches see every launch, because then Triton's own way is taken.
+    and constants by value; floats not at all, if they are floats. What Triton reads from the environment when it
+    compiles counts as it was at the first launch of a kind. Hooks on launches see every launch: then Triton's own way
+    is taken.
 
     Parameters of the kernel are in the order of :meth:`__call__`'s arguments.
     """
@@ -206,7 +207,8 @@ class Launcher:
                 dtypes.append(x.dtype)
                 bits |= x.data_ptr()
         device = driver.get_current_device()
-        key = (device, num_warps, *dtypes, *[f.__class__ for f in floats], *ints, *constants)
+        kinds = [f.__class__ if f.__class__ is float else f for f in floats]
+        key = (device, num_warps, *dtypes, *kinds, *ints, *constants)
         if bits % 16 != 0:
             key += tuple([x is None or x.data_ptr() % 16 == 0 for x in tensors])
         if self._sizes_count:
