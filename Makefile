@@ -6,7 +6,7 @@ PIP := $(PY) -m pip --disable-pip-version-check -q
 export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 0
 
-.PHONY: help demo test pytest lint audit check-tables docs bench bench-quick bench-train bench-learning bench-learning-quick gpu build clean
+.PHONY: help demo test pytest lint audit check-tables docs bench bench-quick bench-train bench-learning bench-learning-quick ptx gpu build clean
 .DEFAULT_GOAL := help
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "make bench-train  one training iteration against the habits of other trainers on this CPU"
 	@echo "make bench-learning        Flow-DPPO against ratio clipping: whatever is missing of the sweep (hours)"
 	@echo "make bench-learning-quick  one short run of every method (about a minute)"
+	@echo "make ptx          all tests of the GPU kernels as compiled, on an emulator, with a tally (about an hour)"
 	@echo "make gpu          everything a GPU is needed for, into one result folder"
 	@echo "make clean        remove .venv and build products"
 
@@ -88,6 +89,10 @@ bench-learning-quick: build
 
 bench-train: build
 	$(PY) -m bench.train run --device cpu
+
+# resumable: files of tests that the tally has are skipped
+ptx: build
+	OMP_NUM_THREADS=1 $(PY) -m tests.ptx
 
 gpu:
 	bench/gpu.sh

@@ -17,6 +17,7 @@ from digits_example import EXAMPLE
 from PIL import Image
 from safetensors.torch import load_file
 
+from flowdppo_fast import evidence
 from flowdppo_fast.cli import main
 from flowdppo_fast.trainer.recipe import Recipe
 
@@ -74,7 +75,11 @@ print("imported", [name for name in {HEAVY!r} if name in sys.modules])
 def test_doctor_as_a_module():
     done = start("-m", "flowdppo_fast.cli", "doctor", "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["backends"]["reference"] == {"serves": ["cpu"]}
+    report = json.loads(done.stdout)
+    assert report["backends"]["reference"] == {"serves": ["cpu"]}
+    for name, said in report["proof"].items():
+        folders = evidence.PASSED.get(name)
+        assert ", ".join(folders) in said if folders else said.endswith("on an emulator, never yet on a GPU")
 
 
 @pytest.mark.parametrize("command", ["train", "sample", "export"])
