@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -168,11 +169,36 @@ def test_the_sweep_skips_what_is_there_and_says_what_is_missing(settings, tmp_pa
     assert sweep.run_all(cells, settings, tmp_path / "late", until=0.0) == 0
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e200])
+def test_no_number_that_is_not_finite_reaches_lapack(value, monkeypatch):
+    """There it is a crash on some processors; 1e200 is finite, its square is not."""
+    from bench.learning import judges, measures
+
+    def refuse(matrix, **options):
+        assert matrix.isfinite().all(), "LAPACK was given a number that is not finite"
+        raise AssertionError("LAPACK was called")
+
+    monkeypatch.setattr(torch.linalg, "eigvals", refuse)
+    monkeypatch.setattr(torch.linalg, "svd", refuse)
+    features = torch.randn(12, 3, dtype=torch.float64)
+    centre, covariance = torch.zeros(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64)
+    spoilt = features.clone()
+    spoilt[4, 1] = value
+    assert math.isnan(measures.frechet(spoilt, centre, covariance))
+    with pytest.raises(AssertionError, match="LAPACK was called"):
+        measures.frechet(features, centre, covariance)
+    if not math.isfinite(value):
+        monkeypatch.setattr(judges, "_hidden", lambda judge, ink: spoilt)
+        with pytest.raises(ValueError, match="features of these pages are not finite"):
+            judges.FeatureSpace.fit(None, None)
+
+
 def test_a_run_that_lost_its_numbers_is_a_result_and_other_errors_are_not(settings, monkeypatch):
     request = requests.request(Cell("digits", "flow_dppo", 0.01), settings)
     request["trainer"]["optimizer"] |= {"learning_rate": 1e30, "max_grad_norm": None}
     result = runs.run(request)
     assert result["failed"]
+    assert "not finite" in result["failed"]
     assert [place["iteration"] for place in result["evaluations"]] == [0]
     json.dumps(result, allow_nan=False)
 

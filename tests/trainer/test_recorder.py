@@ -243,6 +243,22 @@ def test_rules_in_half_precision_know_where_the_cast_is(upcast):
     assert (rule, error) == (guided(1, 5.0, upcast=upcast), 0.0)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_that_lost_its_numbers_is_told_and_lapack_is_spared(value, monkeypatch):
+    """LAPACK crashes on such numbers on some processors."""
+
+    def refuse(matrix, **options):
+        assert matrix.isfinite().all(), "LAPACK was given a number that is not finite"
+        return inverse(matrix, **options)
+
+    inverse = torch.linalg.pinv
+    monkeypatch.setattr(torch.linalg, "pinv", refuse)
+    cond, uncond = torch.randn(2, 3, 4, 8, 8)
+    cond[1, 2, 0, 0] = value
+    with pytest.raises(ValueError, match="not finite: the model has diverged"):
+        find_rule([uncond, cond], uncond + 5.0 * (cond - uncond))
+
+
 def _std(x: torch.Tensor) -> torch.Tensor:
     return x.std(dim=[1, 2], keepdim=True)
 
