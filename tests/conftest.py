@@ -14,6 +14,8 @@ import pytest
 import torch
 from support import learning as learning_support
 from support.backends import BACKENDS, GPU_BACKENDS, Backend, require
+from support.bits import ACROSS
+from support.limits import pytest_handlecrashitem  # noqa: F401
 
 # cuBLAS is only deterministic with a fixed workspace; has to be set before the first CUDA call
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -84,6 +86,9 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "learning" in getattr(item, "fixturenames", ()):
             item.add_marker("learns")
+        for mark in item.iter_markers("bits"):
+            if mark.args or mark.kwargs.keys() != {"across"} or mark.kwargs["across"] not in ACROSS:
+                raise pytest.UsageError(f"{item.nodeid}: got {mark}, expected bits(across=...) of {', '.join(ACROSS)}")
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device and torch.cuda.is_available() is False")

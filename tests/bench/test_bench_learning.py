@@ -29,12 +29,14 @@ def short_run(settings):
     return runs.run(requests.request(Cell("digits", "flow_dppo", 0.01), settings))
 
 
+@pytest.mark.bits(across="again")
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_and_gives_finite_numbers(method, settings):
     cell = plan.tuned("digits", method, settings)
     quick.check_result(runs.run(requests.request(cell, settings)))
 
 
+@pytest.mark.bits(across="again")
 @pytest.mark.parametrize("entries", [{"kl_weight": 0.1}, {"guidance": 2.0}, {"rewards": 3, "inner_epochs": 1}])
 def test_every_study_runs(entries, settings):
     result = runs.run(requests.request(Cell("digits", "flow_dppo", 0.01, **entries), settings))
@@ -43,6 +45,7 @@ def test_every_study_runs(entries, settings):
         assert result["history"]["kl_ref_mean"][-1] > 0
 
 
+@pytest.mark.bits(across="again")
 def test_the_larger_task_runs(settings):
     result = runs.run(requests.request(Cell("shapes", "flow_grpo", 0.1), settings))
     quick.check_result(result)
@@ -53,6 +56,7 @@ def test_kernel_gives_the_references_kl(task):
     quick.kernel_difference(task)
 
 
+@pytest.mark.bits(across="again")
 def test_a_run_is_repeated_bit_for_bit_from_its_file_alone(short_run, tmp_path, capsys):
     path = tmp_path / "run.json"
     results.write(short_run, path)
@@ -66,6 +70,7 @@ def test_a_run_is_repeated_bit_for_bit_from_its_file_alone(short_run, tmp_path, 
     assert "history.reward[1]" in capsys.readouterr().out
 
 
+@pytest.mark.bits(across="again")
 def test_another_seed_is_another_run(short_run, settings):
     other = runs.run(requests.request(Cell("digits", "flow_dppo", 0.01, seed=1), settings))
     assert short_run["history"]["reward"] != other["history"]["reward"]
@@ -98,6 +103,7 @@ def test_a_bound_in_nats_is_the_same_sum_in_both_tasks():
         objective_settings(METHODS["unclipped"], 0.1, 256)
 
 
+@pytest.mark.bits(across="again")
 def test_the_drift_is_the_kl_of_the_path(settings):
     """Against a closed form: a constant change of the velocity is a known Gaussian shift on each step."""
     from bench.learning.evaluate import Pretrained, drift_nats

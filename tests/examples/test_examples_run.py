@@ -167,6 +167,7 @@ def test_custom_objective_has_a_right_gradient_and_learns_beside_the_built_in_on
     assert kl[100.0]["kl_new_old_mean"] < kl[0.1]["kl_new_old_mean"]
 
 
+@pytest.mark.bits(across="again")
 def test_a_tiny_model_hears_its_prompt_and_survives_a_folder(tmp_path):
     """What the examples rely on: another prompt is another picture, and the latents decide most of it."""
     pipeline = importlib.import_module("tiny_models").sd3()

@@ -61,6 +61,7 @@ def nudge(module: torch.nn.Module, size: float) -> None:
             parameter += size * torch.randn_like(parameter)
 
 
+@pytest.mark.bits(across="again")
 @pytest.mark.parametrize("case", CASES)
 def test_replay_gives_the_recorded_velocity_and_gradients(pipes, case):
     pipeline, recorder, trajectory = record(pipes, case)
@@ -222,6 +223,7 @@ RULES = {
 }
 
 
+@pytest.mark.bits(across="again")
 @pytest.mark.parametrize("name", RULES)
 def test_rules_are_found_from_the_numbers(pipes, name):
     calls, reference, combine, expected = RULES[name]
@@ -308,6 +310,7 @@ MANY = {
 }  # fmt: skip
 
 
+@pytest.mark.bits(across="again")
 @pytest.mark.parametrize("name", MANY)
 def test_guidance_from_any_outputs_is_found(pipes, name):
     calls, combine, expected = MANY[name]
@@ -341,6 +344,7 @@ def test_a_pipeline_without_a_rule_stops_with_its_name_and_the_difference(pipes,
         pipeline(combine, calls=calls)
 
 
+@pytest.mark.bits(across="again")
 def test_guidance_that_changes_on_the_way_is_followed(pipes):
     scales = iter([2.0, 2.0, 2.0, 5.0, 5.0, 5.0])
 

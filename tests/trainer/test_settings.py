@@ -206,6 +206,7 @@ def test_idle_components_are_on_the_host_while_the_transformer_is_trained(pipes,
     assert moves == (["cpu"] * 2 + ["update"] * 4) * 2
 
 
+@pytest.mark.bits(across="process")
 def test_reward_history_survives_a_resume(pipes, small_config, tmp_path):
     def make(folder, iterations):
         config = small_config(
@@ -224,6 +225,7 @@ def test_reward_history_survives_a_resume(pipes, small_config, tmp_path):
     assert (~tables[0].isnan()).sum() >= 4 * 6
 
 
+@pytest.mark.bits(across="again")
 def test_rewards_in_the_background_are_those_of_the_foreground(run, monkeypatch):
     import threading
 
@@ -245,6 +247,7 @@ def test_rewards_in_the_background_are_those_of_the_foreground(run, monkeypatch)
     assert [m["reward"] for m in history] == [m["reward"] for m in expected]
 
 
+@pytest.mark.bits(across="process")
 @pytest.mark.parametrize("batch_size", [None, 4])
 def test_a_failing_reward_saves_what_was_trained(pipes, small_config, tmp_path, batch_size):
     def make(folder, reward):

@@ -121,6 +121,7 @@ def test_autocast_trains_float32_weights(pipes, small_config, precision, dtype):
     assert all(m["grad_norm"] > 0 and m["skipped_updates"] == 0 for m in history)
 
 
+@pytest.mark.bits(across="process")
 @pytest.mark.parametrize("killed_in", ["reward", "checkpoint"])
 def test_a_killed_run_ends_where_an_uninterrupted_one_ends(pipes, small_config, monkeypatch, killed_in, tmp_path):
     settings = {"model": {"train": "lora", "ema_decay": 0.8}, "sampling": {"sde_steps_per_rollout": 2}}
@@ -281,6 +282,7 @@ def test_updates_do_not_wait_for_the_device(pipes, small_config, name):
     assert counter.found == ["_local_scalar_dense"] * 2
 
 
+@pytest.mark.bits(across="again")
 def test_a_backward_without_gradient_is_skipped_and_changes_nothing(pipes, small_config, monkeypatch):
     results = []
     for free in (True, False):
