@@ -67,11 +67,16 @@ def run(cpu: str, threads: int, tests: list[str]) -> dict[str, Any]:
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "bits or learns",
-             "-o", "faulthandler_timeout=330", "-o", "faulthandler_exit_on_timeout=true", f"--junit-xml={report}", *tests],
-            env={**environment, **chosen, "FLOWDPPO_REQUIRE_CPU": "1"}, cwd=ROOT, capture_output=True, text=True,
-        )  # fmt: skip
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "bits or learns", *tests]
+        command += [
+            "-o",
+            "faulthandler_timeout=330",
+            "-o",
+            "faulthandler_exit_on_timeout=true",
+            f"--junit-xml={report}",
+        ]
+        variables = {**environment, **chosen, "FLOWDPPO_REQUIRE_CPU": "1"}
+        done = subprocess.run(command, env=variables, cwd=ROOT, capture_output=True, text=True)
         if not report.exists():
             # a crash or a hang: pytest could not say which test, its last lines do
             tail = (done.stdout + done.stderr)[-3000:]
@@ -84,14 +89,18 @@ def run(cpu: str, threads: int, tests: list[str]) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.cpus", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path)
-    parser.add_argument("tests", nargs="*", default=["tests"])
+    parser.add_argument("tests", nargs="*", help="default: all files with such tests")
     args = parser.parse_args()
+    texts = {path: path.read_text() for path in sorted((ROOT / "tests").rglob("test_*.py"))}
+    tests = args.tests or [
+        str(path) for path, text in texts.items() if "mark.bits(" in text or "learning.check(" in text
+    ]
     runs = []
     for cpu, threads in RUNS:
-        found = run(cpu, threads, args.tests)
+        found = run(cpu, threads, tests)
         runs.append(found)
-        print(f"{cpu}, {threads} threads: {found['passed']} passed, {found['failed']} failed, {found['skipped']} skipped",
-              file=sys.stderr, flush=True)  # fmt: skip
+        counts = ", ".join(f"{found[kind]} {kind}" for kind in ("passed", "failed", "skipped"))
+        print(f"{cpu}, {threads} threads: {counts}", file=sys.stderr, flush=True)
         for name, message in found["failures"].items():
             print(f"  {name}: {message}", file=sys.stderr, flush=True)
     result = {"command": "python -m tests.cpus", "environment": collect(open_device("cpu")), "runs": runs}
