@@ -60,22 +60,28 @@ def read(report: Path) -> dict[str, Any]:
     return {**counts, "failures": failed, "gains": gains}
 
 
+def chosen(path: Path) -> bool:
+    """Whether a file has such tests, so that all others need not be collected."""
+    return any(text in path.read_text() for text in ("mark.bits(", "learning.check("))
+
+
 def run(cpu: str, threads: int, tests: list[str]) -> dict[str, Any]:
     """One processor's results."""
     environment = {key: value for key, value in os.environ.items() if key not in VARIABLES}
-    chosen = {**CPUS[cpu], "OMP_NUM_THREADS": str(threads)}
+    own = {**CPUS[cpu], "OMP_NUM_THREADS": str(threads)}
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "bits or learns", *tests]
         command += [
+            f"--junit-xml={report}",
             "-o",
             "faulthandler_timeout=330",
             "-o",
             "faulthandler_exit_on_timeout=true",
             f"--junit-xml={report}",
         ]
-        variables = {**environment, **chosen, "FLOWDPPO_REQUIRE_CPU": "1"}
+        variables = {**environment, **own, "FLOWDPPO_REQUIRE_CPU": "1"}
         done = subprocess.run(command, env=variables, cwd=ROOT, capture_output=True, text=True)
         if not report.exists():
             # a crash or a hang: pytest could not say which test, its last lines do
@@ -83,7 +89,7 @@ def run(cpu: str, threads: int, tests: list[str]) -> dict[str, Any]:
             found: dict[str, Any] = {"passed": 0, "failed": 1, "skipped": 0, "failures": {"the process died": tail}}
         else:
             found = read(report)
-    return {"cpu": cpu, "variables": chosen, "seconds": round(time.monotonic() - started), **found}
+    return {"cpu": cpu, "variables": own, "seconds": round(time.monotonic() - started), **found}
 
 
 def main() -> int:
@@ -91,10 +97,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path)
     parser.add_argument("tests", nargs="*", help="default: all files with such tests")
     args = parser.parse_args()
-    texts = {path: path.read_text() for path in sorted((ROOT / "tests").rglob("test_*.py"))}
-    tests = args.tests or [
-        str(path) for path, text in texts.items() if "mark.bits(" in text or "learning.check(" in text
-    ]
+    tests = args.tests or [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if chosen(path)]
     runs = []
     for cpu, threads in RUNS:
         found = run(cpu, threads, tests)
