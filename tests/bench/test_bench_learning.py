@@ -17,6 +17,7 @@ from bench.learning import plan, quick, requests, results, runs, sweep
 from bench.learning.__main__ import main
 from bench.learning.methods import METHODS, objective_settings
 from bench.learning.requests import Cell
+from bench.learning.results import Run
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +93,57 @@ def test_run_files_are_small_and_load_again(short_run, tmp_path):
         results.load_file(path)
 
 
+def test_runs_are_folded_into_a_table_while_others_end(short_run, tmp_path, monkeypatch):
+    folder = tmp_path / "results"
+
+    def leave(seed):
+        result = copy.deepcopy(short_run)
+        result["request"]["cell"]["seed"] = seed
+        results.write(result, results.file_of(Run(result).cell.name, folder))
+        return Run(result).cell.name
+
+    names = [leave(seed) for seed in (3, 12, 1)]
+    before = [run.result for run in results.load(folder)]
+    # one ends while the table is being written: it is read by the next fold
+    late, replace = [], results._replace
+
+    def slow(path, content):
+        late.append(leave(2))
+        replace(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(results, "_replace", slow)
+        # a run file is written by the same function
+        patch.setattr(results, "write", lambda result, path: path.write_text(json.dumps(result)))
+        assert main(["fold", "--results", str(folder)]) == 0
+    assert [path.stem for path in folder.glob("*.json")] == late
+    assert [name for name in names + late if not results.exists(name, folder)] == []
+    assert [run.cell.seed for run in results.load(folder)] == [1, 12, 2, 3]
+    assert [run.result for run in results.load(folder) if run.cell.seed != 2] == before
+    assert results.fold(folder) == 1
+    assert results.fold(folder) == 0
+    assert not list(folder.glob("*.json"))
+    assert results.find(folder, late[0]).cell.seed == 2
+    # the same runs are the same bytes, in whatever order they came
+    content = results.table_of(folder).read_bytes()
+    for run in reversed(results.load(folder)):
+        results.write(run.result, results.file_of(run.cell.name, tmp_path / "again"))
+    results.fold(tmp_path / "again")
+    assert results.table_of(tmp_path / "again").read_bytes() == content
+    # killed before its files were removed, it is repeated; another result of that name is an error
+    leave(1)
+    assert len(results.load(folder)) == 4
+    results.fold(folder)
+    assert results.table_of(folder).read_bytes() == content
+    path = results.file_of(leave(1), folder)
+    path.write_text(path.read_text().replace('"failed": null', '"failed": "lost"'))
+    with pytest.raises(ValueError, match="is there already, with other results"):
+        results.fold(folder)
+    assert path.exists()
+    with pytest.raises(ValueError, match="no such run"):
+        results.find(tmp_path / "nowhere", "digits")
+
+
 def test_a_bound_in_nats_is_the_same_sum_in_both_tasks():
     for elements in (256, 12_288):
         assert objective_settings(METHODS["flow_dppo"], 0.66, elements)["threshold"] * elements == pytest.approx(0.66)
@@ -161,10 +213,10 @@ def test_the_sweep_skips_what_is_there_and_says_what_is_missing(settings, tmp_pa
 
     monkeypatch.setattr(sweep, "run", pretend)
     cells = [Cell("digits", "flow_dppo", 0.01, seed=seed) for seed in range(5)]
-    sweep.path_of(cells[1], tmp_path).write_text("{}")
+    results.file_of(cells[1].name, tmp_path).write_text("{}")
     # claimed by a process that is there, and by one that is gone
-    sweep.path_of(cells[2], tmp_path).with_suffix(".lock").write_text("1")
-    sweep.path_of(cells[3], tmp_path).with_suffix(".lock").write_text("999999999")
+    results.file_of(cells[2].name, tmp_path).with_suffix(".lock").write_text("1")
+    results.file_of(cells[3].name, tmp_path).with_suffix(".lock").write_text("999999999")
     assert sweep.run_all(cells, settings, tmp_path) == 3
     assert done == [0, 3, 4]
     assert "4 of    5 runs" in sweep.status({"digits frontier": cells}, tmp_path)
