@@ -142,7 +142,7 @@ def fold(folder: Path) -> int:
     """
     table = table_of(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".fold").open("w") as lock:
+    with (folder / ".fold.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         # before they are read: what ends later stays
         paths = sorted(folder.glob("*.json"))
