@@ -35,7 +35,8 @@ def test_every_objective_raises_the_reward(pipes, small_config, learning, object
     config = small_config(
         model={"train": train},
         objective={"name": objective, **bounds.get(objective, {"threshold": 1e-2})},
-        optimizer={"learning_rate": 0.02 if train == "lora" else 0.005, "micro_batch_size": 16},
+        # adapters at 0.02 often lose what they have gained
+        optimizer={"learning_rate": 0.005 if train == "lora" else 0.002, "micro_batch_size": 16},
         sampling={"prompts_per_rollout": 4, "group_size": 8},
         run={"iterations": 12},
     )
@@ -43,7 +44,7 @@ def test_every_objective_raises_the_reward(pipes, small_config, learning, object
     before = weights_of(trainer)
     history = trainer.train()
     first, last = (sum(m["reward"] for m in part) / 3 for part in (history[:3], history[-3:]))
-    learning.check((last - first) / history[0]["reward_std"], 1.0)
+    learning.check((last - first) / history[0]["reward_std"], 1.0 if train == "lora" else 5.0)
     changed = {name for name, value in weights_of(trainer).items() if not torch.equal(value, before[name])}
     assert changed == {name for name in before if ("lora" in name) == (train == "lora") and name in changed}
     assert len(changed) >= 8
