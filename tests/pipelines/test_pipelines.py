@@ -218,7 +218,6 @@ def test_what_cannot_be_served_says_why(name):
         REFUSED[name]()
 
 
-@pytest.mark.bits(across="again")
 def test_the_documented_table_is_what_the_recordings_give(recorded):
     made = table.table({name: recorded(name) for name in CASES})
     assert made == table.committed(), "run: python -m tests.pipelines.table"

