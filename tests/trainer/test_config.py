@@ -72,6 +72,8 @@ REFUSED = [
     ({"model": {"lora_targets": "to_q"}}, TypeError, "model.lora_targets: got 'to_q', expected a list of text"),
     ({"optimizer": {"learning_rate": 0}}, ValueError, "learning_rate: got 0, expected a number > 0"),
     ({"optimizer": {"updates_per_rollout": 3}}, ValueError, "a divisor of sampling.prompts_per_rollout=8"),
+    ({"optimizer": {"micro_batch_size": "4"}}, TypeError, "micro_batch_size: got '4', expected an integer >= 1"),
+    ({"optimizer": {"inner_epochs": True}}, TypeError, "optimizer.inner_epochs: got True, expected an integer >= 1"),
     ({"optimizer": {"micro_batch_size": 0}}, ValueError, "micro_batch_size: got 0"),
     ({"model": {"train": "qlora"}}, ValueError, "model.train: got 'qlora'"),
     ({"model": {"ema_decay": 1.0}}, ValueError, "ema_decay"),
