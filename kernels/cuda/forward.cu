@@ -26,10 +26,11 @@ struct ForwardArguments {
 __global__ void __launch_bounds__(kStreamThreads, 3) forward_kernel(const __grid_constant__ ForwardArguments a) {
   const RowShape& shape = a.source.shape;
   const unsigned row = blockIdx.x / a.splits, split = blockIdx.x % a.splits;
-  const bool mean = a.source.form == Form::kMean;
   ThreadSums sums;
   with_version(a.version, [&](auto version) {
     using V = decltype(version);
+    // means have the next states for noise, which nobody generates
+    const bool mean = V::kNoise != Stored::kGenerated && a.source.form == Form::kMean;
     const Share<V> share(a.source, row, split, a.elements);
     share.walk(a.aligned, [&](const auto& v, int, int) {
       FLOWDPPO_UNROLL
@@ -46,14 +47,17 @@ __global__ void __launch_bounds__(kStreamThreads, 3) forward_kernel(const __grid
     });
   });
 
-  RawSums total = block_sum(sums.total());
+  double total[kSums] = {
+      static_cast<double>(sums.nd[0]) + sums.nd[1], static_cast<double>(sums.dd[0]) + sums.dd[1],
+      static_cast<double>(sums.nn[0]) + sums.nn[1], static_cast<double>(sums.ww[0]) + sums.ww[1]};
+  block_sum(total);
   if (!finish_row(total, a.partials, a.tickets + 1 + row, row, split, a.splits)) return;
   const unsigned rows = static_cast<unsigned>(shape.rows());
   if (a.stats != nullptr) {
     if (threadIdx.x == 0) {
-      if (!a.second_moment) total.nn = 0.0;
+      const RawSums all = {total[0], total[1], a.second_moment ? total[2] : 0.0, total[3]};
       const float scale = numbers_of(a.source.step, a.source.form, row).scale;
-      const RowStats<float> stats = finish_sums<float>(total, scale, shape.numel, a.source.form);
+      const RowStats<float> stats = finish_sums<float>(all, scale, shape.numel, a.source.form);
       a.stats[row] = stats.p;
       a.stats[static_cast<int64_t>(rows) + row] = stats.q;
       a.stats[static_cast<int64_t>(rows) * 2 + row] = stats.e;

@@ -33,7 +33,6 @@ __global__ void __launch_bounds__(kStreamThreads, 3) gradient_kernel(const __gri
   // backwards: what a forward pass read last may still be cached
   const unsigned block = gridDim.x - 1 - blockIdx.x, row = block / a.splits, split = block % a.splits;
   const int64_t rows = shape.rows();
-  const bool mean = a.source.form == Form::kMean;
   const GradFactors factors = gradient_factors<float>(
       a.coefficients[row], a.coefficients[rows + row], a.coefficients[2 * rows + row],
       a.factor * (a.upstream != nullptr ? a.upstream[row * a.upstream_stride] : 1.0f),
@@ -42,6 +41,8 @@ __global__ void __launch_bounds__(kStreamThreads, 3) gradient_kernel(const __gri
   const float on_ref = static_cast<float>(factors.ref);
   with_version(a.version, [&](auto version) {
     using V = decltype(version);
+    // means have the next states for noise, which nobody generates
+    const bool mean = V::kNoise != Stored::kGenerated && a.source.form == Form::kMean;
     constexpr DType kDType = dtype_of(V::kLatents);
     const Share<V> share(a.source, row, split, a.elements);
     const int item = static_cast<int>(size_of(kDType));

@@ -31,7 +31,7 @@ from flowdppo_fast import backend, ops
 from ptx.machine import Machine, Program
 from ptx.memory import GlobalMemory
 from ptx.numbers import Approximation
-from ptx.parse import Fault, parse
+from ptx.parse import Fault, Kernel, parse
 from ptx.races import RaceChecker
 
 ROOT = Path(__file__).parents[2]
@@ -110,7 +110,9 @@ def _headers() -> list[Path]:
 def _kernels(source: Path, gpu: str) -> Path:
     """The host's half of a kernel source as an object; its other half lies beside it as PTX."""
     flags = [*_setup_constant("NVCC_FLAGS"), f"-gencode=arch=compute_{gpu},code=compute_{gpu}"]
-    return _made(source.stem, ".o", [source, *_headers()], [*flags, "-c", str(source.relative_to(ROOT)), "-o"], keep=gpu)
+    return _made(
+        source.stem, ".o", [source, *_headers()], [*flags, "-c", str(source.relative_to(ROOT)), "-o"], keep=gpu
+    )
 
 
 def ptx_of(source: Path, gpu: str) -> Path:
@@ -195,7 +197,7 @@ class Cuda:
         seed: the order of blocks and arrivals; None is the natural one.
         resident: blocks that run at a time.
         races: whether a race is a fault.
-        edit: what is done to the PTX before it runs.
+        alter: what is done to a kernel before it runs.
         launched: the launches since the last call of an operator began, and ``launches`` how many there were ever.
         allocated: (what, address, bytes) of the memory that the last call asked for.
     """
@@ -206,7 +208,7 @@ class Cuda:
     seed: int | None = None
     resident: int | None = None
     races: bool = True
-    edit: Callable[[str], str] | None = None
+    alter: Callable[[Program], Program] | None = None
     launched: list[Launched] = field(default_factory=list)
     launches: int = 0
     allocated: list[tuple[str, int, int]] = field(default_factory=list)
@@ -267,7 +269,9 @@ class Cuda:
 
     def _on_launch(self, name: bytes, blocks: int, threads: int, shared: int, parameters: Any) -> int:
         try:
-            program = _program(name.decode(), tuple(self.gpus.items()), self.edit)
+            program = _program(name.decode(), tuple(self.gpus.items()))
+            if self.alter is not None:
+                program = self.alter(program)
             kernel = program.kernel
             raw = bytearray(kernel.parameter_bytes)
             for i, parameter in enumerate(kernel.parameters):
@@ -296,22 +300,22 @@ class Cuda:
             return 1
 
 
-@functools.lru_cache(maxsize=64)
-def _program(mangled: str, gpus: tuple[tuple[str, str], ...], edit: Any) -> Program:
+@functools.cache
+def _program(mangled: str, gpus: tuple[tuple[str, str], ...]) -> Program:
     found = _KERNEL.search(mangled)
     if found is None:
         raise Fault(f"{mangled}: no name of a kernel")
     for source in sorted(KERNELS.glob("*.cu")):
         if f" {found[1]}(" in source.read_text():
-            text = ptx_of(source, dict(gpus)[source.stem]).read_text()
-            (kernel,) = (k for name, k in _parsed(edit(text) if edit else text).items() if found[1] in name)
+            kernels = _parsed(ptx_of(source, dict(gpus)[source.stem]))
+            (kernel,) = (kernel for name, kernel in kernels.items() if found[1] in name)
             return Program(kernel)
     raise Fault(f"no source has a {found[1]}")
 
 
-@functools.lru_cache(maxsize=16)
-def _parsed(text: str) -> dict[str, Any]:
-    return parse(text)
+@functools.cache
+def _parsed(path: Path) -> dict[str, Kernel]:
+    return parse(path.read_text())
 
 
 _LAUNCH = ctypes.CFUNCTYPE(
