@@ -17,10 +17,15 @@ constexpr float kUnit = 0x1p-32f, kHalfUnit = 0x1p-33f;
 struct ScalarLanes {
   using Float = float;
   using Uint = uint32_t;
-  // Philox words live in the low halves of 64-bit lanes; what the high halves hold is never read
-  using Word = uint64_t;
+  // of Philox
+  using Word = uint32_t;
+  using Key = uint32_t;
 
-  FLOWDPPO_HD Word multiply_low(Word a, uint32_t b) { return static_cast<uint64_t>(static_cast<uint32_t>(a)) * b; }
+  FLOWDPPO_HD void multiply(Word a, uint32_t b, Word& high, Word& low) {
+    const uint64_t product = static_cast<uint64_t>(a) * b;
+    high = static_cast<uint32_t>(product >> 32);
+    low = static_cast<uint32_t>(product);
+  }
   FLOWDPPO_HD Float to_float(Uint x) { return static_cast<float>(x); }
   // of the bits of a signed integer
   FLOWDPPO_HD Float signed_to_float(Uint x) { return static_cast<float>(static_cast<int32_t>(x)); }
@@ -39,6 +44,25 @@ struct ScalarLanes {
   FLOWDPPO_HD Float select(Uint condition, Float yes, Float no) { return condition != 0 ? yes : no; }
 };
 
+constexpr int kPhiloxRounds = 7;
+
+// The keys of all rounds, which follow from the seed: made once, so that no generator does it per counter.
+struct PhiloxKey {
+  uint32_t low[kPhiloxRounds], high[kPhiloxRounds];
+};
+
+FLOWDPPO_HD PhiloxKey philox_key(uint64_t seed) {
+  PhiloxKey out = {};
+  uint32_t low = static_cast<uint32_t>(seed), high = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    out.low[round] = low;
+    out.high[round] = high;
+    low += 0x9E3779B9u;
+    high += 0xBB67AE85u;
+  }
+  return out;
+}
+
 template <class Word>
 struct PhiloxWords {
   Word w0, w1, w2, w3;
@@ -46,19 +70,17 @@ struct PhiloxWords {
 
 template <class Lanes>
 FLOWDPPO_HD PhiloxWords<typename Lanes::Word> philox4x32(
-    PhiloxWords<typename Lanes::Word> counter, uint64_t seed) {
+    PhiloxWords<typename Lanes::Word> counter, const PhiloxKey& key) {
   using Word = typename Lanes::Word;
-  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  using Key = typename Lanes::Key;
   FLOWDPPO_UNROLL
-  for (int round = 0; round < 7; ++round) {
-    const Word p0 = Lanes::multiply_low(counter.w0, 0xD2511F53u);
-    const Word p1 = Lanes::multiply_low(counter.w2, 0xCD9E8D57u);
-    counter.w0 = (p1 >> 32) ^ counter.w1 ^ static_cast<uint64_t>(k0);
-    counter.w1 = p1;
-    counter.w2 = (p0 >> 32) ^ counter.w3 ^ static_cast<uint64_t>(k1);
-    counter.w3 = p0;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    Word high0, high1, low0, low1;
+    Lanes::multiply(counter.w0, 0xD2511F53u, high0, low0);
+    Lanes::multiply(counter.w2, 0xCD9E8D57u, high1, low1);
+    counter = {
+        high1 ^ counter.w1 ^ static_cast<Key>(key.low[round]), low1,
+        high0 ^ counter.w3 ^ static_cast<Key>(key.high[round]), low0};
   }
   return counter;
 }
@@ -128,12 +150,18 @@ FLOWDPPO_HD void box_muller_words(uint32_t radius_word, uint32_t angle_word, dou
   sine = radius * sin(angle);
 }
 
+FLOWDPPO_HD PhiloxWords<uint32_t> philox_words(const PhiloxKey& key, uint64_t stream, uint64_t block) {
+  const uint32_t block_low = static_cast<uint32_t>(block), block_high = static_cast<uint32_t>(block >> 32);
+  const uint32_t stream_low = static_cast<uint32_t>(stream), stream_high = static_cast<uint32_t>(stream >> 32);
+  return philox4x32<ScalarLanes>({block_low, block_high, stream_low, stream_high}, key);
+}
+
 // The four normals of one counter: elements 4*block .. 4*block+3 of the row that reads `stream`.
 template <class T>
-FLOWDPPO_HD void philox_normals(uint64_t seed, uint64_t stream, uint64_t block, T (&z)[4]) {
-  const auto w = philox4x32<ScalarLanes>({block, block >> 32, stream, stream >> 32}, seed);
-  box_muller_words(static_cast<uint32_t>(w.w0), static_cast<uint32_t>(w.w1), z[0], z[1]);
-  box_muller_words(static_cast<uint32_t>(w.w2), static_cast<uint32_t>(w.w3), z[2], z[3]);
+FLOWDPPO_HD void philox_normals(const PhiloxKey& key, uint64_t stream, uint64_t block, T (&z)[4]) {
+  const PhiloxWords<uint32_t> w = philox_words(key, stream, block);
+  box_muller_words(w.w0, w.w1, z[0], z[1]);
+  box_muller_words(w.w2, w.w3, z[2], z[3]);
 }
 
 }  // namespace flowdppo

@@ -163,6 +163,7 @@ class SDEStep:
     sigma_next: Level = math.nan
     _tables: dict = field(default_factory=dict, init=False, repr=False, compare=False)
     _silent: int | None = field(default=None, init=False, repr=False, compare=False)
+    _values: list[float] | None = field(default=None, init=False, repr=False, compare=False)
 
     @classmethod
     def from_sigmas(
@@ -270,7 +271,8 @@ class SDEStep:
             ValueError: the step has no density (``S == 0``).
         """
         self._check_density()
-        return [self.std, self.kl_scale, -self.dt]  # type: ignore[list-item]
+        assert self._values is not None
+        return self._values
 
     def row_table(self, rows: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
         """``[R, 3]`` table of ``S, k, -dt`` per row on ``device``; built once per (rows, device, dtype) and kept.
@@ -283,7 +285,7 @@ class SDEStep:
 
     def step_values(self) -> list[float]:
         """``[a, b, S]`` of a scalar step, for the sampler."""
-        return [self.sample_coef, self.velocity_coef, self.std]  # type: ignore[list-item]
+        return [float(self.sample_coef), float(self.velocity_coef), float(self.std)]
 
     def step_table(self, rows: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
         """``[R, 3]`` table of ``a, b, S`` per row on ``device``, kept like :meth:`row_table`."""
@@ -317,6 +319,9 @@ class SDEStep:
             raise ValueError(f"dt: got {self.dt}, expected sigma_next - sigma < 0")
         zero = (std == 0.0).flatten().tolist()
         object.__setattr__(self, "_silent", zero.index(True) if True in zero else None)
+        if self.is_scalar and self._silent is None:
+            # floats whatever was given: Triton compiles kernels for the type
+            object.__setattr__(self, "_values", [float(self.std), float(self.kl_scale), -float(self.dt)])
 
     def _check_density(self) -> None:
         if self._silent is None:

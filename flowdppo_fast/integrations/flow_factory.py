@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 
 from ..losses import fused_policy_loss, fused_velocity_policy_loss
 from ..objectives import DPPO
-from ..reference import stats_dtype
 from ..results import LossOutput
+from ..rows import stats_dtype
 from ..samplers import SDEStep
 from ._require import require
 from ._rows import squared_drift

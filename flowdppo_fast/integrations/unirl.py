@@ -22,8 +22,8 @@ from torch import Tensor
 
 from ..losses import fused_policy_loss
 from ..objectives import DPPO
-from ..reference import stats_dtype
 from ..results import LossOutput, Metrics
+from ..rows import stats_dtype
 from ..samplers import Schedule, SDEStep, diffusion
 from ..sampling import sde_step
 from ._require import require

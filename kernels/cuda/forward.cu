@@ -25,17 +25,15 @@ struct ForwardArguments {
 
 __global__ void __launch_bounds__(kStreamThreads, 3) forward_kernel(const __grid_constant__ ForwardArguments a) {
   const RowShape& shape = a.source.shape;
-  const unsigned row = blockIdx.x / a.splits, split = blockIdx.x % a.splits;
+  const bool mean = a.source.form == Form::kMean;
   ThreadSums sums;
   with_version(a.version, [&](auto version) {
     using V = decltype(version);
-    // means have the next states for noise, which nobody generates
-    const bool mean = V::kNoise != Stored::kGenerated && a.source.form == Form::kMean;
-    const Share<V> share(a.source, row, split, a.elements);
+    const Share<V> share(a.source, blockIdx.x / a.splits, blockIdx.x % a.splits, a.elements);
     share.walk(a.aligned, [&](const auto& v, int, int) {
       FLOWDPPO_UNROLL
       for (int i = 0; i < v.kCount; ++i) {
-        const float d = v.x[i] - v.y[i], n = mean ? v.n[i] - v.y[i] : v.n[i];
+        const float d = v.x[i] - v.y[i], n = on_means<V>(mean) ? v.n[i] - v.y[i] : v.n[i];
         sums.nd[i % 2] = fmaf(n, d, sums.nd[i % 2]);
         sums.dd[i % 2] = fmaf(d, d, sums.dd[i % 2]);
         sums.nn[i % 2] = fmaf(n, n, sums.nn[i % 2]);
@@ -47,6 +45,8 @@ __global__ void __launch_bounds__(kStreamThreads, 3) forward_kernel(const __grid
     });
   });
 
+  // worked out again: kept, it would cost registers that the loop lacks
+  const unsigned block = block_index_again(), row = block / a.splits, split = block % a.splits;
   double total[kSums] = {
       static_cast<double>(sums.nd[0]) + sums.nd[1], static_cast<double>(sums.dd[0]) + sums.dd[1],
       static_cast<double>(sums.nn[0]) + sums.nn[1], static_cast<double>(sums.ww[0]) + sums.ww[1]};

@@ -39,10 +39,9 @@ __global__ void __launch_bounds__(kStreamThreads, 3) gradient_kernel(const __gri
       numbers_of(a.source.step, a.source.form, row).scale, shape.numel, a.source.form);
   const float on_noise = static_cast<float>(factors.noise), on_diff = static_cast<float>(factors.diff);
   const float on_ref = static_cast<float>(factors.ref);
+  const bool mean = a.source.form == Form::kMean;
   with_version(a.version, [&](auto version) {
     using V = decltype(version);
-    // means have the next states for noise, which nobody generates
-    const bool mean = V::kNoise != Stored::kGenerated && a.source.form == Form::kMean;
     constexpr DType kDType = dtype_of(V::kLatents);
     const Share<V> share(a.source, row, split, a.elements);
     const int item = static_cast<int>(size_of(kDType));
@@ -56,7 +55,7 @@ __global__ void __launch_bounds__(kStreamThreads, 3) gradient_kernel(const __gri
       float value[Values::kCount];
       FLOWDPPO_UNROLL
       for (int i = 0; i < v.kCount; ++i) {
-        value[i] = fmaf(on_diff, v.x[i] - v.y[i], on_noise * (mean ? v.n[i] - v.y[i] : v.n[i]));
+        value[i] = fmaf(on_diff, v.x[i] - v.y[i], on_noise * (on_means<V>(mean) ? v.n[i] - v.y[i] : v.n[i]));
         if constexpr (V::kReference) value[i] = fmaf(on_ref, v.x[i] - v.w[i], value[i]);
       }
       store<Values>(out, kDType, at, length, value);

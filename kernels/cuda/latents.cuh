@@ -52,16 +52,22 @@ struct Group {
   }
 };
 
-// Elements first .. first+kCount-1 of a noise stream; `first` is a multiple of 4.
+// kCount elements of a noise stream from counter `block` on, each of which gives four.
 template <int kCount>
-FLOWDPPO_DEVICE void generate(uint64_t seed, uint64_t stream, int64_t first, float (&out)[kCount]) {
+FLOWDPPO_DEVICE void generate(const PhiloxKey& key, uint64_t stream, uint64_t block, float (&out)[kCount]) {
   FLOWDPPO_UNROLL
   for (int i = 0; i < kCount; i += 4) {
     float z[4];
-    philox_normals_by_hardware(seed, stream, static_cast<uint64_t>(first + i) / 4, z);
+    philox_normals_by_hardware(key, stream, block + i / 4, z);
     FLOWDPPO_UNROLL
     for (int k = 0; k < 4; ++k) out[i + k] = z[k];
   }
+}
+
+// Whether rows are means, which a seed does not go with: only velocities are known to be.
+template <class Version>
+FLOWDPPO_DEVICE bool on_means(bool asked) {
+  return Version::kNoise != Stored::kGenerated && asked;
 }
 
 // kCount elements of each operand: two latents, noise, and a reference where there is one. kGroup: a whole group.
@@ -80,15 +86,16 @@ struct Share {
   static constexpr int kCount = group_of(kLatents);
   static constexpr bool kGenerated = kNoise == Stored::kGenerated;
   const char *x, *y, *noise, *reference;
-  uint64_t seed, stream;
+  const PhiloxKey& key;
+  uint64_t stream;
   int64_t first;
   int count;
-  // false: the noise is left alone, and is zeros
+  // false: stored noise is left alone, and is zeros
   bool reads_noise = true;
 
   template <class Source>
   FLOWDPPO_DEVICE Share(const Source& source, unsigned row, unsigned split, int elements)
-      : seed(source.streams.seed), stream(stream_of(source.streams, row)),
+      : key(source.streams.key), stream(stream_of(source.streams, row)),
         first(static_cast<int64_t>(split) * elements) {
     const RowShape& shape = source.shape;
     const Operands operands = operands_of(source);
@@ -118,12 +125,10 @@ struct Share {
     group.x.unpack(out.x);
     group.y.unpack(out.y);
     if constexpr (kReference) group.reference.unpack(out.w);
-    if (reads_noise) {
-      if constexpr (kGenerated) {
-        generate(seed, stream, first + at, out.n);
-      } else {
-        group.noise.unpack(out.n);
-      }
+    if constexpr (kGenerated) {
+      generate(key, stream, block_of(at), out.n);
+    } else {
+      if (reads_noise) group.noise.unpack(out.n);
     }
     return out;
   }
@@ -132,9 +137,7 @@ struct Share {
   FLOWDPPO_DEVICE Values<4, false> few(int at, int length) const {
     Values<4, false> out;
     float drawn[4] = {};
-    if constexpr (kGenerated) {
-      if (reads_noise) generate(seed, stream, first + at, drawn);
-    }
+    if constexpr (kGenerated) generate(key, stream, block_of(at), drawn);
     FLOWDPPO_UNROLL
     for (int i = 0; i < 4; ++i) {
       if (i >= length) continue;
@@ -171,6 +174,11 @@ struct Share {
   }
 
  private:
+  // the counter of the share's element `at`, a multiple of 4 like `first`
+  FLOWDPPO_DEVICE uint64_t block_of(int at) const {
+    return static_cast<uint64_t>(first) / 4 + static_cast<unsigned>(at) / 4;
+  }
+
   FLOWDPPO_DEVICE const char* at(const Latents& latents, const RowShape& shape, unsigned row) const {
     if (latents.data == nullptr) return nullptr;
     // rows are fewer than 2^31: 32-bit divisions are several times cheaper

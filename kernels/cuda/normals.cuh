@@ -40,10 +40,11 @@ FLOWDPPO_DEVICE void box_muller_by_hardware(uint32_t radius_word, uint32_t angle
 }
 
 // The four normals of one counter.
-FLOWDPPO_DEVICE void philox_normals_by_hardware(uint64_t seed, uint64_t stream, uint64_t block, float (&z)[4]) {
-  const auto w = philox4x32<ScalarLanes>({block, block >> 32, stream, stream >> 32}, seed);
-  box_muller_by_hardware(static_cast<uint32_t>(w.w0), static_cast<uint32_t>(w.w1), z[0], z[1]);
-  box_muller_by_hardware(static_cast<uint32_t>(w.w2), static_cast<uint32_t>(w.w3), z[2], z[3]);
+FLOWDPPO_DEVICE void philox_normals_by_hardware(
+    const PhiloxKey& key, uint64_t stream, uint64_t block, float (&z)[4]) {
+  const PhiloxWords<uint32_t> w = philox_words(key, stream, block);
+  box_muller_by_hardware(w.w0, w.w1, z[0], z[1]);
+  box_muller_by_hardware(w.w2, w.w3, z[2], z[3]);
 }
 
 }  // namespace flowdppo::gpu

@@ -12,6 +12,13 @@
 
 namespace flowdppo::gpu {
 
+// blockIdx.x where the compiler shall not know it for the same.
+FLOWDPPO_DEVICE unsigned block_index_again() {
+  unsigned out;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(out));
+  return out;
+}
+
 // The block's dynamic shared memory; what lies behind a T is reached through pointers from its end.
 template <class T>
 FLOWDPPO_DEVICE T& shared_memory() {

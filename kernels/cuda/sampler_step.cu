@@ -42,12 +42,12 @@ __global__ void __launch_bounds__(kStreamThreads, 3) step_kernel(const __grid_co
       float mu[Values::kCount], state[Values::kCount];
       FLOWDPPO_UNROLL
       for (int i = 0; i < v.kCount; ++i) {
+        // what is not read or not there is 0; generated noise is always finite and never given
+        constexpr bool kGenerated = V::kNoise == Stored::kGenerated;
         mu[i] = fmaf(coef_x, v.x[i], coef_v * v.y[i]);
-        state[i] = mu[i];
-        if (!share.reads_noise || (!Values::kGroup && i >= length)) continue;
-        const float e = given ? v.n[i] - mu[i] : v.n[i];
+        const float e = !kGenerated && given ? v.n[i] - mu[i] : v.n[i];
         moments[i % 2] = fmaf(e, e, moments[i % 2]);
-        if (adds_noise) state[i] = fmaf(std, e, mu[i]);
+        state[i] = kGenerated || adds_noise ? fmaf(std, e, mu[i]) : mu[i];
       }
       if (mean != nullptr) store<Values>(mean, DType::kFloat32, at, length, mu);
       if (next != nullptr) store<Values>(next, dtype, at, length, state);

@@ -37,9 +37,9 @@ def jit_functions() -> dict[str, JITFunction]:
     return found
 
 
-def bind(kernel: JITFunction, *args: Any, **options: Any) -> tuple[Any, Any, Any]:
+def bind(kernel: JITFunction, *args: Any, backend: Any = BACKEND, **options: Any) -> tuple[Any, Any, Any]:
     """Arguments, their specialisation and the options, as a launch has them."""
-    return create_function_from_signature(kernel.signature, kernel.params, BACKEND)(*args, **options)
+    return create_function_from_signature(kernel.signature, kernel.params, backend)(*args, **options)
 
 
 def why_no_binder(kernel: JITFunction) -> str | None:

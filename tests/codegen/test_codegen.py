@@ -11,8 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gpu_page
 import pytest
 from aot import ARCHITECTURES, EXIT_TOOLS_MISSING, UNALIGNED, WIDE_NUMBERS
+
+from bench.pages import block_of
 
 SCRIPT = Path(__file__).with_name("aot.py")
 # of 255; an SM has 65,536, so 80 leave three programs of eight warps
@@ -107,6 +110,25 @@ def test_normals_never_pass_through_shared_memory(reports):
 def test_enough_loads_are_in_flight(reports):
     low = {r["name"]: resident_bytes(r) for r in streaming(reports) if resident_bytes(r) < BYTES_IN_FLIGHT}
     assert low == {}
+
+
+def test_the_page_shows_this_code(reports, request):
+    """docs/gpu.md, where the compiler is the one that it names."""
+    arch = request.node.callspec.params["reports"]
+    _, block, _ = block_of(gpu_page.PAGE.read_text(), gpu_page.BLOCK, "gpu.md")
+    version, code, cuts = block.strip().split("\n\n")
+    if version.rstrip(".") != gpu_page.compiler():
+        pytest.skip(f"docs/gpu.md shows code of {version} and {gpu_page.compiler()} is installed")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in code.splitlines()]
+    heads = rows[0]
+    # sm_80, sm_90, sm_100: instructions from the third column on, then registers
+    place = 2 + ARCHITECTURES.index(arch)
+    assert heads[place].endswith(f"sm_{arch}")
+    shown = {row[0]: (row[place], row[place + len(ARCHITECTURES)]) for row in rows[2:]}
+    assert shown == gpu_page.code_rows(arch, reports), "python tests/codegen/gpu_page.py makes the table"
+    if arch == 90:
+        registers = {name: report["registers"] for name, report in reports.items()}
+        assert cuts == gpu_page.cut_table(registers), "python tests/codegen/gpu_page.py makes the table"
 
 
 def test_unaligned_latents_would_be_noticed(reports):

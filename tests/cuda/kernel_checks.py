@@ -14,7 +14,7 @@ from support.tolerance import check_within, sum_bound
 
 from flowdppo_fast import reference
 from flowdppo_fast.objectives import EpilogueOptions
-from flowdppo_fast.reference import Form
+from flowdppo_fast.rows import Form, RowSource
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 EPS = torch.finfo(F32).eps
@@ -79,7 +79,7 @@ def check_stats(host, arguments, second_moment=True):
     """Each statistic within the bound of a float sum of its terms."""
     got = host.row_stats(*arguments, second_moment)
     want = reference.row_stats(*in_double(arguments), second_moment)
-    u, e, w, _ = reference._differences(*in_double(arguments))
+    u, e, w, _ = reference._differences(RowSource(*in_double(arguments)))
     terms = [e * u, u * u, e * e if second_moment else None, None if w is None else w * w]
     for name, term, actual, expected in zip("PQER", terms, got.double(), want):
         if term is None:
@@ -105,7 +105,7 @@ def check_grad(host, arguments, coefficients=None, upstream=None, factor=0.25):
     grad = host.row_grad(*arguments, coefficients, upstream, factor)
     wide = coefficients.double(), upstream.double()
     exact = reference.row_grad(*in_double(arguments), *wide, factor)
-    u, e, w, k = reference._differences(*in_double(arguments))
+    u, e, w, k = reference._differences(RowSource(*in_double(arguments)))
     active = (coefficients != 0).any(0)[:, None]
     size = (wide[0][0].abs()[:, None] * e.abs() + 2 * wide[0][1].abs()[:, None] * u.abs())[active.expand_as(u)].max()
     if w is not None:

@@ -29,7 +29,7 @@ from kernel_checks import (
 from flowdppo_fast import reference
 from flowdppo_fast.noise import philox_normal
 from flowdppo_fast.objectives import DPPO, SUMMARY, GRPOGuard, RatioClip
-from flowdppo_fast.reference import Form
+from flowdppo_fast.rows import Form
 
 
 @pytest.mark.parametrize("seeded", [False, True], ids=["stored", "seeded"])

@@ -77,18 +77,15 @@ _DRIVER = """
 #include <stdio.h>
 #include "philox.h"
 int main() {
-  const uint64_t pi[] = {0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344}, ones = 0xffffffff;
-  using flowdppo::ScalarLanes;
-  const auto a = flowdppo::philox4x32<ScalarLanes>({0, 0, 0, 0}, 0);
-  const auto b = flowdppo::philox4x32<ScalarLanes>({ones, ones, ones, ones}, 0xffffffffffffffff);
-  const auto c = flowdppo::philox4x32<ScalarLanes>({pi[0], pi[1], pi[2], pi[3]}, 0x299f31d0a4093822);
-  for (const auto& w : {a, b, c}) {
-    printf("%08x %08x %08x %08x\\n", (unsigned)w.w0, (unsigned)w.w1, (unsigned)w.w2, (unsigned)w.w3);
-  }
+  using namespace flowdppo;
+  const auto a = philox_words(philox_key(0), 0, 0);
+  const auto b = philox_words(philox_key(0xffffffffffffffff), 0xffffffffffffffff, 0xffffffffffffffff);
+  const auto c = philox_words(philox_key(0x299f31d0a4093822), 0x0370734413198a2e, 0x85a308d3243f6a88);
+  for (const auto& w : {a, b, c}) printf("%08x %08x %08x %08x\\n", w.w0, w.w1, w.w2, w.w3);
   float z[4];
   double exact[4];
-  flowdppo::philox_normals(5, 6, 7, z);
-  flowdppo::philox_normals(5, 6, 7, exact);
+  philox_normals(philox_key(5), 6, 7, z);
+  philox_normals(philox_key(5), 6, 7, exact);
   for (int i = 0; i < 4; ++i) printf("%.9g %.17g\\n", z[i], exact[i]);
 }
 """

@@ -11,7 +11,7 @@ from torch import Tensor
 from flowdppo_fast import reference
 from flowdppo_fast.kernels.philox import _HARDWARE
 from flowdppo_fast.noise import philox_normal
-from flowdppo_fast.reference import Form
+from flowdppo_fast.rows import Form, RowSource, stats_dtype
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -44,7 +44,7 @@ class Source(dict):
 
     @property
     def compute(self) -> torch.dtype:
-        return reference.stats_dtype(self["new"])
+        return stats_dtype(self["new"])
 
 
 def _host(value: Any) -> Any:
@@ -106,7 +106,7 @@ def source(
 
 def differences(problem: Source) -> tuple[Tensor, Tensor, Tensor | None]:
     """``u, e, w`` of all rows in float64, ``[R, N]``."""
-    u, e, w, _ = reference._differences(*problem.exact().args())
+    u, e, w, _ = reference._differences(RowSource(*problem.exact().args()))
     return u, e, w
 
 
