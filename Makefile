@@ -6,7 +6,7 @@ PIP := $(PY) -m pip --disable-pip-version-check -q
 export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 0
 
-.PHONY: help demo test pytest lint audit check-tables docs bench bench-quick bench-train bench-learning bench-learning-quick gpu build clean
+.PHONY: help demo test pytest lint audit check-tables docs bench bench-quick bench-train bench-learning bench-learning-quick gpu gpu-matrix build clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make bench-learning        Flow-DPPO against ratio clipping: whatever is missing of the sweep (hours)"
 	@echo "make bench-learning-quick  one short run of every method (about a minute)"
 	@echo "make gpu          everything a GPU is needed for, into one result folder"
+	@echo "make gpu-matrix   the GPU backends with every supported Triton and torch, without a GPU (downloads gigabytes)"
 	@echo "make clean        remove .venv and build products"
 
 .venv/bin/python:
@@ -91,6 +92,10 @@ bench-train: build
 
 gpu:
 	bench/gpu.sh
+
+# wheels are unpacked below build/, not installed; a result file for the release
+gpu-matrix: build
+	$(PY) tests/packaging/gpu_matrix.py
 
 clean:
 	rm -rf .venv build *.egg-info flowdppo_fast/*.so flowdppo_fast/_build_info.json

@@ -17,6 +17,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -200,6 +201,7 @@ class Cuda:
         alter: what is done to a kernel before it runs.
         launched: the launches since the last call of an operator began, and ``launches`` how many there were ever.
         allocated: (what, address, bytes) of the memory that the last call asked for.
+        counts: launches ever, by kernel.
     """
 
     library: ctypes.CDLL
@@ -212,6 +214,7 @@ class Cuda:
     launched: list[Launched] = field(default_factory=list)
     launches: int = 0
     allocated: list[tuple[str, int, int]] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
     _kept: list[tuple[int, int]] = field(default_factory=list)
     _memory: dict[int, int] = field(default_factory=dict)
     _failure: BaseException | None = None
@@ -293,6 +296,7 @@ class Cuda:
             read = {int(start): int(size) for start, size in zip(watch.starts, watch.read)}
             self.launched.append(Launched(kernel.name, blocks, threads, shared, read))
             self.launches += 1
+            self.counts[source_name(kernel.name)] += 1
             return 0
         except BaseException as error:
             self._failure = error
@@ -300,17 +304,22 @@ class Cuda:
             return 1
 
 
-@functools.cache
-def _program(mangled: str, gpus: tuple[tuple[str, str], ...]) -> Program:
+def source_name(mangled: str) -> str:
+    """A kernel's name as its source has it."""
     found = _KERNEL.search(mangled)
     if found is None:
         raise Fault(f"{mangled}: no name of a kernel")
+    return found[1]
+
+
+@functools.cache
+def _program(mangled: str, gpus: tuple[tuple[str, str], ...]) -> Program:
+    short = source_name(mangled)
     for source in sorted(KERNELS.glob("*.cu")):
-        if f" {found[1]}(" in source.read_text():
+        if f" {short}(" in source.read_text():
             kernels = _parsed(ptx_of(source, dict(gpus)[source.stem]))
-            (kernel,) = (kernel for name, kernel in kernels.items() if found[1] in name)
-            return Program(kernel)
-    raise Fault(f"no source has a {found[1]}")
+            return Program(next(kernel for name, kernel in kernels.items() if source_name(name) == short))
+    raise Fault(f"no source has a {short}")
 
 
 @functools.cache
