@@ -6,7 +6,7 @@ PIP := $(PY) -m pip --disable-pip-version-check -q
 export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 0
 
-.PHONY: help demo test pytest test-cpus lint audit check-tables docs bench bench-quick bench-train bench-learning bench-learning-quick ptx gpu build clean
+.PHONY: help demo test pytest test-cpus lint audit check-tables docs bench bench-quick bench-train bench-learning bench-learning-quick ptx gpu gpu-matrix build clean
 .DEFAULT_GOAL := help
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo "make bench-learning-quick  one short run of every method (about a minute)"
 	@echo "make ptx          all tests of the GPU kernels as compiled, on an emulator, with a tally (about an hour)"
 	@echo "make gpu          everything a GPU is needed for, into one result folder (6 minutes; bench/gpu.sh --quick: 2)"
+	@echo "make gpu-matrix   the GPU backends with every supported Triton and torch, without a GPU (downloads gigabytes)"
 	@echo "make clean        remove .venv and build products"
 
 .venv/bin/python:
@@ -107,6 +108,10 @@ ptx: build
 
 gpu:
 	bench/gpu.sh
+
+# wheels are unpacked below build/, not installed; a result file for the release
+gpu-matrix: build
+	$(PY) tests/packaging/gpu_matrix.py
 
 clean:
 	rm -rf .venv build *.egg-info flowdppo_fast/*.so flowdppo_fast/_build_info.json

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from kernel_checks import some
 from fuzz.invariants import INVARIANTS, hold
+from kernel_checks import some
 
 
 @pytest.mark.parametrize("examples", some([2], [12]))

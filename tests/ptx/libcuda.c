@@ -79,7 +79,13 @@ CUresult cuLaunchKernel(CUfunction function, unsigned gx, unsigned gy, unsigned 
   return function == NULL ? CUDA_ERROR_INVALID_HANDLE : CUDA_SUCCESS;
 }
 CUresult cuCtxGetCurrent(CUcontext *current) { return *current = (CUcontext)&context, CUDA_SUCCESS; }
-CUresult cuDeviceGet(CUdevice *device, int ordinal) { return *device = ordinal, CUDA_SUCCESS; }
+static CUdevice current_device;
+CUresult cuDeviceGet(CUdevice *device, int ordinal) { return *device = current_device = ordinal, CUDA_SUCCESS; }
+// from Triton 3.8 and 3.9 on
+CUresult cuCtxGetDevice(CUdevice *device) { return *device = current_device, CUDA_SUCCESS; }
+CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *status) {
+  return *status = CU_STREAM_CAPTURE_STATUS_NONE, CUDA_SUCCESS;
+}
 CUresult cuDevicePrimaryCtxRetain(CUcontext *current, CUdevice device) { return cuCtxGetCurrent(current); }
 CUresult cuDriverGetVersion(int *version) { return *version = CUDA_VERSION, CUDA_SUCCESS; }
 CUresult cuModuleLoadData(CUmodule *module, const void *image) { return *module = (CUmodule)&context, CUDA_SUCCESS; }
