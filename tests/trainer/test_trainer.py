@@ -45,6 +45,7 @@ def test_every_objective_raises_the_reward(pipes, small_config, learning, object
     before = weights_of(trainer)
     history = trainer.train()
     first, last = (sum(m["reward"] for m in part) / 3 for part in (history[:3], history[-3:]))
+    # over eight seeds (FLOWDPPO_LEARNING_SEEDS=8): LoRA 2.9 to 3.1, sd 0.31 to 0.35; full 10.2 to 12.0, sd 1.4 to 1.7
     learning.check((last - first) / history[0]["reward_std"], 1.0 if train == "lora" else 4.0)
     assert any(m["masked_fraction"] > 0 for m in history) == (objective != "unclipped")
     changed = {name for name, value in weights_of(trainer).items() if not torch.equal(value, before[name])}
