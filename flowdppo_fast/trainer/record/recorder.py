@@ -146,10 +146,11 @@ class TrajectoryRecorder:
     def verify(self, trajectory: Trajectory, rows: Sequence[int]) -> ReplayCheck:
         """Replays a trajectory whose policy is still the present one; nothing else may be replayed before.
 
-        Step by step with the recorded batch the velocities must come out bitwise (or as near as an inexact rule comes).
-        In the training geometry, all steps of ``rows`` in one batch and with gradients enabled, matrix products may
-        round otherwise: there the root-mean-square difference may be ``16 * eps`` of the root-mean-square velocity, eps
-        being that of the transformer's outputs, times the rule's gain of independent roundings.
+        Step by step, with the recorded batch and as many threads, velocities must come out bitwise (or as near as an
+        inexact rule comes). In the training geometry, all steps of ``rows`` in one batch and with gradients enabled,
+        matrix products may round otherwise: there the root-mean-square difference may be ``16 * eps`` of the
+        root-mean-square velocity, eps being that of the transformer's outputs, times the rule's gain of independent
+        roundings.
 
         Raises:
             ValueError: a difference beyond that; the message names the pipeline and the largest difference.
