@@ -77,14 +77,8 @@ def run(cpu: str, threads: int, tests: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "bits or learns", *tests]
-        command += [
-            f"--junit-xml={report}",
-            "-o",
-            "faulthandler_timeout=330",
-            "-o",
-            "faulthandler_exit_on_timeout=true",
-            f"--junit-xml={report}",
-        ]
+        limits = ["-o", "faulthandler_timeout=330", "-o", "faulthandler_exit_on_timeout=true"]
+        command += [f"--junit-xml={report}", *limits]
         variables = {**environment, **own, "FLOWDPPO_REQUIRE_CPU": "1"}
         done = subprocess.run(command, env=variables, cwd=ROOT, capture_output=True, text=True)
         if not report.exists():
