@@ -5,7 +5,6 @@ Reading a recipe runs no code: YAML is read by the safe loader, and only what a 
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -21,7 +20,7 @@ import yaml
 from pydantic import StrictBool
 
 from ..config import RECIPE_SECTIONS, SECTION, FlowDPPOConfig
-from ..settings import build, check, check_known, plain, read_yaml, require
+from ..settings import build, check, check_known, plain, read_text, read_yaml, require
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _CALLABLE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
@@ -168,7 +167,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dictionaries of plain values; :meth:`from_dict` is the inverse."""
-        own = {"pipeline": dataclasses.asdict(self.pipeline), "prompts": dataclasses.asdict(self.prompts)}
+        own = {"pipeline": self.pipeline, "prompts": self.prompts}
         return plain({**own, "rewards": list(self.rewards), **self.config.to_dict()})
 
     def portable(self) -> dict[str, Any]:
@@ -346,9 +345,9 @@ def _read_prompt_file(path: Path, where: str) -> list[tuple[str, Any]]:
         raise ValueError(f"{where}: got {path}, expected a .txt file, a .jsonl file or a list of prompts")
     if not path.is_file():
         raise ValueError(f"{where}: {path} does not exist, expected a file with prompts")
-    lines = path.read_text(encoding="utf-8").splitlines()
     entries = []
-    for number, line in enumerate(lines, start=1):
+    # lines end at newlines alone: str.splitlines also cuts at characters that belong to a prompt
+    for number, line in enumerate(read_text(path, where).split("\n"), start=1):
         if not line.strip():
             continue
         place = f"{where}: {path}, line {number}"
