@@ -14,10 +14,11 @@ import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from torch import nn
 
+from ..callables import load_callable, search_working_directory
 from ..prompts import REWARD_KEYS
 from ..settings import require
 from ..weights.adapters import ATTENTION_TARGETS
-from .recipe import PipelineConfig, QuantizationConfig, Recipe, resolve_callable
+from .recipe import PipelineConfig, QuantizationConfig, Recipe
 
 _PACKAGES = {"bitsandbytes_4bit": "bitsandbytes", "bitsandbytes_8bit": "bitsandbytes", "torchao": "torchao"}
 # first word of an attention backend's name: what it imports, and what pip calls it
@@ -235,7 +236,8 @@ def _pipeline_class(settings: PipelineConfig, index: dict[str, Any]) -> type:
 
     if settings.callable is not None:
         name, where = settings.callable, "pipeline.callable"
-        kind: Any = resolve_callable(name, where)
+        search_working_directory()
+        kind: Any = load_callable(name, where)
     else:
         name, where = settings.class_name or str(index.get("_class_name")), "pipeline.class_name"
         kind = getattr(diffusers, name, None)

@@ -6,6 +6,7 @@ import copy
 import importlib.metadata
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,10 +15,11 @@ import torch
 from digits_example import EXAMPLE
 from PIL import Image
 
+from flowdppo_fast.trainer.callables import load_callable, search_working_directory
 from flowdppo_fast.trainer.recipe import QuantizationConfig, Recipe
 from flowdppo_fast.trainer.recipe.loading import load_pipeline, quantization_mapping
 from flowdppo_fast.trainer.recipe.preflight import check_environment, estimate_memory, inspect_pipeline
-from flowdppo_fast.trainer.recipe.recipe import load_prompts, resolve_callable
+from flowdppo_fast.trainer.recipe.recipe import load_prompts
 from flowdppo_fast.trainer.weights.adapters import add_lora
 
 MINIMAL = {
@@ -208,15 +210,13 @@ def test_refused_prompt_files(tmp_path, name, text, message):
 
 
 def test_callables_are_found_in_the_working_directory(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend("")
-    monkeypatch.setattr("sys.path", [entry for entry in __import__("sys").path if entry])
-    (tmp_path / "my_own_rewards.py").write_text("def nice():\n    return 7\nnumber = 3\n")
+    monkeypatch.setattr("sys.path", [entry for entry in sys.path if entry])
+    (tmp_path / "my_own_rewards.py").write_text("class Own:\n    def nice():\n        return 7\n")
     monkeypatch.chdir(tmp_path)
-    assert resolve_callable("my_own_rewards:nice", "where")() == 7
-    with pytest.raises(ValueError, match="where: got 'my_own_rewards:number', which is a int"):
-        resolve_callable("my_own_rewards:number", "where")
-    with pytest.raises(ValueError, match="which cannot be imported"):
-        resolve_callable("my_own_rewards:other", "where")
+    search_working_directory()
+    assert load_callable("my_own_rewards:Own.nice", "where")() == 7
+    with pytest.raises(ValueError, match="where: got 'my_own_rewards:other', which cannot be imported"):
+        load_callable("my_own_rewards:other", "where")
 
 
 def test_everything_that_is_missing_is_named_at_once(monkeypatch, tmp_path):
