@@ -11,13 +11,14 @@ from pathlib import Path
 from accelerate import PartialState
 
 from .. import checkpoint
+from ..callables import search_working_directory
 from ..resume import may_differ
 from ..rewards import Reward, build_rewards
 from ..trainer import FlowDPPOTrainer
 from .export import RECIPE_FILE
 from .loading import load_pipeline
 from .preflight import PipelinePlan, check_environment, inspect_pipeline
-from .recipe import Recipe, search_working_directory
+from .recipe import Recipe
 
 INPUTS_FILE = "inputs.json"
 # settings of the pipeline that change no more than rounding of what it computes
