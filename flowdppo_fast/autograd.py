@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .backend import operator
+from .backend import is_traced, operator
 from .layout import to_rows
 from .objectives import RowField
 from .rows import Form, RowPlan, RowSource
@@ -71,32 +71,49 @@ def _row_grad(ctx, saved: tuple, coefficients: Tensor, upstream: Tensor, factor:
 
 
 class PolicyLoss(torch.autograd.Function):
-    """``(loss, rows, summary)`` of an objective; ``loss`` is differentiable in ``new``.
+    """``(loss, rows, summary, grad)`` of an objective; ``loss`` is differentiable in ``new``.
 
-    ``loss`` is the mean (0-d), the sum (0-d) or the vector of row losses ``[R]``, by ``reduction``.
+    ``loss`` is the mean (0-d), the sum (0-d) or the vector of row losses ``[R]``, by ``reduction``. With ``in_forward``
+    the gradient is made from the same reading of the latents; ``grad`` is None unless it is ``wanted``, too.
     """
 
     @staticmethod
-    def forward(ctx, new, call: RowCall, inputs: ObjectiveInputs, reduction: str):
+    def forward(ctx, new, call: RowCall, inputs: ObjectiveInputs, reduction: str, in_forward: bool, wanted: bool):
         source, plan, backend = call
-        new = plan.to_rows(new)
-        loss, rows, summary = operator("policy_loss", backend, plan.device.type)(new, *source[1:], *inputs)
+        rows_of_new = plan.to_rows(new)
+        arguments = (rows_of_new, *source[1:], *inputs)
+        grad = None
+        if in_forward:
+            count = inputs.advantages.shape[0]
+            factor = 1.0 / count if reduction == "mean" and count > 0 else 1.0
+            one_pass = operator("policy_loss_and_grad", backend, plan.device.type)
+            loss, rows, summary, grad = one_pass(*arguments, factor)
+            grad = plan.gradient(grad)
+            ctx.save_for_backward(grad)
+            ctx.mark_non_differentiable(rows, summary, *((grad,) if wanted else ()))
+        else:
+            loss, rows, summary = operator("policy_loss", backend, plan.device.type)(*arguments)
+            call.keep(ctx, rows_of_new, rows)
+            ctx.averages = reduction == "mean" and rows.shape[1] > 0
+            ctx.mark_non_differentiable(rows, summary)
         if reduction == "none":
             loss = rows[RowField.LOSS].clone()
         elif reduction == "sum":
             loss = rows[RowField.LOSS].sum()
-        call.keep(ctx, new, rows)
-        ctx.averages = reduction == "mean" and rows.shape[1] > 0
-        ctx.mark_non_differentiable(rows, summary)
+        ctx.in_forward, ctx.wanted = in_forward, wanted
         ctx.set_materialize_grads(False)
-        return loss, rows, summary
+        return loss, rows, summary, grad if wanted else None
 
     @staticmethod
     @_first_order
-    def backward(ctx, grad_loss, grad_rows, grad_summary):
+    def backward(ctx, grad_loss, *others):
         if grad_loss is None:
-            return None, None, None, None
+            return None, None, None, None, None, None
         saved = ctx.saved_tensors
+        if ctx.in_forward:
+            # torch may take what it is handed for the .grad of a leaf, and add to it later
+            kept = ctx.wanted or torch._C._autograd._get_current_graph_task_keep_graph()
+            return _scaled(saved[0], grad_loss, kept), None, None, None, None, None
         rows, factor = saved[-1], 1.0
         if ctx.averages:
             if torch.compiler.is_compiling():
@@ -104,7 +121,20 @@ class PolicyLoss(torch.autograd.Function):
                 grad_loss = grad_loss / rows.shape[1]
             else:
                 factor = 1.0 / rows.shape[1]
-        return _row_grad(ctx, saved, rows[RowField.GRAD_P :], grad_loss, factor), None, None, None
+        return _row_grad(ctx, saved, rows[RowField.GRAD_P :], grad_loss, factor), None, None, None, None, None
+
+
+def _scaled(grad: Tensor, upstream: Tensor, kept: bool) -> Tensor:
+    """``grad * upstream``, a new tensor if ``kept``; zero where ``grad`` is: dropped rows have no gradient, whatever
+    comes from above."""
+    if upstream.device.type != "cpu" or is_traced():
+        # reading it would wait for the device
+        return torch.where(grad == 0, grad, grad * upstream)
+    scale = upstream.item()
+    if scale == 1.0:
+        return grad.clone() if kept else grad
+    scaled = grad * scale
+    return scaled if math.isfinite(scale) else torch.where(grad == 0, grad, scaled)
 
 
 class LogProbLoss(torch.autograd.Function):

@@ -85,7 +85,7 @@ def drift_nats(
     with torch.no_grad(), pretrained.restored():
         reference = recorder.replay(trajectory)
     velocity, noise, step = trajectory.select(range(rows))
-    _, squared = row_statistics(velocity, reference, noise, step, rows=2)
+    _, squared = row_statistics(velocity, reference, noise, step, row_dims=2)
     return float(squared.double().sum(1).mean()) / 2 * velocity.shape[2:].numel()
 
 

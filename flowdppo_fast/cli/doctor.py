@@ -36,7 +36,7 @@ def doctor_report() -> dict[str, Any]:
         "cuda_kernels": _cuda_kernels(),
         "build": backend.build_info(),
         "backends": backends,
-        "auto": {device: backend.resolve("auto", device) for device in devices},
+        "auto": {device: backend.resolve_backend("auto", device) for device in devices},
     }
 
 

@@ -45,8 +45,8 @@ def test_an_objective_in_plain_torch_equals_the_fused_one(backend, rows):
     velocity.requires_grad_()
     p, q = fast.row_statistics(velocity, old, noise, problem.step, rows=len(rows), backend=backend.name)
     (plain,) = torch.autograd.grad((-advantages * torch.exp(p - 0.5 * q)).mean(), velocity)
-    out = fast.fused_velocity_policy_loss(
-        fast.Unclipped(), velocity, old, noise, problem.step, advantages, backend=backend.name
+    out = fast.fused_policy_velocity_loss(
+        velocity, old, noise, problem.step, advantages, objective=fast.Unclipped(), backend=backend.name
     )
     (fused,) = torch.autograd.grad(out.loss, velocity)
     check_within("gradient", plain, fused, 16 * torch.finfo(F32).eps * float(fused.abs().max()), F32)
@@ -86,8 +86,8 @@ def test_seeded_noise_with_stacked_rows(backend):
     velocity, old, _ = tensors(problem, F32, backend.device)
     noise = fast.PhiloxNoise(7, 100)
     stored = noise.materialize(tuple(velocity.shape), row_dims=2, device=backend.device)
-    seeded = fast.row_statistics(velocity, old, noise, problem.step, rows=2, backend=backend.name)
-    from_tensor = fast.row_statistics(velocity, old, stored, problem.step, rows=2, backend=backend.name)
+    seeded = fast.row_statistics(velocity, old, noise, problem.step, row_dims=2, backend=backend.name)
+    from_tensor = fast.row_statistics(velocity, old, stored, problem.step, row_dims=2, backend=backend.name)
     torch.testing.assert_close(seeded[0], from_tensor[0], rtol=0, atol=1e-6 * float(from_tensor[1].max()) ** 0.5)
     torch.testing.assert_close(seeded[1], from_tensor[1], rtol=1e-6, atol=0)
 

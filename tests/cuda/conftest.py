@@ -6,7 +6,6 @@ import pytest
 from host_kernels import HostBackend, kernels
 
 import flowdppo_fast.autograd
-import flowdppo_fast.losses
 
 
 @pytest.fixture
@@ -21,6 +20,5 @@ def host() -> HostBackend:
 @pytest.fixture
 def api(host, monkeypatch) -> HostBackend:
     """``host``, serving the public API's "reference" for all but float64."""
-    for module in (flowdppo_fast.autograd, flowdppo_fast.losses):
-        monkeypatch.setattr(module, "operator", host.operator(module.operator))
+    monkeypatch.setattr(flowdppo_fast.autograd, "operator", host.operator(flowdppo_fast.autograd.operator))
     return host
