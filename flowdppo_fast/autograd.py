@@ -18,21 +18,6 @@ from .objectives import RowField
 from .rows import Form, RowPlan, RowSource
 
 
-class ObjectiveInputs(NamedTuple):
-    """What an objective takes besides the rows, in the order of the schemas; twin of C++'s ``ObjectiveArguments``.
-
-    Attributes:
-        advantages, row_weights, old_log_prob: ``[R]``.
-        ints, floats: of :class:`~flowdppo_fast.objectives.EpilogueOptions`.
-    """
-
-    advantages: Tensor
-    row_weights: Tensor | None
-    old_log_prob: Tensor | None
-    ints: list[int]
-    floats: list[float]
-
-
 def _first_order(backward: Callable) -> Callable:
     """A backward that cannot be differentiated again, like ``once_differentiable``, and costs nothing where nobody
     asks for that (``create_graph``)."""
@@ -46,7 +31,7 @@ def _first_order(backward: Callable) -> Callable:
 
 
 class RowCall(NamedTuple):
-    """Rows of a call on their way through autograd: ``new`` goes beside them.
+    """Rows on their way through autograd; ``new`` goes beside them.
 
     Attributes:
         rows: as the operators take them but for ``rows.new``, which is as the caller has it.
@@ -58,70 +43,88 @@ class RowCall(NamedTuple):
     plan: RowPlan
     backend: str
 
-    def keep(self, ctx, new: Tensor, *results: Tensor) -> None:
-        """Saves what :func:`_row_grad` takes up again; ``new`` is ``[R0, R1, N]``."""
-        ctx.save_for_backward(new, *self.rows[1:6], *results)
-        ctx.call = self
+
+class LossCall(NamedTuple):
+    """A :class:`RowCall` and what an objective takes besides, in the schemas' order; C++'s ``ObjectiveArguments``.
+
+    Attributes:
+        advantages, row_weights, old_log_prob: ``[R]``.
+        ints, floats: of :class:`~flowdppo_fast.objectives.EpilogueOptions`.
+        reduction: over rows.
+        in_forward: whether the gradient is made with the loss, from the same reading of the latents.
+        wanted: whether it is also a result.
+    """
+
+    rows: RowSource
+    plan: RowPlan
+    backend: str
+    advantages: Tensor
+    row_weights: Tensor | None
+    old_log_prob: Tensor | None
+    ints: list[int]
+    floats: list[float]
+    reduction: str
+    in_forward: bool
+    wanted: bool
 
 
 def _row_grad(ctx, saved: tuple, coefficients: Tensor, upstream: Tensor, factor: float) -> Tensor:
-    rows, plan, backend = ctx.call
-    grad = operator("row_grad", backend, plan.device.type)(*saved[:6], *rows[6:], coefficients, upstream, factor)
-    return plan.gradient(grad)
+    call = ctx.call
+    row_grad = operator("row_grad", call.backend, call.plan.device.type)
+    return call.plan.gradient(row_grad(*saved[:6], *call.rows[6:], coefficients, upstream, factor))
 
 
 class PolicyLoss(torch.autograd.Function):
     """``(loss, rows, summary, grad)`` of an objective; ``loss`` is differentiable in ``new``.
 
-    ``loss`` is the mean (0-d), the sum (0-d) or the vector of row losses ``[R]``, by ``reduction``. With ``in_forward``
-    the gradient is made from the same reading of the latents; ``grad`` is None unless it is ``wanted``, too.
+    ``loss`` is the mean (0-d), the sum (0-d) or the vector of row losses ``[R]``; ``grad`` is None unless it is wanted.
     """
 
     @staticmethod
-    def forward(ctx, new, call: RowCall, inputs: ObjectiveInputs, reduction: str, in_forward: bool, wanted: bool):
-        source, plan, backend = call
-        rows_of_new = plan.to_rows(new)
-        arguments = (rows_of_new, *source[1:], *inputs)
+    def forward(ctx, new, call: LossCall):
+        rows, plan, backend, *inputs, reduction, in_forward, wanted = call
+        new = plan.to_rows(new)
         grad = None
         if in_forward:
-            count = inputs.advantages.shape[0]
+            count = call.advantages.shape[0]
             factor = 1.0 / count if reduction == "mean" and count > 0 else 1.0
             one_pass = operator("policy_loss_and_grad", backend, plan.device.type)
-            loss, rows, summary, grad = one_pass(*arguments, factor)
+            loss, results, summary, grad = one_pass(new, *rows[1:], *inputs, factor)
             grad = plan.gradient(grad)
             ctx.save_for_backward(grad)
-            ctx.mark_non_differentiable(rows, summary, *((grad,) if wanted else ()))
+            ctx.mark_non_differentiable(results, summary, *((grad,) if wanted else ()))
         else:
-            loss, rows, summary = operator("policy_loss", backend, plan.device.type)(*arguments)
-            call.keep(ctx, rows_of_new, rows)
-            ctx.averages = reduction == "mean" and rows.shape[1] > 0
-            ctx.mark_non_differentiable(rows, summary)
+            policy_loss = operator("policy_loss", backend, plan.device.type)
+            loss, results, summary = policy_loss(new, *rows[1:], *inputs)
+            ctx.save_for_backward(new, *rows[1:6], results)
+            ctx.mark_non_differentiable(results, summary)
         if reduction == "none":
-            loss = rows[RowField.LOSS].clone()
+            loss = results[RowField.LOSS].clone()
         elif reduction == "sum":
-            loss = rows[RowField.LOSS].sum()
-        ctx.in_forward, ctx.wanted = in_forward, wanted
+            loss = results[RowField.LOSS].sum()
+        ctx.call = call
         ctx.set_materialize_grads(False)
-        return loss, rows, summary, grad if wanted else None
+        return loss, results, summary, grad if wanted else None
 
     @staticmethod
     @_first_order
     def backward(ctx, grad_loss, *others):
         if grad_loss is None:
-            return None, None, None, None, None, None
-        saved = ctx.saved_tensors
-        if ctx.in_forward:
+            return None, None
+        saved, call = ctx.saved_tensors, ctx.call
+        if call.in_forward:
             # torch may take what it is handed for the .grad of a leaf, and add to it later
-            kept = ctx.wanted or torch._C._autograd._get_current_graph_task_keep_graph()
-            return _scaled(saved[0], grad_loss, kept), None, None, None, None, None
-        rows, factor = saved[-1], 1.0
-        if ctx.averages:
+            kept = call.wanted or torch._C._autograd._get_current_graph_task_keep_graph()
+            return _scaled(saved[0], grad_loss, kept), None
+        results, factor = saved[-1], 1.0
+        count = results.shape[1]
+        if call.reduction == "mean" and count > 0:
             if torch.compiler.is_compiling():
                 # an operator's float argument would make the number of rows a constant of the graph
-                grad_loss = grad_loss / rows.shape[1]
+                grad_loss = grad_loss / count
             else:
-                factor = 1.0 / rows.shape[1]
-        return _row_grad(ctx, saved, rows[RowField.GRAD_P :], grad_loss, factor), None, None, None, None, None
+                factor = 1.0 / count
+        return _row_grad(ctx, saved, results[RowField.GRAD_P :], grad_loss, factor), None
 
 
 def _scaled(grad: Tensor, upstream: Tensor, kept: bool) -> Tensor:
@@ -179,10 +182,11 @@ class RowStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, new, call: RowCall, second_moment: bool):
-        source, plan, backend = call
+        rows, plan, backend = call
         new = plan.to_rows(new)
-        stats = operator("row_stats", backend, plan.device.type)(new, *source[1:], second_moment)
-        call.keep(ctx, new)
+        stats = operator("row_stats", backend, plan.device.type)(new, *rows[1:], second_moment)
+        ctx.save_for_backward(new, *rows[1:6])
+        ctx.call = call
         return stats
 
     @staticmethod

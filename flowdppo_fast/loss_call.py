@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import layout
-from .autograd import ObjectiveInputs, PolicyLoss, RowCall
+from .autograd import LossCall, PolicyLoss
 from .backend import is_traced, resolve_backend
 from .noise import PhiloxNoise
 from .objectives import DPPO, EpilogueOptions, GRPOGuard, Objective, RatioClip, Unclipped
@@ -137,17 +137,22 @@ def run(
     ints, floats, metrics, one_pass = settings
     name = resolve_backend(backend, plan.device.type, plan.dtype)
     kind = (plan.rows, plan.device, plan.dtype)
-    inputs = ObjectiveInputs(
+    if one_pass and single_pass is None:
+        one_pass = _is_quicker_in_one_pass(source.new, name)
+    call = LossCall(
+        source,
+        plan,
+        name,
         layout.row_vector(advantages, "advantages", *kind),
         None if row_weights is None else layout.row_vector(row_weights, "row_weights", *kind),
         None if old_log_prob is None else layout.row_vector(old_log_prob, "old_log_prob", *kind),
         ints,
         floats,
+        reduction,
+        one_pass,
+        single_pass is True,
     )
-    if one_pass and single_pass is None:
-        one_pass = _is_quicker_in_one_pass(source.new, name)
-    call = RowCall(source, plan, name)
-    loss, rows, summary, grad = PolicyLoss.apply(source.new, call, inputs, reduction, one_pass, single_pass is True)
+    loss, rows, summary, grad = PolicyLoss.apply(source.new, call)
     if reduction == "none":
         loss = loss.reshape(plan.rows)
     return LossOutput(loss, rows, summary, plan.rows, metrics, name, grad)

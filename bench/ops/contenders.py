@@ -188,7 +188,7 @@ def _fused(backend: str) -> list[Contender]:
 
         return call
 
-    def velocity(seeded: bool = False, single_pass: bool = False, floats: bool = False, clip: bool = False):
+    def velocity(seeded: bool = False, single_pass: bool | None = None, floats: bool = False, clip: bool = False):
         def prepare(rollout: Rollout) -> Callable[[Inputs], flowdppo_fast.LossOutput]:
             step, philox = rollout.step, rollout.philox
             objective = RatioClip(CLIP_RANGE) if clip else DPPO(THRESHOLD)
@@ -217,6 +217,7 @@ def _fused(backend: str) -> list[Contender]:
 
     return [
         contender("velocity", Start.VELOCITY, velocity()),
+        contender("two passes", Start.VELOCITY, velocity(single_pass=False)),
         contender("velocity, metrics read", Start.VELOCITY, velocity(floats=True), syncs=True),
         contender("seeded", Start.SEEDED, velocity(seeded=True)),
         contender("single-pass", Start.VELOCITY, velocity(single_pass=True), single_pass=True),

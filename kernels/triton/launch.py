@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from triton import knobs
 from triton.compiler import CompiledKernel
 
-from flowdppo_fast.rows import Form
+from flowdppo_fast.rows import Form, RowSource
 
 # 8 elements per thread and block: one 16-byte load per bf16 tensor, two per float32 tensor. Larger shares per thread
 # raise registers (four accumulators each) faster than they raise the bytes in flight per SM.
@@ -30,7 +31,6 @@ _MAX_BLOCKS = 32
 _WARP_TILE = 512
 _MAX_SPLIT_BLOCK = 128
 MEAN = int(Form.MEAN)
-_NOTHING = contextlib.nullcontext()
 
 
 class Cut(NamedTuple):
@@ -93,7 +93,7 @@ def vector_width(*stored: Tensor) -> int:
     Without the hint Triton would give a thread what 16 bytes of the narrowest input hold, and move wider results
     through shared memory on their way out.
     """
-    return 16 // max(x.element_size() for x in stored)
+    return 16 // max([x.element_size() for x in stored])
 
 
 class RowStrides(NamedTuple):
@@ -141,11 +141,27 @@ def step_arguments(
     return (None, step_values) if step is None else (step, (None, None, None))
 
 
+def launches(function: Callable) -> Callable:
+    """An operator as the schemas have it, of a function whose first argument is a :class:`RowSource`; the rows' GPU is
+    the current one, which is where Triton launches."""
+    fields = len(RowSource._fields)
+
+    @functools.wraps(function)
+    def operator(*arguments: Any) -> Any:
+        source = RowSource(*arguments[:fields])
+        if source.new.is_cuda and source.new.get_device() != torch.cuda.current_device():
+            with torch.cuda.device(source.new.device):
+                return function(source, *arguments[fields:])
+        return function(source, *arguments[fields:])
+
+    return operator
+
+
 def on_device(x: Tensor) -> contextlib.AbstractContextManager:
-    """Makes the tensor's GPU the current one, which is where Triton launches."""
+    """Makes the tensor's GPU the current one."""
     if x.is_cuda and x.get_device() != torch.cuda.current_device():
         return torch.cuda.device(x.device)
-    return _NOTHING
+    return contextlib.nullcontext()
 
 
 # handles kept per kernel; shapes that a run sees are few, and a cleared cache only costs Triton's own way once more
@@ -192,7 +208,17 @@ class Launcher:
             constants: ``tl.constexpr`` parameters.
         """
         arguments = (*tensors, *floats, *ints, *counters, *constants)
-        if not self._compiled or _is_watched(self.kernel):
+        runtime = knobs.runtime
+        if (
+            not self._compiled
+            # hooks: a chain of them, or what somebody put in its place
+            or getattr(runtime.launch_enter_hook, "calls", runtime.launch_enter_hook)
+            or getattr(runtime.launch_exit_hook, "calls", runtime.launch_exit_hook)
+            or self.kernel.pre_run_hooks
+            # another compilation than usual
+            or runtime.debug
+            or runtime.add_stages_inspection_hook
+        ):
             self._launch_by_name(programs, num_warps, arguments)
             return
         driver = triton.runtime.driver.active
@@ -233,16 +259,3 @@ class Launcher:
         self._handles.clear()
         self._driver = driver
         self._sizes_count = driver.get_current_target().backend == "hip"
-
-
-def _is_watched(kernel: Any) -> bool:
-    """Whether somebody has hooks on launches or changes what is compiled."""
-    runtime = knobs.runtime
-    return bool(
-        # a chain of hooks, or one that somebody put in its place
-        getattr(runtime.launch_enter_hook, "calls", runtime.launch_enter_hook)
-        or getattr(runtime.launch_exit_hook, "calls", runtime.launch_exit_hook)
-        or kernel.pre_run_hooks
-        or runtime.debug
-        or runtime.add_stages_inspection_hook
-    )
