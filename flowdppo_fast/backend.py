@@ -43,6 +43,7 @@ def _load_cpu_library() -> str | None:
         return (
             "the C++ library is not built; install with a C++ compiler present "
             "(FLOWDPPO_BUILD_CPU=1 pip install --no-build-isolation . turns a failed build into an error)"
+            + _last_build("_C_cpu")
         )
     try:
         torch.ops.load_library(str(_LIBRARY))
@@ -65,6 +66,7 @@ def _load_cuda_library() -> str | None:
         return (
             "the CUDA library is not built; install with CUDA's compiler nvcc present "
             "(FLOWDPPO_BUILD_CUDA=1 pip install --no-build-isolation . turns a failed build into an error)"
+            + _last_build("_C_cuda")
         )
     try:
         torch.ops.load_library(str(_CUDA_LIBRARY))
@@ -72,6 +74,11 @@ def _load_cuda_library() -> str | None:
         built = build_info().get("torch", "an unknown version")
         return f"the CUDA library built for torch {built} cannot be loaded under torch {torch.__version__}: {error}"
     return None
+
+
+def _last_build(library: str) -> str:
+    reason = build_info().get("missing", {}).get(library)
+    return "" if reason is None else f"; the last build went without it: {reason}"
 
 
 def build_info() -> dict[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,24 +16,26 @@ from torch import Tensor
 from triton import knobs
 from triton.compiler import CompiledKernel
 
-from flowdppo_fast.rows import Form, RowSource
+from flowdppo_fast.rows import Form
 
 # 8 elements per thread and block: one 16-byte load per bf16 tensor, two per float32 tensor. Larger shares per thread
 # raise registers (four accumulators each) faster than they raise the bytes in flight per SM.
 BLOCK = 2048
 NUM_WARPS = 8
-# programs wanted before one takes several blocks (8 x 262,144 gets there; a GPU holds 500 to 1,000 of them at a time),
-# and the most blocks that one takes: at 65,536 elements each, partials are below a ten-thousandth of the latents
-_PROGRAMS = 1024
-_MAX_BLOCKS = 32
+# programs wanted before one takes several blocks: at 16 to a multiprocessor of a large GPU, the uneven end is about 3 %
+# of the time. And the most blocks that one takes: what a program does once, adding up above all, is then 2.5 of its
+# instructions per element, and partials are less than a thousandth of the latents
+_PROGRAMS = 2048
+_MAX_BLOCKS = 8
 # partials that a warp of the small kernels loads at a time: 16 per thread
 _WARP_TILE = 512
 _MAX_SPLIT_BLOCK = 128
 MEAN = int(Form.MEAN)
+_NOTHING = contextlib.nullcontext()
 
 
 class Cut(NamedTuple):
-    """A row is cut into ``splits`` programs of ``blocks`` consecutive blocks (a power of two) each."""
+    """A row is cut into ``splits`` programs of ``blocks`` consecutive blocks each."""
 
     blocks: int
     splits: int
@@ -44,9 +45,11 @@ class Cut(NamedTuple):
 @functools.cache
 def cut(rows: int, numel: int) -> Cut:
     """The cut of ``rows`` rows of ``numel`` elements."""
-    wanted = max(1, min(rows * -(-numel // BLOCK) // _PROGRAMS, _MAX_BLOCKS))
-    blocks = 1 << (wanted.bit_length() - 1)
-    return Cut(blocks, -(-numel // (BLOCK * blocks)))
+    of_row = -(-numel // BLOCK)
+    wanted = max(1, min(rows * of_row // _PROGRAMS, _MAX_BLOCKS))
+    # a row's last program goes through all of its blocks, whether there is anything in them or not
+    blocks = min(range(wanted, wanted // 2, -1), key=lambda count: -of_row % count)
+    return Cut(blocks, -(-of_row // blocks))
 
 
 class Tiles(NamedTuple):
@@ -78,7 +81,7 @@ class EpilogueTiles(NamedTuple):
 @functools.cache
 def epilogue_tiles(rows: int, splits: int) -> EpilogueTiles:
     """One warp where it can, because it reduces by shuffles alone; more where rows or partials are many."""
-    num_warps = 8 if rows > 1024 else 4 if rows * splits > 1024 else 1
+    num_warps = 8 if max(4 * rows, rows * splits) > 4096 else 4 if rows * splits > 1024 else 1
     row_block = min(_power_of_two(rows), 32 * num_warps)
     return EpilogueTiles(partial_tiles(rows, splits, num_warps), row_block, -(-rows // row_block), num_warps)
 
@@ -141,27 +144,11 @@ def step_arguments(
     return (None, step_values) if step is None else (step, (None, None, None))
 
 
-def launches(function: Callable) -> Callable:
-    """An operator as the schemas have it, of a function whose first argument is a :class:`RowSource`; the rows' GPU is
-    the current one, which is where Triton launches."""
-    fields = len(RowSource._fields)
-
-    @functools.wraps(function)
-    def operator(*arguments: Any) -> Any:
-        source = RowSource(*arguments[:fields])
-        if source.new.is_cuda and source.new.get_device() != torch.cuda.current_device():
-            with torch.cuda.device(source.new.device):
-                return function(source, *arguments[fields:])
-        return function(source, *arguments[fields:])
-
-    return operator
-
-
 def on_device(x: Tensor) -> contextlib.AbstractContextManager:
-    """Makes the tensor's GPU the current one."""
+    """Makes the tensor's GPU the current one, which is where Triton launches."""
     if x.is_cuda and x.get_device() != torch.cuda.current_device():
         return torch.cuda.device(x.device)
-    return contextlib.nullcontext()
+    return _NOTHING
 
 
 # handles kept per kernel; shapes that a run sees are few, and a cleared cache only costs Triton's own way once more

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
 import torch
+from ptx import cuda_runtime
+from ptx.cuda_runtime import Cuda
 from support.tolerance import check_within, sum_bound
 
 from flowdppo_fast import reference
@@ -14,14 +21,31 @@ EPS = torch.finfo(F32).eps
 STEP = [0.35, -1.75, 0.08]
 SAMPLER_STEP = [0.93, -0.11, 0.27]
 SEED, FIRST_STREAM = -0x123456789ABCDEF, 2**40 + 5
-# 768 elements: every row starts at a multiple of 16 bytes and takes three splits, of 256 float32 elements each
-ALIGNED = (4, 8, 24)
-# bound on a float32 normal's distance from the definition: 4 ulp of the largest one
-NORMAL_SLACK = 4 * EPS * 5.8
-MIXES = [
-    (F32, F32, F32, F32), (BF16, BF16, BF16, BF16), (F16, F16, F16, F16), (BF16, BF16, F32, BF16),
-    (F16, F16, F32, F16), (F32, BF16, F16, F32), (F16, F32, BF16, BF16), (BF16, F16, F32, F32),
+# every row starts at a multiple of 16 bytes, and takes two splits of float32, or also of 16-bit dtypes
+ALIGNED, LONG = (4, 12, 24), (4, 32, 24)
+# bound on a float32 normal's distance from the definition
+NORMAL_SLACK = 1e-5
+# latents of one dtype with noise of that or float32, which kernels are compiled for, and mixtures, which are cast
+COMPILED = [
+    (F32, F32, F32, F32), (BF16, BF16, BF16, BF16), (F16, F16, F16, F16), (BF16, BF16, F32, BF16), (F16, F16, F32, F16),
 ]  # fmt: skip
+MIXTURES = [(F32, BF16, F16, F32), (F16, F32, BF16, BF16), (BF16, F16, F32, F32), (F32, F32, BF16, F32)]
+
+
+def loaded() -> Cuda:
+    """The operators; skips where there is no nvcc, or fails where CUDA is meant to be there."""
+    try:
+        return cuda_runtime.load()
+    except FileNotFoundError as error:
+        if os.environ.get("FLOWDPPO_REQUIRE_CUDA") == "1":
+            pytest.fail(f"FLOWDPPO_REQUIRE_CUDA=1, but {error}")
+        pytest.skip(f"kernels cannot be compiled: {error}")
+
+
+def some(short: Iterable[Any], rest: Iterable[Any]) -> list[Any]:
+    """Parameters for every run, and those that only ``make ptx`` takes."""
+    marked = [pytest.param(*(x if isinstance(x, tuple) else (x,)), marks=pytest.mark.full) for x in rest]
+    return [*short, *marked]
 
 
 def name_of(value) -> str:

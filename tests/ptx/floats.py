@@ -131,8 +131,29 @@ _APPROXIMATIONS: dict[str, tuple[Callable[[Array], Array], int]] = {
     "rsqrt": (lambda x: 1.0 / np.sqrt(x), 2),
     "rcp": (lambda x: 1.0 / x, 1),
     "ex2": (np.exp2, 2),
-    "lg2": (np.log2, 2),
 }
+# errors that PTX allows for these, from argument and result, all absolute
+_NEAR: dict[str, tuple[Callable[[Array], Array], Callable[[Array, Array], Array | float]]] = {
+    "lg2": (np.log2, lambda x, y: 2.0**-22 * np.where((x > 0.5) & (x < 2.0), 1.0, np.abs(y))),
+    # in [-2*pi, 2*pi], beyond which nothing here goes
+    "sin": (np.sin, lambda x, y: np.where(np.abs(x) <= 2 * np.pi, 2.0**-20.5, np.nan)),
+    "cos": (np.cos, lambda x, y: np.where(np.abs(x) <= 2 * np.pi, 2.0**-20.5, np.nan)),
+}
+
+
+@instruction(*_NEAR)
+def _logarithm_or_angle(kernel: Kernel, one: Instruction) -> Action:
+    expect(one, "approx", "ftz")
+    function, bound = _NEAR[one.opcode]
+    read, write = reader(kernel, one.operands[1], "f32"), writer(kernel, one.operands[0])
+
+    def run(machine, lanes) -> None:
+        x = read(machine, lanes)
+        x = flushed(x) if "ftz" in one.modifiers else x
+        y = function(x.astype(np.float64)).astype(np.float32)
+        write(machine, lanes, machine.approximation.near(y, bound(x, y)))
+
+    return run
 
 
 @instruction(*_APPROXIMATIONS)

@@ -109,6 +109,8 @@ class GlobalMemory:
 
     def places(self, addresses: Addresses) -> NDArray[np.int64]:
         """Position of each address (inside an allocation) in all allocations side by side."""
+        if self._stale:
+            self._sort()
         where = np.searchsorted(self._starts, addresses, "right") - 1
         return self._places[where] + (addresses - self._starts[where]).astype(np.int64)
 

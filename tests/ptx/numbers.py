@@ -49,6 +49,16 @@ class Approximation(enum.Enum):
         touched = np.isfinite(value) & (np.abs(value) > np.finfo(np.float32).tiny)
         return np.where(touched, bits + error, bits).astype(np.int32).view(np.float32)
 
+    def near(self, value: Array, bound: Array | float) -> Array:
+        """float32 ``value`` with an absolute error of up to ``bound``; zeros, infinities and NaN stay."""
+        if self is Approximation.EXACT:
+            return value
+        share: Array | float = 1.0 if self is Approximation.HIGH else -1.0
+        if self is Approximation.VARIED:
+            share = (value.view(np.uint32) * np.uint32(2654435761)).view(np.int32) / 2.0**31
+        moved = (value.astype(np.float64) + share * np.asarray(bound, np.float64)).astype(np.float32)
+        return np.where(np.isfinite(value) & (value != 0), moved, value)
+
 
 def fma32(a: Array, b: Array, c: Array) -> Array:
     """``a*b + c`` rounded once to float32: the product is exact in float64, the sum is rounded to odd there."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flowdppo_fast import reference
+from flowdppo_fast.kernels.philox import _HARDWARE
 from flowdppo_fast.noise import philox_normal
 from flowdppo_fast.rows import Form, RowSource, stats_dtype
 
@@ -109,5 +110,6 @@ def differences(problem: Source) -> tuple[Tensor, Tensor, Tensor | None]:
     return u, e, w
 
 
-# bound on the error of a seeded normal: 4 float32 ulp of the largest one, whatever dtype the kernel computes in
-NORMAL_SLACK = 4 * 2.0**-23 * 5.8
+# bound on the error of a seeded normal, whatever dtype the kernel computes in: with functions of the hardware, or else
+# 4 float32 ulp of the largest normal
+NORMAL_SLACK = 1e-5 if _HARDWARE else 4 * 2.0**-23 * 6.8
