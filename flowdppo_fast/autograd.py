@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -68,54 +68,66 @@ class LossCall(NamedTuple):
     wanted: bool
 
 
-def _row_grad(ctx, saved: tuple, coefficients: Tensor, upstream: Tensor, factor: float) -> Tensor:
+def _row_grad(ctx, new: Tensor, saved: tuple, coefficients: Tensor, upstream: Tensor, factor: float) -> Tensor:
     call = ctx.call
     row_grad = operator("row_grad", call.backend, call.plan.device.type)
-    return call.plan.gradient(row_grad(*saved[:6], *call.rows[6:], coefficients, upstream, factor))
+    return call.plan.gradient(row_grad(new, *saved[1:6], *call.rows[6:], coefficients, upstream, factor))
 
 
-class PolicyLoss(torch.autograd.Function):
-    """``(loss, rows, summary, grad)`` of an objective; ``loss`` is differentiable in ``new``.
+def policy_loss(call: LossCall) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """``(loss, rows, summary, grad)`` of an objective; ``loss`` is differentiable in ``call.rows.new``.
 
     ``loss`` is the mean (0-d), the sum (0-d) or the vector of row losses ``[R]``; ``grad`` is None unless it is wanted.
     """
+    rows, plan, backend, *inputs, reduction, in_forward, wanted = call
+    # autograd sees the loss alone, which is what a call costs it
+    new, grad = plan.to_rows(rows.new.detach()), None
+    if in_forward:
+        count = call.advantages.shape[0]
+        factor = 1.0 / count if reduction == "mean" and count > 0 else 1.0
+        one_pass = operator("policy_loss_and_grad", backend, plan.device.type)
+        loss, results, summary, grad = one_pass(new, *rows[1:], *inputs, factor)
+        grad = plan.gradient(grad)
+    else:
+        loss, results, summary = operator("policy_loss", backend, plan.device.type)(new, *rows[1:], *inputs)
+    if reduction == "none":
+        loss = results[RowField.LOSS].clone()
+    elif reduction == "sum":
+        loss = results[RowField.LOSS].sum()
+    if rows.new.requires_grad and torch.is_grad_enabled():
+        loss = PolicyLoss.apply(rows.new, call, _Made(loss, results, grad))
+    return loss, results, summary, grad if wanted else None
+
+
+class _Made(NamedTuple):
+    """What of a loss is known before autograd sees it."""
+
+    loss: Tensor
+    results: Tensor
+    grad: Tensor | None
+
+
+class PolicyLoss(torch.autograd.Function):
+    """The loss that is there already, differentiable in ``new``."""
 
     @staticmethod
-    def forward(ctx, new, call: LossCall):
-        rows, plan, backend, *inputs, reduction, in_forward, wanted = call
-        new = plan.to_rows(new)
-        grad = None
-        if in_forward:
-            count = call.advantages.shape[0]
-            factor = 1.0 / count if reduction == "mean" and count > 0 else 1.0
-            one_pass = operator("policy_loss_and_grad", backend, plan.device.type)
-            loss, results, summary, grad = one_pass(new, *rows[1:], *inputs, factor)
-            grad = plan.gradient(grad)
+    def forward(ctx, new, call: LossCall, made: _Made):
+        loss, results, grad = made
+        if grad is not None:
             ctx.save_for_backward(grad)
-            ctx.mark_non_differentiable(results, summary, *((grad,) if wanted else ()))
         else:
-            policy_loss = operator("policy_loss", backend, plan.device.type)
-            loss, results, summary = policy_loss(new, *rows[1:], *inputs)
-            ctx.save_for_backward(new, *rows[1:6], results)
-            ctx.mark_non_differentiable(results, summary)
-        if reduction == "none":
-            loss = results[RowField.LOSS].clone()
-        elif reduction == "sum":
-            loss = results[RowField.LOSS].sum()
+            ctx.save_for_backward(new, *call.rows[1:6], results)
         ctx.call = call
-        ctx.set_materialize_grads(False)
-        return loss, results, summary, grad if wanted else None
+        return loss
 
     @staticmethod
     @_first_order
-    def backward(ctx, grad_loss, *others):
-        if grad_loss is None:
-            return None, None
+    def backward(ctx, grad_loss):
         saved, call = ctx.saved_tensors, ctx.call
         if call.in_forward:
             # torch may take what it is handed for the .grad of a leaf, and add to it later
             kept = call.wanted or torch._C._autograd._get_current_graph_task_keep_graph()
-            return _scaled(saved[0], grad_loss, kept), None
+            return _scaled(saved[0], grad_loss, kept), None, None
         results, factor = saved[-1], 1.0
         count = results.shape[1]
         if call.reduction == "mean" and count > 0:
@@ -124,7 +136,8 @@ class PolicyLoss(torch.autograd.Function):
                 grad_loss = grad_loss / count
             else:
                 factor = 1.0 / count
-        return _row_grad(ctx, saved, results[RowField.GRAD_P :], grad_loss, factor), None
+        new = call.plan.to_rows(saved[0])
+        return _row_grad(ctx, new, saved, results[RowField.GRAD_P :], grad_loss, factor), None, None
 
 
 def _scaled(grad: Tensor, upstream: Tensor, kept: bool) -> Tensor:
@@ -133,7 +146,8 @@ def _scaled(grad: Tensor, upstream: Tensor, kept: bool) -> Tensor:
     if upstream.device.type != "cpu" or is_traced():
         # reading it would wait for the device
         return torch.where(grad == 0, grad, grad * upstream)
-    scale = upstream.item()
+    # no operator that anybody could take for a synchronisation
+    scale = float(cast(Any, upstream.tolist()))
     if scale == 1.0:
         return grad.clone() if kept else grad
     scaled = grad * scale
@@ -194,7 +208,8 @@ class RowStatistics(torch.autograd.Function):
     def backward(ctx, grad_stats):
         # E does not depend on the new policy
         coefficients = torch.cat((grad_stats[:2], grad_stats[3:]))
-        return _row_grad(ctx, ctx.saved_tensors, coefficients, grad_stats.new_ones(1), 1.0), None, None
+        saved = ctx.saved_tensors
+        return _row_grad(ctx, saved[0], saved, coefficients, grad_stats.new_ones(1), 1.0), None, None
 
 
 class SamplerStep(torch.autograd.Function):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import layout
-from .autograd import LossCall, PolicyLoss
+from .autograd import LossCall, policy_loss
 from .backend import is_traced, resolve_backend
 from .noise import PhiloxNoise
 from .objectives import DPPO, EpilogueOptions, GRPOGuard, Objective, RatioClip, Unclipped
@@ -152,7 +152,7 @@ def run(
         one_pass,
         single_pass is True,
     )
-    loss, rows, summary, grad = PolicyLoss.apply(source.new, call)
+    loss, rows, summary, grad = policy_loss(call)
     if reduction == "none":
         loss = loss.reshape(plan.rows)
     return LossOutput(loss, rows, summary, plan.rows, metrics, name, grad)

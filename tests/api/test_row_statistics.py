@@ -26,7 +26,7 @@ def test_accuracy(backend, rows, dtype, numel, index):
     index = torch.arange(1, 9).reshape(rows).tolist() if index == "per row" else index
     problem = make_problem(rows, (numel,), drift=0.01, index=index)
     velocity, old, noise = tensors(problem, dtype, backend.device)
-    p, q = fast.row_statistics(velocity, old, noise, problem.step, rows=len(rows), backend=backend.name)
+    p, q = fast.row_statistics(velocity, old, noise, problem.step, row_dims=len(rows), backend=backend.name)
     assert p.shape == q.shape == rows
     assert p.dtype == q.dtype == F32
     step = problem.step
@@ -43,7 +43,7 @@ def test_an_objective_in_plain_torch_equals_the_fused_one(backend, rows):
     velocity, old, noise = tensors(problem, F32, backend.device)
     advantages = problem.advantages.float().to(backend.device)
     velocity.requires_grad_()
-    p, q = fast.row_statistics(velocity, old, noise, problem.step, rows=len(rows), backend=backend.name)
+    p, q = fast.row_statistics(velocity, old, noise, problem.step, row_dims=len(rows), backend=backend.name)
     (plain,) = torch.autograd.grad((-advantages * torch.exp(p - 0.5 * q)).mean(), velocity)
     out = fast.fused_policy_velocity_loss(
         velocity, old, noise, problem.step, advantages, objective=fast.Unclipped(), backend=backend.name

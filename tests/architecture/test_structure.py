@@ -19,7 +19,7 @@ LAYERS = {
     "reference": ("reference",),
     "backends": ("ops", "kernels", "backend"),
     "autograd": ("autograd",),
-    "public losses": ("losses", "sampling"),
+    "public losses": ("loss_call", "losses", "loss_module", "sampling"),
     "front door": ("",),
     "style of figures": ("figures",),
     "users of the losses": ("integrations", "trainer", "diagnose"),

@@ -54,7 +54,7 @@ def test_row_statistics(exact_backend, rows, seeded):
 
     def statistics(velocity):
         return fast.row_statistics(
-            velocity, problem.old_velocity, noise, problem.step, rows=len(rows), backend=exact_backend.name
+            velocity, problem.old_velocity, noise, problem.step, row_dims=len(rows), backend=exact_backend.name
         )
 
     assert torch.autograd.gradcheck(statistics, problem.velocity.clone().requires_grad_())
