@@ -44,7 +44,6 @@ def test_a_stream_keeps_its_memory_and_shares_it_with_nobody(cuda):
     assert made == [(200, KEPT_BYTES), (300, KEPT_BYTES), (201, KEPT_BYTES)]
 
 
-
 def own_memory(cuda) -> list[int]:
     """Bytes of torch's that the last call asked for before its result."""
     assert not [what for what, *_ in cuda.allocated if what == "cudaMalloc"]

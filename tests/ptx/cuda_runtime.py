@@ -110,7 +110,9 @@ def _headers() -> list[Path]:
 def _kernels(source: Path, gpu: str) -> Path:
     """The host's half of a kernel source as an object; its other half lies beside it as PTX."""
     flags = [*_setup_constant("NVCC_FLAGS"), f"-gencode=arch=compute_{gpu},code=compute_{gpu}"]
-    return _made(source.stem, ".o", [source, *_headers()], [*flags, "-c", str(source.relative_to(ROOT)), "-o"], keep=gpu)
+    return _made(
+        source.stem, ".o", [source, *_headers()], [*flags, "-c", str(source.relative_to(ROOT)), "-o"], keep=gpu
+    )
 
 
 def ptx_of(source: Path, gpu: str) -> Path:
