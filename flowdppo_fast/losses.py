@@ -102,8 +102,9 @@ def fused_policy_velocity_loss(
     )  # fmt: skip
     table, values = velocity_step(step, plan.rows, plan.device, plan.dtype)
     streams, seed, first_stream = (None, 0, 0) if stored is not None else streams_of(noise, plan)
-    latents = (velocity, old_velocity, stored, reference_velocity)
-    source = plan.source(latents, streams, table, values, seed, first_stream, _VELOCITY)
+    source = plan.source(
+        velocity, old_velocity, stored, reference_velocity, streams, table, values, seed, first_stream, _VELOCITY
+    )
     return run(source, plan, settings, advantages, row_weights, old_log_prob, reduction, single_pass, backend)
 
 
@@ -181,8 +182,18 @@ def fused_policy_loss(
         latent_reduction, log_prob, advantage_clip, kl_weight, reference_kl,
     )  # fmt: skip
     table, values = mean_step(std, dt, plan.rows, plan.device, plan.dtype)
-    latents = (prev_sample_mean, old_prev_sample_mean, prev_sample, reference_prev_sample_mean)
-    source = plan.source(latents, None, table, values, 0, 0, _MEAN)
+    source = plan.source(
+        prev_sample_mean,
+        old_prev_sample_mean,
+        prev_sample,
+        reference_prev_sample_mean,
+        None,
+        table,
+        values,
+        0,
+        0,
+        _MEAN,
+    )
     return run(source, plan, settings, advantages, row_weights, old_log_prob, reduction, single_pass, backend)
 
 
@@ -406,8 +417,7 @@ def row_statistics(
     table, values = velocity_step(step, shape, plan.device, plan.dtype)
     streams, seed, first_stream = (None, 0, 0) if stored is not None else streams_of(noise, plan)
     name = resolve_backend(backend, plan.device.type, plan.dtype)
-    latents = (velocity, old_velocity, stored, None)
-    source = plan.source(latents, streams, table, values, seed, first_stream, _VELOCITY)
+    source = plan.source(velocity, old_velocity, stored, None, streams, table, values, seed, first_stream, _VELOCITY)
     stats = RowStatistics.apply(velocity, RowCall(source, plan, name), second_moment)
     p, q = stats[0].reshape(shape), stats[1].reshape(shape)
     return (p, q, stats[2].detach().reshape(shape)) if second_moment else (p, q)

@@ -92,7 +92,10 @@ class RowPlan(NamedTuple):
 
     def source(
         self,
-        latents: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+        new: Tensor,
+        old: Tensor,
+        noise: Tensor | None,
+        reference: Tensor | None,
         streams: Tensor | None,
         step: Tensor | None,
         step_values: list[float],
@@ -100,8 +103,7 @@ class RowPlan(NamedTuple):
         first_stream: int,
         form: int,
     ) -> RowSource:
-        """The rows of ``new, old, noise, reference``; ``new`` stays as it is, for autograd to see it."""
-        new, old, noise, reference = latents
+        """The rows of these latents; ``new`` stays as it is, for autograd to see it."""
         whole = self.whole
         return RowSource(
             new,

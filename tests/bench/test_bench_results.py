@@ -249,7 +249,7 @@ def test_goals_page_round_trip(tmp_path, cpu_result, quiet, capsys):
     assert " met " in page.read_text()
 
 
-def test_host_page_round_trip(tmp_path, capsys):
+def test_host_page_round_trip(tmp_path, quiet, capsys):
     def case(backend, backward, median):
         return {"backend": backend, "backward": backward, "units": {"low": 1.0, "median": median, "high": 99.0}}
 
