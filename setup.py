@@ -2,7 +2,8 @@
 
 FLOWDPPO_BUILD_CPU and FLOWDPPO_BUILD_CUDA: 0 skips a backend, 1 makes a build that cannot be done an error. By default
 (auto) a build environment without torch, a C++ compiler or, for CUDA, nvcc gives an install without it and says so, and
-so does a build that fails: one backend never takes the other, or the install, down with it. No GPU is needed. FLOWDPPO_CUDA_ARCHS (default: 80;90a;100, those that nvcc knows) names the GPUs, the newest also as PTX.
+so does a build that fails: one backend never takes the other, or the install, down with it. No GPU is needed.
+FLOWDPPO_CUDA_ARCHS (default: 80;90a;100, those that nvcc knows) names the GPUs, the newest also as PTX.
 Build with ``--no-build-isolation``: the extensions are compiled against the torch that is installed (any torch >= 2.10
 can then load them).
 """

@@ -47,14 +47,17 @@ __global__ void __launch_bounds__(kStreamThreads, 3) forward_kernel(const __grid
 
   // worked out again: kept, it would cost registers that the loop lacks
   const unsigned block = block_index_again(), row = block / a.splits, split = block % a.splits;
-  RawSums total = block_sum(sums.total());
+  double total[kSums] = {
+      static_cast<double>(sums.nd[0]) + sums.nd[1], static_cast<double>(sums.dd[0]) + sums.dd[1],
+      static_cast<double>(sums.nn[0]) + sums.nn[1], static_cast<double>(sums.ww[0]) + sums.ww[1]};
+  block_sum(total);
   if (!finish_row(total, a.partials, a.tickets + 1 + row, row, split, a.splits)) return;
   const unsigned rows = static_cast<unsigned>(shape.rows());
   if (a.stats != nullptr) {
     if (threadIdx.x == 0) {
-      if (!a.second_moment) total.nn = 0.0;
+      const RawSums all = {total[0], total[1], a.second_moment ? total[2] : 0.0, total[3]};
       const float scale = numbers_of(a.source.step, a.source.form, row).scale;
-      const RowStats<float> stats = finish_sums<float>(total, scale, shape.numel, a.source.form);
+      const RowStats<float> stats = finish_sums<float>(all, scale, shape.numel, a.source.form);
       a.stats[row] = stats.p;
       a.stats[static_cast<int64_t>(rows) + row] = stats.q;
       a.stats[static_cast<int64_t>(rows) * 2 + row] = stats.e;

@@ -33,13 +33,13 @@ __global__ void __launch_bounds__(kStreamThreads, 3) gradient_kernel(const __gri
   // backwards: what a forward pass read last may still be cached
   const unsigned block = gridDim.x - 1 - blockIdx.x, row = block / a.splits, split = block % a.splits;
   const int64_t rows = shape.rows();
-  const bool mean = a.source.form == Form::kMean;
   const GradFactors factors = gradient_factors<float>(
       a.coefficients[row], a.coefficients[rows + row], a.coefficients[2 * rows + row],
       a.factor * (a.upstream != nullptr ? a.upstream[row * a.upstream_stride] : 1.0f),
       numbers_of(a.source.step, a.source.form, row).scale, shape.numel, a.source.form);
   const float on_noise = static_cast<float>(factors.noise), on_diff = static_cast<float>(factors.diff);
   const float on_ref = static_cast<float>(factors.ref);
+  const bool mean = a.source.form == Form::kMean;
   with_version(a.version, [&](auto version) {
     using V = decltype(version);
     constexpr DType kDType = dtype_of(V::kLatents);

@@ -37,19 +37,21 @@ FLOWDPPO_DEVICE void finish_objective(
   const int64_t numel = source.shape.numel;
   Slot* all = reinterpret_cast<Slot*>(reinterpret_cast<char*>(&shared_memory<ReduceShared>()) + kReduceBytes);
   const bool coupled = options.couples_rows();
-  const auto stats_of = [&](unsigned row) {
-    RawSums sums;
-    if constexpr (kGiven) {
-      sums = inputs.given_sums(row);
-    } else {
-      sums = load_sums(row_sums + static_cast<int64_t>(row) * kSums);
-    }
+  const auto stats_of = [&](unsigned row, const RawSums& sums) {
     return finish_sums<float>(sums, numbers_of(source.step, source.form, row).scale, numel, source.form);
   };
   float bias = 0.0f;
   if (coupled) {
     double own = 0.0;
-    for (unsigned row = first; row < rows; row += slots) own += guard_divergence(stats_of(row).q, numel, options);
+    for (unsigned row = first; row < rows; row += slots) {
+      RawSums sums;
+      if constexpr (kGiven) {
+        sums = inputs.given_sums(row);
+      } else {
+        sums.dd = __ldcg(row_sums + static_cast<int64_t>(row) * kSums + 1);
+      }
+      own += guard_divergence(stats_of(row, sums).q, numel, options);
+    }
     bias = static_cast<float>(block_sum(own) / static_cast<double>(rows));
   }
   if (thread < slots) {
@@ -58,7 +60,13 @@ FLOWDPPO_DEVICE void finish_objective(
   }
   float* out = objective.results.rows;
   for (unsigned row = first; row < rows; row += slots) {
-    const RowStats<float> stats = stats_of(row);
+    RawSums sums;
+    if constexpr (kGiven) {
+      sums = inputs.given_sums(row);
+    } else {
+      sums = load_sums(row_sums + static_cast<int64_t>(row) * kSums);
+    }
+    const RowStats<float> stats = stats_of(row, sums);
     const float log_ratio = kGiven ? inputs.given_log_ratio(row) : 0.0f;
     Slot& slot = all[thread];
     slot.result = evaluate_row<float>(

@@ -20,49 +20,43 @@ static_assert(sizeof(ReduceShared) <= kReduceBytes, "plan.h reserves less shared
 // A thread's running sums in float32, two of each so that additions need not wait for each other.
 struct ThreadSums {
   float nd[2] = {}, dd[2] = {}, nn[2] = {}, ww[2] = {};
-
-  FLOWDPPO_DEVICE RawSums total() const {
-    return {
-        static_cast<double>(nd[0]) + nd[1], static_cast<double>(dd[0]) + dd[1], static_cast<double>(nn[0]) + nn[1],
-        static_cast<double>(ww[0]) + ww[1]};
-  }
 };
 
 // Sums over all threads, for all threads: butterflies in the warps, then the warps in order. All threads must call it.
-FLOWDPPO_DEVICE RawSums block_sum(RawSums own) {
+template <int kCount>
+FLOWDPPO_DEVICE void block_sum(double (&sums)[kCount]) {
   ReduceShared& shared = shared_memory<ReduceShared>();
   const unsigned thread = threadIdx.x;
-  double* sums[kSums] = {&own.nd, &own.dd, &own.nn, &own.ww};
   FLOWDPPO_UNROLL
   for (int mask = 16; mask > 0; mask /= 2) {
     FLOWDPPO_UNROLL
-    for (int k = 0; k < kSums; ++k) *sums[k] += __shfl_xor_sync(0xffffffffu, *sums[k], mask);
+    for (int k = 0; k < kCount; ++k) sums[k] += __shfl_xor_sync(0xffffffffu, sums[k], mask);
   }
   if (thread % 32 == 0) {
     FLOWDPPO_UNROLL
-    for (int k = 0; k < kSums; ++k) shared.warps[k][thread / 32] = *sums[k];
+    for (int k = 0; k < kCount; ++k) shared.warps[k][thread / 32] = sums[k];
   }
   __syncthreads();
-  if (thread < kSums) {
+  if (thread < kCount) {
     double total = 0.0;
     for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) total += shared.warps[thread][warp];
     shared.total[thread] = total;
   }
   __syncthreads();
-  return {shared.total[0], shared.total[1], shared.total[2], shared.total[3]};
+  FLOWDPPO_UNROLL
+  for (int k = 0; k < kCount; ++k) sums[k] = shared.total[k];
 }
 
 FLOWDPPO_DEVICE double block_sum(double own) {
-  RawSums sums;
-  sums.nd = own;
-  return block_sum(sums).nd;
+  double sums[1] = {own};
+  block_sum(sums);
+  return sums[0];
 }
 
-FLOWDPPO_DEVICE void store_sums(double* to, const RawSums& sums) {
-  to[0] = sums.nd;
-  to[1] = sums.dd;
-  to[2] = sums.nn;
-  to[3] = sums.ww;
+template <int kCount>
+FLOWDPPO_DEVICE void store_sums(double* to, const double (&sums)[kCount]) {
+  FLOWDPPO_UNROLL
+  for (int k = 0; k < kCount; ++k) to[k] = sums[k];
 }
 
 // Of a block that may have written them during this launch: not from this SM's first-level cache.
@@ -80,17 +74,20 @@ FLOWDPPO_DEVICE bool arrives_last(unsigned* counter, unsigned count) {
 }
 
 // A row's sums, for the block that is the last of the row's `splits` to bring its part; false for the others.
+template <int kCount>
 FLOWDPPO_DEVICE bool finish_row(
-    RawSums& sums, double* partials, unsigned* ticket, unsigned row, unsigned split, unsigned splits) {
+    double (&sums)[kCount], double* partials, unsigned* ticket, unsigned row, unsigned split, unsigned splits) {
   if (splits == 1) return true;
-  double* of_row = partials + static_cast<int64_t>(row) * splits * kSums;
-  if (threadIdx.x == 0) store_sums(of_row + static_cast<int64_t>(split) * kSums, sums);
+  double* of_row = partials + static_cast<int64_t>(row) * splits * kCount;
+  if (threadIdx.x == 0) store_sums(of_row + static_cast<int64_t>(split) * kCount, sums);
   if (!arrives_last(ticket, splits)) return false;
-  RawSums own;
+  FLOWDPPO_UNROLL
+  for (int k = 0; k < kCount; ++k) sums[k] = 0.0;
   for (unsigned i = threadIdx.x; i < splits; i += kStreamThreads) {
-    own.add(load_sums(of_row + static_cast<int64_t>(i) * kSums));
+    FLOWDPPO_UNROLL
+    for (int k = 0; k < kCount; ++k) sums[k] += __ldcg(of_row + static_cast<int64_t>(i) * kCount + k);
   }
-  sums = block_sum(own);
+  block_sum(sums);
   return true;
 }
 

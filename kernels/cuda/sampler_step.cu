@@ -55,12 +55,11 @@ __global__ void __launch_bounds__(kStreamThreads, 3) step_kernel(const __grid_co
   });
 
   if (!with_moment) return;
-  RawSums sums;
-  sums.nn = static_cast<double>(moments[0]) + moments[1];
-  sums = block_sum(sums);
+  double sums[1] = {static_cast<double>(moments[0]) + moments[1]};
+  block_sum(sums);
   if (!finish_row(sums, a.partials, a.tickets + 1 + row, row, split, a.splits)) return;
   if (threadIdx.x == 0) {
-    double moment = sums.nn;
+    double moment = sums[0];
     // of a given state the sum is over (x' - mu)^2
     if (given) moment /= static_cast<double>(std) * static_cast<double>(std);
     source.log_prob[row] = step_log_prob<float>(moment / static_cast<double>(shape.numel), std, source.unnormalized);

@@ -46,7 +46,7 @@ def same(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> bool:
     return all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(first, second))
 
 
-# one block, several splits, a cluster of several blocks, and more than a cluster holds
+# one block, several splits, rows that are not aligned, blocks of several tiles
 @pytest.mark.parametrize("latent", [(8, 8, 8), (16, 64, 64), (4, 33, 35), (16, 128, 128), (16, 11, 104, 60)], ids=str)
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
 @pytest.mark.parametrize("single_pass", [False, True], ids=["two passes", "single pass"])
@@ -67,6 +67,7 @@ def test_any_number_of_rows(gpu_backend, rows, single_pass, objective):
     check_backend(call, gpu_backend.name)
 
 
+@pytest.mark.bits(across="again")
 @pytest.mark.parametrize("seeded", [False, True], ids=["stored", "seeded"])
 @pytest.mark.parametrize("single_pass", [False, True], ids=["two passes", "single pass"])
 def test_the_same_bits_from_call_to_call(gpu_backend, single_pass, seeded):
@@ -210,7 +211,7 @@ def test_memory_beside_the_gradient(gpu_backend):
 
 
 def test_launches(gpu_backend):
-    """At most two launches forward, one backward; of the CUDA kernels one, also for both in a single pass."""
+    """Two launches forward, of the CUDA kernels one; one more where the same call makes the gradient."""
     from torch.profiler import ProfilerActivity, profile
 
     velocity, old, noise = latents(8, 65_536)
@@ -244,4 +245,4 @@ def test_launches(gpu_backend):
 
     own = 1 if gpu_backend.name == "cuda" else 2
     assert launches(lambda: forward(False)) == own
-    assert launches(lambda: forward(True)) == (1 if gpu_backend.name == "cuda" else 3)
+    assert launches(lambda: forward(True)) == own + 1

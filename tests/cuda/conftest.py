@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from kernel_checks import loaded
-from ptx import cuda_runtime
+from ptx import cuda_runtime, tally
 from ptx.cuda_runtime import Cuda
 from ptx.numbers import Approximation
 
@@ -46,6 +46,7 @@ def cuda(request, monkeypatch) -> Iterator[Cuda]:
         monkeypatch.setattr(runtime, name, value)
     yield runtime
     runtime.stream()
+    tally.FACTS["launches"] = dict(runtime.counts)
 
 
 @pytest.fixture

@@ -11,15 +11,15 @@ from flowdppo_fast.objectives import DPPO, SUMMARY, RowField
 KEPT_BYTES = 4096 * 4 + 8192 * 32
 
 
-def calls(cuda, rows=4, dtypes=(F32,) * 4):
+def calls(cuda, rows=2, dtypes=(F32,) * 4):
     """Every operator that streams latents, with arguments."""
-    arguments = source((1, rows, 3072), dtypes)
+    arguments = source((1, rows, 2048), dtypes)
     return [
         (cuda.row_stats, (*arguments, True)),
         (cuda.policy_loss, (*arguments, *epilogue(DPPO(), rows))),
         (cuda.policy_loss_and_grad, (*arguments, *epilogue(DPPO(), rows), 1.0)),
         (cuda.row_grad, (*arguments, coefficients_of(arguments), torch.ones(1), 1.0)),
-        (cuda.sde_step, sampler_step((1, rows, 3072), dtypes[:3])),
+        (cuda.sde_step, sampler_step((1, rows, 2048), dtypes[:3])),
     ]
 
 
@@ -37,7 +37,7 @@ def test_a_stream_keeps_its_memory_and_shares_it_with_nobody(cuda):
     made = []
     for handle, number in ((0x2000, 200), (0x2000, 200), (0x3000, 300), (0x2000, 201), (0x2000, 200)):
         cuda.stream(handle, number)
-        for op, arguments in calls(cuda):
+        for op, arguments in calls(cuda)[:2]:
             op(*arguments)
             made += [(number, size) for what, _, size in cuda.allocated if what == "cudaMalloc"]
     # the handle of a stream that has ended comes back as another's: its number does not
@@ -67,7 +67,7 @@ def test_a_captured_call_has_memory_of_its_own(cuda):
 def test_a_large_call_has_memory_of_its_own(cuda):
     # watching all of it takes its time
     cuda.races = False
-    check_stats(cuda, source((1, 4096, 1)))
+    check_stats(cuda, source((1, 4096, 1), with_reference=False))
     assert own_memory(cuda) == [scratch_of(4096, 4096)]
 
 

@@ -248,9 +248,9 @@ def everything(cuda, arguments, objective):
 @pytest.mark.parametrize("objective", [DPPO(1e-3), GRPOGuard(0.05, 0.05, "batch")], ids=["dppo", "coupled"])
 @pytest.mark.parametrize("dtypes", [COMPILED[1], *some([], [(MIXTURES[0],)])], ids=name_of)
 def test_the_order_of_blocks_changes_no_bit(cuda, dtypes, objective, seeded):
-    arguments = source((1, 5, 4104), dtypes, seeded=seeded)
+    arguments = source((1, 3, 4104), dtypes, seeded=seeded)
     results = []
-    for cuda.seed, cuda.resident in ((None, None), (1, None), (2, 4), (3, 1)):
+    for cuda.seed, cuda.resident in ((None, None), (1, 4), (2, 1)):
         results.append(everything(cuda, arguments, objective))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
@@ -258,7 +258,7 @@ def test_the_order_of_blocks_changes_no_bit(cuda, dtypes, objective, seeded):
 
 def test_calls_of_any_shape_follow_each_other(cuda):
     """Tickets are back at zero and scratch memory is not read before it is written, whatever ran before."""
-    shapes = [(1, 7, 2056), (3, 1, 40), (1, 1, 9000), (5, 9, 260), (2, 2, 1)]
+    shapes = [(1, 3, 2056), (3, 1, 40), (1, 1, 5000), (2, 2, 1)]
     cases = [source(shape) for shape in shapes]
     first = [everything(cuda, arguments, RatioClip()) for arguments in cases]
     for arguments, expected in reversed(list(zip(cases, first))):

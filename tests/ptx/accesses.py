@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ptx.instructions import Action, expect, instruction, types, whole_warps
-from ptx.memory import UNSIGNED, check_alignment
-from ptx.numbers import numpy_type
+from ptx.memory import UNSIGNED, Addresses, check_alignment
+from ptx.numbers import Array, numpy_type
 from ptx.operands import address, elements, reader, writer
 from ptx.parse import Fault, Immediate, Instruction, Kernel, bits_of
 
@@ -122,21 +123,48 @@ def _atomic(kernel: Kernel, one: Instruction) -> Action:
     return run
 
 
-@instruction("ldmatrix")
+# ---------------------------------------------------------------- matrices of 8 x 8 numbers of 16 bits
+
+
+@instruction("ldmatrix", "stmatrix")
 def _matrix(kernel: Kernel, one: Instruction) -> Action:
-    """A matrix of 8 x 8 numbers of 16 bits: thread i gets columns 2*(i % 4) and one more of row i / 4."""
-    expect(one, "sync", "aligned", "m8n8", "x1", "shared")
-    where = address(kernel, one.operands[1])
-    (target,) = elements(one.operands[0])
-    write = writer(kernel, target)
+    expect(one, "sync", "aligned", "m8n8", "x1", "x2", "x4", "shared", "trans")
+    count = next(int(m[1]) for m in one.modifiers if m in ("x1", "x2", "x4"))
+    loads, transposed = one.opcode == "ldmatrix", "trans" in one.modifiers
+    registers, place = one.operands if loads else one.operands[::-1]
+    if transposed and not loads:
+        raise Fault("transposed store")
+    where = address(kernel, place)
+    writes = [writer(kernel, item) for item in elements(registers)] if loads else []
+    reads = [] if loads else [reader(kernel, item, "u32") for item in elements(registers)]
 
     def run(machine: Machine, lanes: Lanes) -> None:
         whole_warps(machine, lanes)
+        rows = where(machine, lanes)
         lane = (machine.thread[lanes.pick] & np.uint32(31)).astype(np.int64)
-        # the first eight threads give the rows' addresses
-        rows = where(machine, lanes)[np.arange(lanes.count) - lane + lane // 4]
-        check_alignment(rows, 16)
-        column = (lane % 4).astype(np.uint64) * np.uint64(4)
-        write(machine, lanes, machine.load(lanes, "shared", rows + column, 4)[:, 0])
+        warp = np.arange(lanes.count) - lane
+        found: list[Array] = []
+        for matrix in range(count):
+            # thread i holds columns 2*(i % 4) and one more of row i / 4; thread 8*matrix + row gives a row's address
+            def row(number: NDArray[np.int64], matrix: int = matrix) -> Addresses:
+                start = rows[warp + 8 * matrix + number]
+                check_alignment(start, 16)
+                return start
+
+            if transposed:
+                column = (lane // 4).astype(np.uint64) * np.uint64(2)
+                low, high = (
+                    machine.load(lanes, "shared", row(2 * (lane % 4) + half) + column, 2)[:, 0].astype(np.uint32)
+                    for half in (0, 1)
+                )
+                found.append(low | (high << np.uint32(16)))
+                continue
+            at = row(lane // 4) + (lane % 4).astype(np.uint64) * np.uint64(4)
+            if loads:
+                found.append(machine.load(lanes, "shared", at, 4)[:, 0])
+            else:
+                machine.store(lanes, "shared", at, lanes.spread(reads[matrix](machine, lanes)).reshape(-1, 1))
+        for write, value in zip(writes, found):
+            write(machine, lanes, value)
 
     return run

@@ -17,6 +17,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +32,7 @@ from flowdppo_fast import backend, ops
 from ptx.machine import Machine, Program
 from ptx.memory import GlobalMemory
 from ptx.numbers import Approximation
-from ptx.parse import Fault, parse
+from ptx.parse import Fault, Kernel, parse
 from ptx.races import RaceChecker
 
 ROOT = Path(__file__).parents[2]
@@ -197,9 +198,10 @@ class Cuda:
         seed: the order of blocks and arrivals; None is the natural one.
         resident: blocks that run at a time.
         races: whether a race is a fault.
-        edit: what is done to the PTX before it runs.
+        alter: what is done to a kernel before it runs.
         launched: the launches since the last call of an operator began, and ``launches`` how many there were ever.
         allocated: (what, address, bytes) of the memory that the last call asked for.
+        counts: launches ever, by kernel.
     """
 
     library: ctypes.CDLL
@@ -208,10 +210,11 @@ class Cuda:
     seed: int | None = None
     resident: int | None = None
     races: bool = True
-    edit: Callable[[str], str] | None = None
+    alter: Callable[[Program], Program] | None = None
     launched: list[Launched] = field(default_factory=list)
     launches: int = 0
     allocated: list[tuple[str, int, int]] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
     _kept: list[tuple[int, int]] = field(default_factory=list)
     _memory: dict[int, int] = field(default_factory=dict)
     _failure: BaseException | None = None
@@ -269,7 +272,9 @@ class Cuda:
 
     def _on_launch(self, name: bytes, blocks: int, threads: int, shared: int, parameters: Any) -> int:
         try:
-            program = _program(name.decode(), tuple(self.gpus.items()), self.edit)
+            program = _program(name.decode(), tuple(self.gpus.items()))
+            if self.alter is not None:
+                program = self.alter(program)
             kernel = program.kernel
             raw = bytearray(kernel.parameter_bytes)
             for i, parameter in enumerate(kernel.parameters):
@@ -291,6 +296,7 @@ class Cuda:
             read = {int(start): int(size) for start, size in zip(watch.starts, watch.read)}
             self.launched.append(Launched(kernel.name, blocks, threads, shared, read))
             self.launches += 1
+            self.counts[source_name(kernel.name)] += 1
             return 0
         except BaseException as error:
             self._failure = error
@@ -298,22 +304,27 @@ class Cuda:
             return 1
 
 
-@functools.lru_cache(maxsize=64)
-def _program(mangled: str, gpus: tuple[tuple[str, str], ...], edit: Any) -> Program:
+def source_name(mangled: str) -> str:
+    """A kernel's name as its source has it."""
     found = _KERNEL.search(mangled)
     if found is None:
         raise Fault(f"{mangled}: no name of a kernel")
+    return found[1]
+
+
+@functools.cache
+def _program(mangled: str, gpus: tuple[tuple[str, str], ...]) -> Program:
+    short = source_name(mangled)
     for source in sorted(KERNELS.glob("*.cu")):
-        if f" {found[1]}(" in source.read_text():
-            text = ptx_of(source, dict(gpus)[source.stem]).read_text()
-            (kernel,) = (k for name, k in _parsed(edit(text) if edit else text).items() if found[1] in name)
-            return Program(kernel)
-    raise Fault(f"no source has a {found[1]}")
+        if f" {short}(" in source.read_text():
+            kernels = _parsed(ptx_of(source, dict(gpus)[source.stem]))
+            return Program(next(kernel for name, kernel in kernels.items() if source_name(name) == short))
+    raise Fault(f"no source has a {short}")
 
 
-@functools.lru_cache(maxsize=16)
-def _parsed(text: str) -> dict[str, Any]:
-    return parse(text)
+@functools.cache
+def _parsed(path: Path) -> dict[str, Kernel]:
+    return parse(path.read_text())
 
 
 _LAUNCH = ctypes.CFUNCTYPE(

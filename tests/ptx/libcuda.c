@@ -2,6 +2,7 @@
 // or, without one, nowhere.
 #include <cuda.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 typedef struct {
@@ -12,7 +13,7 @@ typedef struct {
 typedef int (*Callback)(const Launch *);
 
 static Callback callback;
-static uint64_t next_function;
+static uint64_t next_function = 1;
 static char message[900] = "launch failed";
 static int context;
 
@@ -66,8 +67,25 @@ CUresult cuPointerGetAttribute(void *data, CUpointer_attribute attribute, CUdevi
   *(CUdeviceptr *)data = pointer;
   return CUDA_SUCCESS;
 }
+CUresult cuInit(unsigned flags) { return CUDA_SUCCESS; }
+CUresult cuCtxSynchronize(void) { return CUDA_SUCCESS; }
+CUresult cuMemAlloc(CUdeviceptr *pointer, size_t bytes) { return *pointer = (CUdeviceptr)malloc(bytes), CUDA_SUCCESS; }
+CUresult cuMemFree(CUdeviceptr pointer) { return free((void *)pointer), CUDA_SUCCESS; }
+CUresult cuMemcpyHtoD(CUdeviceptr to, const void *from, size_t bytes) {
+  return memcpy((void *)to, from, bytes), CUDA_SUCCESS;
+}
+CUresult cuLaunchKernel(CUfunction function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                        unsigned shared, CUstream stream, void **parameters, void **extra) {
+  return function == NULL ? CUDA_ERROR_INVALID_HANDLE : CUDA_SUCCESS;
+}
 CUresult cuCtxGetCurrent(CUcontext *current) { return *current = (CUcontext)&context, CUDA_SUCCESS; }
-CUresult cuDeviceGet(CUdevice *device, int ordinal) { return *device = ordinal, CUDA_SUCCESS; }
+static CUdevice current_device;
+CUresult cuDeviceGet(CUdevice *device, int ordinal) { return *device = current_device = ordinal, CUDA_SUCCESS; }
+// from Triton 3.8 and 3.9 on
+CUresult cuCtxGetDevice(CUdevice *device) { return *device = current_device, CUDA_SUCCESS; }
+CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *status) {
+  return *status = CU_STREAM_CAPTURE_STATUS_NONE, CUDA_SUCCESS;
+}
 CUresult cuDevicePrimaryCtxRetain(CUcontext *current, CUdevice device) { return cuCtxGetCurrent(current); }
 CUresult cuDriverGetVersion(int *version) { return *version = CUDA_VERSION, CUDA_SUCCESS; }
 CUresult cuModuleLoadData(CUmodule *module, const void *image) { return *module = (CUmodule)&context, CUDA_SUCCESS; }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 _POISON = 0xDEADBEEFDEADBEEF
 # instructions executed before a launch counts as endless
 _MOST_STEPS = 5_000_000
+_OF_WHOLE_WARPS = ("shfl", "redux", "vote", "match")
 Index = NDArray[np.int64]
 
 
@@ -45,6 +47,7 @@ class Step(NamedTuple):
     guard: Reader | None
     target: int
     text: str
+    gathers: bool = False
 
 
 class Program:
@@ -71,7 +74,13 @@ class Program:
                 action = decode(kernel, instruction)
             except Fault as fault:
                 raise Fault(f"{kernel.name}: {instruction.text}: {fault}") from None
-        return Step(flow, action, guard, target, instruction.text)
+        # predicated ones are asked for whole warps when they run
+        gathers = opcode in _OF_WHOLE_WARPS and instruction.guard is None
+        return Step(flow, action, guard, target, instruction.text, gathers)
+
+
+# told of every launch before it runs: the machine, dynamic shared memory in bytes, parameters
+WATCHERS: list[Callable[[Machine, int, bytes], None]] = []
 
 
 class Machine:
@@ -118,6 +127,8 @@ class Machine:
         self._shared_bytes = kernel.static_shared + shared_bytes
         blocks = np.arange(grid) if self.order is None else self.order.permutation(grid)
         together = self.resident or grid
+        for watch in WATCHERS:
+            watch(self, shared_bytes, parameters)
         if self.races:
             self.races.begin(self)
         with np.errstate(all="ignore"):
@@ -138,11 +149,16 @@ class Machine:
         self._waits = np.zeros(count, bool)
         self._resume = np.zeros(count, np.int64)
         self._ready: dict[int, Index] = {0: np.arange(count)}
+        # lanes at an instruction of whole warps, until the rest of their warp gets there
+        self._early: dict[int, Index] = {}
         if self.races:
             self.races.begin_blocks(self)
         while self._ready:
             at = min(self._ready)
             self._advance(at, Lanes(self._ready.pop(at), count))
+        if self._early:
+            step = self.program.steps[min(self._early)]
+            raise Fault(f"{self.kernel.name}: {step.text}: executed by part of a warp")
 
     def _advance(self, at: int, lanes: Lanes) -> None:
         """Runs lanes that are at one instruction until they part, wait or end."""
@@ -151,6 +167,10 @@ class Machine:
             if at >= len(steps):
                 raise Fault(f"{self.kernel.name}: ran past the last instruction")
             step = steps[at]
+            if step.gathers:
+                lanes = self._whole_warps(at, lanes)
+                if not lanes.count:
+                    return
             self.steps += 1
             if self.steps > _MOST_STEPS:
                 raise Fault(f"{self.kernel.name}: more than {_MOST_STEPS} instructions")
@@ -172,6 +192,14 @@ class Machine:
             at += 1
             if at in ready:
                 lanes = Lanes(np.sort(np.concatenate((ready.pop(at), lanes.index))), self.lane_count)
+
+    def _whole_warps(self, at: int, lanes: Lanes) -> Lanes:
+        """Those of whole warps; the others wait for the rest of theirs, as an instruction with a mask has them do."""
+        index = np.concatenate((self._early.pop(at, lanes.index[:0]), lanes.index))
+        complete = (np.bincount(index // 32, minlength=self.lane_count // 32) == 32)[index // 32]
+        if not complete.all():
+            self._early[at] = index[~complete]
+        return Lanes(np.sort(index[complete]), self.lane_count)
 
     def _flow(self, step: Step, at: int, on: Index, off: Index) -> None:
         self._go(at + 1, off)

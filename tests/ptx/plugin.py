@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import os
 import zlib
+from collections import Counter
 
 import numpy as np
 import pytest
 import support.backends
 
+from ptx import tally
 from ptx.numbers import Approximation
 from ptx.triton_driver import install
 
 ARCHITECTURES = (80, 90, 100)
 _fixed = os.environ.get("FLOWDPPO_PTX_ARCH")
-EMULATOR = install()
+EMULATOR = install(int(_fixed or 90))
 
 
 class EmulatedTriton(support.backends.Backend):
@@ -47,15 +49,17 @@ def emulated_gpu(request):
     settings.approximation = list(Approximation)[draw.integers(4)]
     settings.order = draw if draw.integers(2) else None
     settings.resident = int(draw.integers(1, 5)) if draw.integers(4) == 0 else None
-    settings.races = True
+    settings.races, settings.edit = True, None
     if "approximation" in request.fixturenames:
         settings.approximation = request.getfixturevalue("approximation")
     EMULATOR.races.clear()
-    yield
+    yield EMULATOR
     assert not EMULATOR.races
 
 
 def pytest_sessionfinish(session):
-    kernels = {launched.kernel for launched in EMULATOR.log}
-    launches = len(EMULATOR.log)
-    print(f"\nemulated: {launches} launches of {len(kernels)} kernels, {sum(x.seconds for x in EMULATOR.log):.0f} s")
+    launches = Counter(launched.kernel for launched in EMULATOR.log)
+    tally.FACTS["launches"] = dict(launches)
+    tally.FACTS["architectures"] = dict(Counter(str(launched.arch) for launched in EMULATOR.log))
+    seconds = sum(launched.seconds for launched in EMULATOR.log)
+    print(f"\nemulated: {launches.total()} launches, {seconds:.0f} s")

@@ -20,7 +20,7 @@ HEAD = ".version 8.7\n.target sm_90\n.address_size 64\n.extern .shared .align 16
 
 
 def kernel(body: str, *, head: str = "") -> str:
-    """An entry of two pointers, ``%rd1`` and ``%rd2``, and a count ``%r1``; ``%r2`` the thread, ``%r3`` the block."""
+    """An entry of two pointers, ``%rd1`` and ``%rd2``, and a count ``%r1``; thread and block are ``%r2``, ``%r3``."""
     return f"""{HEAD}{head}
 .visible .entry k(.param .u64 .ptr .global .align 1 k_0, .param .u64 k_1, .param .u32 k_2)
 .maxntid 128

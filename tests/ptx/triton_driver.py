@@ -14,6 +14,7 @@ import os
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,6 +83,7 @@ class Settings:
         order: shuffles blocks and arrivals, see :class:`ptx.machine.Machine`.
         resident: blocks that run at a time; None is all.
         races: whether races are looked for.
+        edit: changes the PTX of a kernel, given its name and text, before it runs.
     """
 
     arch: int = 90
@@ -90,6 +92,7 @@ class Settings:
     order: np.random.Generator | None = None
     resident: int | None = None
     races: bool = False
+    edit: Callable[[str, str], str] | None = None
 
 
 class Emulator:
@@ -102,7 +105,7 @@ class Emulator:
         self.memory = GlobalMemory()
         self.failure: BaseException | None = None
         self._functions: list[_Function] = []
-        self._programs: dict[tuple[int, bool], Program] = {}
+        self._programs: dict[tuple[int, bool, Any], Program] = {}
 
     def load(self, name: str, text: str, may_contract: bool) -> int:
         """Number of a function; 0 is none."""
@@ -110,11 +113,12 @@ class Emulator:
         return len(self._functions)
 
     def _program(self, number: int) -> Program:
-        function = self._functions[number - 1]
+        function, edit = self._functions[number - 1], self.settings.edit
         contracted = self.settings.contraction and function.may_contract
-        key = (number, contracted)
+        key = (number, contracted, edit)
         if key not in self._programs:
-            kernel = parse(function.text)[function.name]
+            text = edit(function.name, function.text) if edit else function.text
+            kernel = parse(text)[function.name]
             self._programs[key] = Program(contract(kernel) if contracted else kernel)
         return self._programs[key]
 
