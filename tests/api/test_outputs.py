@@ -304,3 +304,25 @@ def test_no_host_sync_on_the_device(gpu_backend, objective):
         run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_module_is_the_function_with_its_settings(backend):
+    problem = make_problem((4,), (3, 5))
+    device = backend.device
+    velocity, old, noise = (x.float().to(device) for x in (problem.velocity, problem.old_velocity, problem.noise))
+    rows = problem.advantages.float().to(device)
+    settings = {
+        "threshold": 1e-3, "symmetric": True, "trust_region": "velocity_drift", "kl_weight": 0.3,
+        "reference_kl": "without_dt", "advantage_clip": 0.5, "reduction": "sum", "latent_reduction": "sum",
+        "log_prob": "unnormalized", "single_pass": True, "backend": backend.name,
+    }  # fmt: skip
+    tensors = {"reference_velocity": old, "row_weights": rows.abs()}
+    module = fast.FlowDPPOLoss(**settings)
+    assert list(module.parameters()) == []
+    assert "threshold=0.001" in repr(module)
+    assert set(inspect.signature(fast.FlowDPPOLoss).parameters) == set(settings)
+    out = module(velocity, old, noise, problem.step, rows, **tensors)
+    expected = fast.fused_dppo_velocity_loss(velocity, old, noise, problem.step, rows, **settings, **tensors)
+    assert torch.equal(out.loss, expected.loss)
+    assert torch.equal(out.row_results, expected.row_results)
+    assert torch.equal(out.grad, expected.grad)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from support.cases import bounded_call
@@ -124,3 +126,24 @@ def test_a_row_does_not_depend_on_its_neighbours(backend):
     alone_rows, alone_grad = run(slice(5, 6))
     assert torch.equal(alone_rows, rows[:, 5:6])
     assert torch.equal(alone_grad, grad[5:6])
+
+
+def test_the_second_moment_gives_the_log_prob(backend):
+    """``E`` where it is asked for: with P and Q it is the new policy's log-density of the draw."""
+    problem = make_problem((4,), (3, 5, 7))
+    device = backend.device
+    velocity, old, noise = (x.double().to(device) for x in (problem.velocity, problem.old_velocity, problem.noise))
+    if not backend.float64:
+        velocity, old, noise = velocity.float(), old.float(), noise.float()
+    velocity.requires_grad_()
+    p, q, e = fast.row_statistics(velocity, old, noise, problem.step, second_moment=True, backend=backend.name)
+    assert not e.requires_grad
+    torch.testing.assert_close(e, noise.square().mean((1, 2, 3)), rtol=1e-5, atol=0.0)
+    step = problem.step
+    log_prob = -0.5 * (e - 2.0 * p + q) - math.log(step.std) - 0.5 * math.log(2.0 * math.pi)
+    shift = step.velocity_coef * (old - velocity) + step.std * noise
+    exact = torch.distributions.Normal(0.0, step.std).log_prob(shift).mean((1, 2, 3))
+    torch.testing.assert_close(log_prob, exact, rtol=1e-4, atol=1e-6)
+    plain = fast.row_statistics(velocity, old, noise, problem.step, backend=backend.name)
+    assert len(plain) == 2
+    assert all(torch.equal(a, b) for a, b in zip(plain, (p, q)))
