@@ -73,11 +73,13 @@ test-cpus: build
 # the generated tables in README.md and docs/ against the committed result folders they are made from
 README_RESULTS := bench/results/cpu/2026-11-20-749900e5a2
 GOALS_RESULTS := $(README_RESULTS) bench/results/cpu/2026-11-20-ff6d2f5be9-video
+HOST_RESULTS := bench/results/host/2026-11-30-0391ba1eea
 # folders in which GPU backends passed `pytest -m gpu`
 EVIDENCE :=
 check-tables: build
 	$(PY) -m bench.ops readme --check $(README_RESULTS)
 	$(PY) -m bench.ops goals --check $(GOALS_RESULTS)
+	$(PY) -m bench.ops host --check --table $(HOST_RESULTS)
 	$(PY) -m bench.learning document --check
 	$(PY) -m bench.ops evidence --check $(EVIDENCE)
 

@@ -23,7 +23,7 @@ def smooth_kl_loss(
     velocity: Tensor, old_velocity: Tensor, noise: Tensor, step: SDEStep, advantages: Tensor, strength: float
 ) -> tuple[Tensor, Tensor]:
     """``mean(-A*r + strength*D)`` over rows ``[B, S]``, and the rows' KL ``D``; differentiable in ``velocity``."""
-    p, q = row_statistics(velocity, old_velocity, noise, step, rows=2)
+    p, q = row_statistics(velocity, old_velocity, noise, step, row_dims=2)
     ratio, kl = torch.exp(p - q / 2), q / 2
     return (-advantages * ratio + strength * kl).mean(), kl.detach()
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from flowdppo_fast import (
+    LossMetrics,
     LossOutput,
-    Metrics,
     SDEStep,
     fused_dppo_loss,
     fused_dppo_velocity_loss,
@@ -134,7 +134,7 @@ def train(
             value.backward()
             optimizer.step()
         # the last update's, all read from the device at once
-        history.append(Metrics(reward=rollout.rewards.mean(), **metrics).to_floats())
+        history.append(LossMetrics(reward=rollout.rewards.mean(), **metrics).to_floats())
     return history
 
 

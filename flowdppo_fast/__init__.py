@@ -5,22 +5,18 @@
 >>> out.loss.backward()
 """
 
-from .backend import BACKENDS, build_info, resolve
+from .backend import BACKENDS, build_info, resolve_backend
+from .loss_module import FlowDPPOLoss
 from .losses import (
-    LossOptions,
     fused_dppo_loss,
     fused_dppo_velocity_loss,
-    fused_grpo_guard_loss,
-    fused_grpo_guard_velocity_loss,
     fused_policy_loss,
-    fused_ratio_clip_loss,
-    fused_ratio_clip_velocity_loss,
-    fused_velocity_policy_loss,
+    fused_policy_velocity_loss,
     row_statistics,
 )
 from .noise import PhiloxNoise
 from .objectives import DPPO, GRPOGuard, RatioClip, Unclipped
-from .results import LossOutput, Metrics, Rows
+from .results import LossMetrics, LossOutput, RowResults
 from .samplers import SAMPLERS, Schedule, SDEStep, sde_schedule
 from .sampling import sde_step, sde_step_with_logprob
 
@@ -30,26 +26,22 @@ __all__ = [
     "BACKENDS",
     "DPPO",
     "SAMPLERS",
+    "FlowDPPOLoss",
     "GRPOGuard",
-    "LossOptions",
+    "LossMetrics",
     "LossOutput",
-    "Metrics",
     "PhiloxNoise",
     "RatioClip",
-    "Rows",
+    "RowResults",
     "SDEStep",
     "Schedule",
     "Unclipped",
     "build_info",
     "fused_dppo_loss",
     "fused_dppo_velocity_loss",
-    "fused_grpo_guard_loss",
-    "fused_grpo_guard_velocity_loss",
     "fused_policy_loss",
-    "fused_ratio_clip_loss",
-    "fused_ratio_clip_velocity_loss",
-    "fused_velocity_policy_loss",
-    "resolve",
+    "fused_policy_velocity_loss",
+    "resolve_backend",
     "row_statistics",
     "sde_schedule",
     "sde_step",

@@ -6,31 +6,16 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .backend import operator
+from .backend import is_traced, operator
 from .layout import to_rows
 from .objectives import RowField
 from .rows import Form, RowPlan, RowSource
-
-
-class ObjectiveInputs(NamedTuple):
-    """What an objective takes besides the rows, in the order of the schemas; twin of C++'s ``ObjectiveArguments``.
-
-    Attributes:
-        advantages, row_weights, old_log_prob: ``[R]``.
-        ints, floats: of :class:`~flowdppo_fast.objectives.EpilogueOptions`.
-    """
-
-    advantages: Tensor
-    row_weights: Tensor | None
-    old_log_prob: Tensor | None
-    ints: list[int]
-    floats: list[float]
 
 
 def _first_order(backward: Callable) -> Callable:
@@ -46,7 +31,7 @@ def _first_order(backward: Callable) -> Callable:
 
 
 class RowCall(NamedTuple):
-    """Rows of a call on their way through autograd: ``new`` goes beside them.
+    """Rows on their way through autograd; ``new`` goes beside them.
 
     Attributes:
         rows: as the operators take them but for ``rows.new``, which is as the caller has it.
@@ -58,53 +43,115 @@ class RowCall(NamedTuple):
     plan: RowPlan
     backend: str
 
-    def keep(self, ctx, new: Tensor, *results: Tensor) -> None:
-        """Saves what :func:`_row_grad` takes up again; ``new`` is ``[R0, R1, N]``."""
-        ctx.save_for_backward(new, *self.rows[1:6], *results)
-        ctx.call = self
+
+class LossCall(NamedTuple):
+    """A :class:`RowCall` and what an objective takes besides, in the schemas' order; C++'s ``ObjectiveArguments``.
+
+    Attributes:
+        advantages, row_weights, old_log_prob: ``[R]``.
+        ints, floats: of :class:`~flowdppo_fast.objectives.EpilogueOptions`.
+        reduction: over rows.
+        in_forward: whether the gradient is made with the loss, from the same reading of the latents.
+        wanted: whether it is also a result.
+    """
+
+    rows: RowSource
+    plan: RowPlan
+    backend: str
+    advantages: Tensor
+    row_weights: Tensor | None
+    old_log_prob: Tensor | None
+    ints: list[int]
+    floats: list[float]
+    reduction: str
+    in_forward: bool
+    wanted: bool
 
 
-def _row_grad(ctx, saved: tuple, coefficients: Tensor, upstream: Tensor, factor: float) -> Tensor:
-    rows, plan, backend = ctx.call
-    grad = operator("row_grad", backend, plan.device.type)(*saved[:6], *rows[6:], coefficients, upstream, factor)
-    return plan.gradient(grad)
+def _row_grad(ctx, new: Tensor, saved: tuple, coefficients: Tensor, upstream: Tensor, factor: float) -> Tensor:
+    call = ctx.call
+    row_grad = operator("row_grad", call.backend, call.plan.device.type)
+    return call.plan.gradient(row_grad(new, *saved[1:6], *call.rows[6:], coefficients, upstream, factor))
+
+
+def policy_loss(call: LossCall) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """``(loss, rows, summary, grad)`` of an objective; ``loss`` is differentiable in ``call.rows.new``.
+
+    ``loss`` is the mean (0-d), the sum (0-d) or the vector of row losses ``[R]``; ``grad`` is None unless it is wanted.
+    """
+    rows, plan, backend, *inputs, reduction, in_forward, wanted = call
+    # autograd sees the loss alone, which is what a call costs it
+    new, grad = plan.to_rows(rows.new.detach()), None
+    if in_forward:
+        count = call.advantages.shape[0]
+        factor = 1.0 / count if reduction == "mean" and count > 0 else 1.0
+        one_pass = operator("policy_loss_and_grad", backend, plan.device.type)
+        loss, results, summary, grad = one_pass(new, *rows[1:], *inputs, factor)
+        grad = plan.gradient(grad)
+    else:
+        loss, results, summary = operator("policy_loss", backend, plan.device.type)(new, *rows[1:], *inputs)
+    if reduction == "none":
+        loss = results[RowField.LOSS].clone()
+    elif reduction == "sum":
+        loss = results[RowField.LOSS].sum()
+    if rows.new.requires_grad and torch.is_grad_enabled():
+        loss = PolicyLoss.apply(rows.new, call, _Made(loss, results, grad))
+    return loss, results, summary, grad if wanted else None
+
+
+class _Made(NamedTuple):
+    """What of a loss is known before autograd sees it."""
+
+    loss: Tensor
+    results: Tensor
+    grad: Tensor | None
 
 
 class PolicyLoss(torch.autograd.Function):
-    """``(loss, rows, summary)`` of an objective; ``loss`` is differentiable in ``new``.
-
-    ``loss`` is the mean (0-d), the sum (0-d) or the vector of row losses ``[R]``, by ``reduction``.
-    """
+    """The loss that is there already, differentiable in ``new``."""
 
     @staticmethod
-    def forward(ctx, new, call: RowCall, inputs: ObjectiveInputs, reduction: str):
-        source, plan, backend = call
-        new = plan.to_rows(new)
-        loss, rows, summary = operator("policy_loss", backend, plan.device.type)(new, *source[1:], *inputs)
-        if reduction == "none":
-            loss = rows[RowField.LOSS].clone()
-        elif reduction == "sum":
-            loss = rows[RowField.LOSS].sum()
-        call.keep(ctx, new, rows)
-        ctx.averages = reduction == "mean" and rows.shape[1] > 0
-        ctx.mark_non_differentiable(rows, summary)
-        ctx.set_materialize_grads(False)
-        return loss, rows, summary
+    def forward(ctx, new, call: LossCall, made: _Made):
+        loss, results, grad = made
+        if grad is not None:
+            ctx.save_for_backward(grad)
+        else:
+            ctx.save_for_backward(new, *call.rows[1:6], results)
+        ctx.call = call
+        return loss
 
     @staticmethod
     @_first_order
-    def backward(ctx, grad_loss, grad_rows, grad_summary):
-        if grad_loss is None:
-            return None, None, None, None
-        saved = ctx.saved_tensors
-        rows, factor = saved[-1], 1.0
-        if ctx.averages:
+    def backward(ctx, grad_loss):
+        saved, call = ctx.saved_tensors, ctx.call
+        if call.in_forward:
+            # torch may take what it is handed for the .grad of a leaf, and add to it later
+            kept = call.wanted or torch._C._autograd._get_current_graph_task_keep_graph()
+            return _scaled(saved[0], grad_loss, kept), None, None
+        results, factor = saved[-1], 1.0
+        count = results.shape[1]
+        if call.reduction == "mean" and count > 0:
             if torch.compiler.is_compiling():
                 # an operator's float argument would make the number of rows a constant of the graph
-                grad_loss = grad_loss / rows.shape[1]
+                grad_loss = grad_loss / count
             else:
-                factor = 1.0 / rows.shape[1]
-        return _row_grad(ctx, saved, rows[RowField.GRAD_P :], grad_loss, factor), None, None, None
+                factor = 1.0 / count
+        new = call.plan.to_rows(saved[0])
+        return _row_grad(ctx, new, saved, results[RowField.GRAD_P :], grad_loss, factor), None, None
+
+
+def _scaled(grad: Tensor, upstream: Tensor, kept: bool) -> Tensor:
+    """``grad * upstream``, a new tensor if ``kept``; zero where ``grad`` is: dropped rows have no gradient, whatever
+    comes from above."""
+    if upstream.device.type != "cpu" or is_traced():
+        # reading it would wait for the device
+        return torch.where(grad == 0, grad, grad * upstream)
+    # no operator that anybody could take for a synchronisation
+    scale = float(cast(Any, upstream.tolist()))
+    if scale == 1.0:
+        return grad.clone() if kept else grad
+    scaled = grad * scale
+    return scaled if math.isfinite(scale) else torch.where(grad == 0, grad, scaled)
 
 
 class LogProbLoss(torch.autograd.Function):
@@ -149,10 +196,11 @@ class RowStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, new, call: RowCall, second_moment: bool):
-        source, plan, backend = call
+        rows, plan, backend = call
         new = plan.to_rows(new)
-        stats = operator("row_stats", backend, plan.device.type)(new, *source[1:], second_moment)
-        call.keep(ctx, new)
+        stats = operator("row_stats", backend, plan.device.type)(new, *rows[1:], second_moment)
+        ctx.save_for_backward(new, *rows[1:6])
+        ctx.call = call
         return stats
 
     @staticmethod
@@ -160,7 +208,8 @@ class RowStatistics(torch.autograd.Function):
     def backward(ctx, grad_stats):
         # E does not depend on the new policy
         coefficients = torch.cat((grad_stats[:2], grad_stats[3:]))
-        return _row_grad(ctx, ctx.saved_tensors, coefficients, grad_stats.new_ones(1), 1.0), None, None
+        saved = ctx.saved_tensors
+        return _row_grad(ctx, saved[0], saved, coefficients, grad_stats.new_ones(1), 1.0), None, None
 
 
 class SamplerStep(torch.autograd.Function):

@@ -24,13 +24,14 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from . import evidence, ops, reference
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
+BackendName = Literal["auto", "reference", "cpu", "triton", "cuda"]
 _PACKAGE = Path(__file__).parent
 _LIBRARY = _PACKAGE / "_C_cpu.so"
 _CUDA_LIBRARY = _PACKAGE / "_C_cuda.so"
@@ -141,7 +142,7 @@ def problem(name: str, device_type: str) -> str | None:
     raise ValueError(f"backend: got {name!r}, expected 'auto' or one of {', '.join(map(repr, BACKENDS))}")
 
 
-def resolve(name: str, device_type: str, dtype: torch.dtype = torch.float32) -> str:
+def resolve_backend(name: str, device_type: str, dtype: torch.dtype = torch.float32) -> str:
     """The backend that will run: ``name`` itself, or the best one for the device if ``name`` is ``"auto"``.
 
     Args:
@@ -193,7 +194,8 @@ def operator(op: str, backend: str, device_type: str) -> Callable:
     """The callable behind operator ``op`` of a resolved backend, all with the signatures of ``reference.py``."""
     if backend == "reference":
         return getattr(reference, op)
-    if backend == "triton" and (device_type == "cpu" or not _is_observed()):
+    if backend == "triton" and (device_type == "cpu" or not (is_traced() or torch._C._autograd._profiler_enabled())):
+        # past the dispatcher, whose way into Python and back takes longer than the launcher itself
         return _triton_operator(op)
     return _CUDA_OPERATORS[op] if backend == "cuda" else _OPERATORS[op]
 
@@ -202,16 +204,9 @@ _OPERATORS: dict[str, Callable] = {op: getattr(torch.ops.flowdppo, op).default f
 _CUDA_OPERATORS: dict[str, Callable] = {op: getattr(torch.ops.flowdppo_cuda, op).default for op in ops.SCHEMAS}
 
 
-def _is_observed() -> bool:
-    """Whether anybody has to see operators: a compiler, a mode such as fake tensors', the profiler.
-
-    Else a launcher is called as it is, which saves the dispatcher's way into Python and back: more than its own work.
-    """
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._autograd._profiler_enabled()
-    )
+def is_traced() -> bool:
+    """Whether tensors may have no values or operators must be seen: under a compiler, or a mode like fake tensors'."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 @functools.cache

@@ -58,6 +58,12 @@ def with_order(x: Tensor, row_dims: int, order: tuple[int, ...] | None) -> Tenso
     return x if order is None else from_rows(to_rows(x, row_dims, order), x.shape, row_dims, order)
 
 
+def check_row_dims(row_dims: int) -> None:
+    """Raises ValueError unless there are 1 or 2."""
+    if row_dims not in (1, 2):
+        raise ValueError(f"row_dims: got {row_dims!r}, expected 1 or 2 leading row dims")
+
+
 def check_latents(named: Mapping[str, Tensor], first: str, rows: torch.Size | tuple[int, ...]) -> None:
     """Same shape, device and a supported dtype for all latents; leading dims equal to the rows.
 

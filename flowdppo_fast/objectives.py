@@ -11,12 +11,17 @@ from __future__ import annotations
 import enum
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 LOG_SQRT_2PI = 0.5 * math.log(2.0 * math.pi)
+
+
+TrustRegionName = Literal["kl", "mean_drift", "velocity_drift"]
+LogProbKind = Literal["gaussian", "unnormalized"]
+ReferenceKL = Literal["gaussian", "without_dt"]
 
 
 class Rule(enum.IntEnum):
@@ -105,7 +110,7 @@ class DPPO:
 
     threshold: float = 1e-5
     symmetric: bool = False
-    trust_region: str = "kl"
+    trust_region: TrustRegionName = "kl"
 
     def __post_init__(self) -> None:
         check_positive("threshold", self.threshold)
@@ -123,14 +128,15 @@ class RatioClip:
     """PPO ratio clipping as in Flow-GRPO: ``max(-A*r, -A*clamp(r, 1-low, 1+high))``.
 
     Args:
-        low, high: clip ranges, > 0 (``low`` below 1). Ratios are of mean-reduced log-probs, so 1e-4..1e-5 is usual.
+        low, high: clip ranges, > 0 (``low`` below 1); ``high`` is as ``low`` unless given. Ratios are of mean-reduced
+            log-probs, so 1e-4..1e-5 is usual.
     """
 
     low: float = 1e-4
-    high: float = 1e-4
+    high: float = None  # type: ignore[assignment]  # a float once it is made
 
     def __post_init__(self) -> None:
-        _check_clip(self.low, self.high)
+        _check_clip(self)
 
     rule = Rule.RATIO_CLIP
     metrics = _COMMON + _CLIP_METRICS
@@ -141,16 +147,16 @@ class GRPOGuard:
     """GRPO-Guard (arXiv 2510.22319): clipping on the normalised ratio ``exp((L + D)*S)``, loss divided by ``-dt``.
 
     Args:
-        low, high: clip ranges, > 0 (``low`` below 1).
+        low, high: clip ranges, > 0 (``low`` below 1); ``high`` is as ``low`` unless given.
         bias: ``"row"`` adds each row's own divergence (verl-omni), ``"batch"`` the batch mean (flow_grpo's behaviour).
     """
 
     low: float = 2e-6
-    high: float = 2e-6
-    bias: str = "row"
+    high: float = None  # type: ignore[assignment]  # a float once it is made
+    bias: Literal["row", "batch"] = "row"
 
     def __post_init__(self) -> None:
-        _check_clip(self.low, self.high)
+        _check_clip(self)
         _check_choice("bias", self.bias, ("row", "batch"))
 
     rule = Rule.GRPO_GUARD
@@ -188,7 +194,7 @@ class EpilogueOptions(NamedTuple):
         cls,
         objective: Objective,
         *,
-        reduce: str = "mean",
+        latent_reduction: str = "mean",
         log_prob: str = "gaussian",
         advantage_clip: float | None = None,
         kl_weight: float = 0.0,
@@ -199,7 +205,7 @@ class EpilogueOptions(NamedTuple):
         Raises:
             ValueError: an unknown choice, a non-positive ``advantage_clip`` or a negative ``kl_weight``.
         """
-        _check_choice("reduce", reduce, ("mean", "sum"))
+        _check_choice("latent_reduction", latent_reduction, ("mean", "sum"))
         _check_choice("log_prob", log_prob, ("gaussian", "unnormalized"))
         _check_choice("reference_kl", reference_kl, ("gaussian", "without_dt"))
         if advantage_clip is not None:
@@ -210,7 +216,7 @@ class EpilogueOptions(NamedTuple):
         return cls(
             rule=int(objective.rule),
             trust_region=int(TrustRegion[region.upper()]),
-            sum_reduce=int(reduce == "sum"),
+            sum_reduce=int(latent_reduction == "sum"),
             unnormalized_log_prob=int(log_prob == "unnormalized"),
             batch_bias=int(getattr(objective, "bias", "row") == "batch"),
             reference_without_dt=int(reference_kl == "without_dt"),
@@ -376,10 +382,13 @@ def check_positive(name: str, value: float, why: str = "") -> None:
         raise ValueError(f"{name}: got {value!r}, expected a number > 0{why}")
 
 
-def _check_clip(low: float, high: float) -> None:
-    check_positive("high", high)
+def _check_clip(objective: RatioClip | GRPOGuard) -> None:
+    low = objective.low
     if not is_number(low) or not 0.0 < low < 1.0:
         raise ValueError(f"low: got {low!r}, expected a number in (0, 1)")
+    if objective.high is None:
+        object.__setattr__(objective, "high", low)
+    check_positive("high", objective.high)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from .objectives import SUMMARY, RowField
 
 
-class Metrics(dict):
+class LossMetrics(dict):
     """Named 0-d device tensors. Reading them costs no sync; :meth:`to_floats` is one sync for all of them."""
 
     def to_floats(self) -> dict[str, float]:
@@ -18,11 +18,11 @@ class Metrics(dict):
         return dict(zip(self, torch.stack(list(self.values())).tolist())) if self else {}
 
 
-class Rows(NamedTuple):
+class RowResults(NamedTuple):
     """Per-row results, detached, shaped like ``advantages``; float32 (float64 for float64 latents).
 
     Attributes:
-        log_ratio: ``L``, nats, mean-reduced unless ``reduce="sum"``.
+        log_ratio: ``L``, nats, mean-reduced unless ``latent_reduction="sum"``.
         ratio: of the objective: ``exp(L)``; for GRPO-Guard the normalised ratio.
         kl: the divergence compared with the threshold, reduced like ``log_ratio``; the KL unless ``trust_region`` says
             otherwise.
@@ -42,13 +42,13 @@ class LossOutput(NamedTuple):
 
     Attributes:
         loss: scalar (``reduction="none"``: shaped like ``advantages``), differentiable in the first argument only.
-            Detached in the single-pass form.
         row_results: ``[8, R]`` raw lines (:class:`~flowdppo_fast.objectives.RowField`); use :attr:`rows`.
         summary: raw metrics vector (:data:`~flowdppo_fast.objectives.SUMMARY`); use :meth:`metrics`.
         row_shape: shape of ``advantages``.
         metric_names: the metrics that mean something for the objective.
         backend: which backend ran.
-        grad: single-pass form only: gradient of ``loss`` in the first argument, in its dtype and layout.
+        grad: ``single_pass=True`` only: gradient of ``loss`` in the first argument, in its dtype and layout, for
+            ``velocity.backward(out.grad)``. ``out.loss.backward()`` uses the same one.
     """
 
     loss: Tensor
@@ -60,10 +60,10 @@ class LossOutput(NamedTuple):
     grad: Tensor | None = None
 
     @property
-    def rows(self) -> Rows:
-        """Per-row results; see :class:`Rows`."""
+    def rows(self) -> RowResults:
+        """Per-row results; see :class:`RowResults`."""
         lines = self.row_results[: RowField.GRAD_P].reshape(int(RowField.GRAD_P), *self.row_shape)
-        return Rows(
+        return RowResults(
             lines[RowField.LOG_RATIO],
             lines[RowField.RATIO],
             lines[RowField.KL],
@@ -71,6 +71,6 @@ class LossOutput(NamedTuple):
             lines[RowField.LOSS],
         )
 
-    def metrics(self) -> Metrics:
+    def metrics(self) -> LossMetrics:
         """Metrics under the peers' names, 0-d device tensors; no sync."""
-        return Metrics((name, self.summary[SUMMARY.index(name)]) for name in self.metric_names)
+        return LossMetrics((name, self.summary[SUMMARY.index(name)]) for name in self.metric_names)

@@ -92,7 +92,10 @@ class RowPlan(NamedTuple):
 
     def source(
         self,
-        latents: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+        new: Tensor,
+        old: Tensor,
+        noise: Tensor | None,
+        reference: Tensor | None,
         streams: Tensor | None,
         step: Tensor | None,
         step_values: list[float],
@@ -100,12 +103,12 @@ class RowPlan(NamedTuple):
         first_stream: int,
         form: int,
     ) -> RowSource:
-        """The rows of ``new, old, noise, reference``; ``new`` stays as it is, for autograd to see it."""
-        new, old, noise, reference = latents
+        """The rows of these latents; ``new`` stays as it is, for autograd to see it."""
+        whole = self.whole
         return RowSource(
             new,
-            self.to_rows(old),
-            None if noise is None else self.to_rows(noise),
+            self.to_rows(old) if whole is None else old.view(whole),
+            None if noise is None else self.to_rows(noise) if whole is None else noise.view(whole),
             None if reference is None else self.to_rows(reference),
             streams,
             step,
@@ -121,6 +124,8 @@ class RowPlan(NamedTuple):
 
     def gradient(self, rows: Tensor) -> Tensor:
         """A ``[R0, R1, N]`` gradient in the shape and memory layout of the tensor it belongs to."""
+        if self.memory_order is None:
+            return rows.view(self.shape)
         grad = self.from_rows(rows)
         return grad if self.order == self.memory_order else layout.with_order(grad, self.row_dims, self.memory_order)
 

@@ -168,7 +168,8 @@ class SDEStep:
     sigma_next: Level = math.nan
     _tables: dict = field(default_factory=dict, init=False, repr=False, compare=False)
     _silent: int | None = field(default=None, init=False, repr=False, compare=False)
-    _values: list[float] | None = field(default=None, init=False, repr=False, compare=False)
+    # of a scalar step that has a density
+    checked_values: list[float] | None = field(default=None, init=False, repr=False, compare=False)
 
     @classmethod
     def from_sigmas(
@@ -276,8 +277,8 @@ class SDEStep:
             ValueError: the step has no density (``S == 0``).
         """
         self._check_density()
-        assert self._values is not None
-        return self._values
+        assert self.checked_values is not None
+        return self.checked_values
 
     def row_table(self, rows: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
         """``[R, 3]`` table of ``S, k, -dt`` per row on ``device``; built once per (rows, device, dtype) and kept.
@@ -328,7 +329,7 @@ class SDEStep:
         object.__setattr__(self, "_silent", zero.index(True) if True in zero else None)
         if self.is_scalar and self._silent is None:
             # floats whatever was given: Triton compiles kernels for the type
-            object.__setattr__(self, "_values", [float(self.std), float(self.kl_scale), -float(self.dt)])
+            object.__setattr__(self, "checked_values", [float(self.std), float(self.kl_scale), -float(self.dt)])
 
     def _check_density(self) -> None:
         if self._silent is None:

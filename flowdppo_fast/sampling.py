@@ -10,8 +10,9 @@ from torch import Tensor
 
 from . import layout
 from .autograd import SamplerStep
-from .backend import resolve
+from .backend import BackendName, resolve_backend
 from .noise import PhiloxNoise
+from .objectives import LogProbKind
 from .rows import plan_of
 from .samplers import SDEStep, on_host
 from .schedule import HostSchedule, per_row
@@ -43,9 +44,9 @@ def sde_step(
     prev_sample: Tensor | None = None,
     dtype: torch.dtype | None = None,
     return_mean: bool = False,
-    log_prob: str | None = None,
-    rows: int = 1,
-    backend: str = "auto",
+    log_prob: LogProbKind | None = None,
+    row_dims: int = 1,
+    backend: BackendName = "auto",
 ) -> SampledStep:
     """One step ``mu = a*x + b*v``, ``x' = mu + S*e`` of any sampler, one launch (two with a log-prob).
 
@@ -61,15 +62,14 @@ def sde_step(
         log_prob: None, ``"gaussian"`` (``-mean(e**2)/2 - log S - log(2*pi)/2``) or ``"unnormalized"``
             (``-mean((x'-mu)**2)``, the convention of Flow-CPS trainers). A step without noise has no density: its
             log-prob is not finite.
-        rows: how many leading dims are rows, 1 or 2.
+        row_dims: how many leading dims are rows, 1 (default) or 2.
         backend: as for the losses.
 
     Raises:
         ValueError, TypeError: an argument of wrong shape, dtype, device or value. RuntimeError: the named backend
             cannot run.
     """
-    if rows not in (1, 2):
-        raise ValueError(f"rows: got {rows!r}, expected 1 or 2 leading row dims")
+    layout.check_row_dims(row_dims)
     if log_prob not in (None, "gaussian", "unnormalized"):
         raise ValueError(f"log_prob: got {log_prob!r}, expected None, 'gaussian' or 'unnormalized'")
     if not isinstance(step, SDEStep):
@@ -82,7 +82,7 @@ def sde_step(
         raise ValueError("noise: got it together with a generator, expected one source of the noise")
     if not isinstance(sample, torch.Tensor):
         raise TypeError(f"sample: got {type(sample).__name__}, expected a tensor")
-    shape = tuple(sample.shape[:rows])
+    shape = tuple(sample.shape[:row_dims])
     stored = None if isinstance(noise, PhiloxNoise) else noise
     named = {"sample": sample, "velocity": velocity}
     named |= {name: x for name, x in (("noise", stored), ("prev_sample", prev_sample)) if x is not None}
@@ -104,7 +104,7 @@ def sde_step(
     flags = (return_mean, log_prob is not None, log_prob == "unnormalized")
     next_sample, mean, density = SamplerStep.apply(
         velocity, sample, stored, prev_sample, streams, table, values, seed, first_stream,
-        plan, resolve(backend, device.type, compute), dtype, flags,
+        plan, resolve_backend(backend, device.type, compute), dtype, flags,
     )  # fmt: skip
     return SampledStep(
         next_sample if prev_sample is None else prev_sample,

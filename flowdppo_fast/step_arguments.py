@@ -49,6 +49,8 @@ def velocity_step(
     Raises:
         TypeError: no :class:`SDEStep`. ValueError: a step without density, or one that does not broadcast to the rows.
     """
+    if isinstance(step, SDEStep) and step.checked_values is not None:
+        return None, step.checked_values
     if not isinstance(step, SDEStep):
         raise TypeError(
             f"step: got {type(step).__name__}, expected an SDEStep (SDEStep.from_sigmas(sampler, sigma, sigma_next))"

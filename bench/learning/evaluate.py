@@ -86,7 +86,7 @@ def drift_nats(
     with torch.no_grad(), pretrained.restored():
         reference = torch.cat([recorder.replay(trajectory, steps=[place]) for place in range(num_steps - 1)], dim=1)
     velocity, noise, step = trajectory.select(range(rows))
-    _, squared = row_statistics(velocity, reference, noise, step, rows=2)
+    _, squared = row_statistics(velocity, reference, noise, step, row_dims=2)
     return float(squared.double().sum(1).mean()) / 2 * velocity.shape[2:].numel()
 
 

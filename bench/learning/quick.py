@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from flowdppo_fast import fused_velocity_policy_loss
+from flowdppo_fast import fused_policy_velocity_loss
 from flowdppo_fast.trainer import FlowDPPOConfig, TrajectoryRecorder
 
 from . import plan
@@ -98,9 +98,9 @@ def kernel_difference(name: str) -> float:
     found = []
     for backend, dtype in (("auto", torch.float32), ("reference", torch.float64)):
         source = noise.materialize(tuple(velocity.shape), row_dims=2, device=velocity.device).to(dtype)
-        out = fused_velocity_policy_loss(
-            objective, velocity.to(dtype), old.to(dtype), source if backend == "reference" else noise, step,
-            torch.ones(velocity.shape[:2]), backend=backend,
+        out = fused_policy_velocity_loss(
+            velocity.to(dtype), old.to(dtype), source if backend == "reference" else noise, step,
+            torch.ones(velocity.shape[:2]), objective=objective, backend=backend,
         )  # fmt: skip
         found.append((out.rows.kl.double(), out.rows.log_ratio.double(), out.backend))
     (kl, log_ratio, used), (true_kl, true_ratio, _) = found

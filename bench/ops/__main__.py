@@ -74,6 +74,14 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--all", action="store_true", dest="everything", help="also what is within noise")
     compare.set_defaults(run=_compare)
 
+    host = commands.add_parser("host", help="the host's share of a call, Triton's launches dropped; no GPU is needed")
+    host.add_argument("--rounds", type=int, default=40, metavar="N")
+    host.add_argument("--output", type=Path, metavar="DIR", help="default bench/results/host/<date>-<git sha>")
+    host.add_argument("--table", type=Path, metavar="DIR", help="measure nothing; put this folder's table on the page")
+    host.add_argument("--check", action="store_true", help="with --table: only fail if the page differs")
+    host.add_argument("--page", type=Path, default=_PAGE)
+    host.set_defaults(run=_host)
+
     readme = commands.add_parser("readme", help="write the README's table from result folders, one per machine")
     readme.add_argument("folders", type=Path, nargs="+", metavar="DIR")
     readme.add_argument("--check", action="store_true", help="only fail if the README differs")
@@ -176,6 +184,21 @@ def _compare(options: argparse.Namespace, arguments: list[str]) -> int:
     from . import compare, results
 
     print(compare.report(results.load(options.a), results.load(options.b), options.everything))
+    return 0
+
+
+def _host(options: argparse.Namespace, arguments: list[str]) -> int:
+    from . import environment, host
+
+    if options.table is not None:
+        result = json.loads((options.table / host.FILE).read_text())
+        content = f"Result folder: `{shown(options.table)}`.\n\n{host.table(result)}"
+        return put(options.page, {"bench:host": content}, check=options.check, program="bench.ops")
+    folder = options.output
+    if folder is None:
+        folder = Path("bench") / "results" / "host" / environment.result_folder(open_named("cpu")).name
+    print(host.run(folder, options.rounds))
+    print(f"written: {folder / host.FILE}, {folder / 'table.md'}")
     return 0
 
 

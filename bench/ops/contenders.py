@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 import flowdppo_fast
-from flowdppo_fast import backend as library
 from flowdppo_fast import (
+    DPPO,
+    RatioClip,
     fused_dppo_loss,
-    fused_dppo_velocity_loss,
-    fused_ratio_clip_velocity_loss,
+    fused_policy_velocity_loss,
     sde_step,
 )
+from flowdppo_fast import backend as library
 
 from . import peers, trainers
 from .inputs import CLIP_RANGE, THRESHOLD, Inputs, Rollout
@@ -178,7 +179,7 @@ def _fused(backend: str) -> list[Contender]:
 
         def call(i: Inputs) -> flowdppo_fast.LossOutput:
             stepped = sde_step(
-                i.sample, i.velocity, step, prev_sample=i.prev_sample, return_mean=True, rows=rows, **options
+                i.sample, i.velocity, step, prev_sample=i.prev_sample, return_mean=True, row_dims=rows, **options
             )
             assert stepped.mean is not None
             return fused_dppo_loss(
@@ -187,21 +188,20 @@ def _fused(backend: str) -> list[Contender]:
 
         return call
 
-    def velocity(seeded: bool = False, single_pass: bool = False, floats: bool = False, clip: bool = False):
+    def velocity(seeded: bool = False, single_pass: bool | None = None, floats: bool = False, clip: bool = False):
         def prepare(rollout: Rollout) -> Callable[[Inputs], flowdppo_fast.LossOutput]:
             step, philox = rollout.step, rollout.philox
-            function = fused_ratio_clip_velocity_loss if clip else fused_dppo_velocity_loss
-            bound: dict[str, Any] = {"clip_range": CLIP_RANGE} if clip else {"threshold": THRESHOLD}
+            objective = RatioClip(CLIP_RANGE) if clip else DPPO(THRESHOLD)
 
             def call(i: Inputs) -> flowdppo_fast.LossOutput:
-                output = function(
+                output = fused_policy_velocity_loss(
                     i.velocity,
                     i.old_velocity,
                     philox if seeded else i.noise,
                     step,
                     i.advantages,
+                    objective=objective,
                     single_pass=single_pass,
-                    **bound,
                     **options,
                 )
                 if floats:
@@ -217,6 +217,7 @@ def _fused(backend: str) -> list[Contender]:
 
     return [
         contender("velocity", Start.VELOCITY, velocity()),
+        contender("two passes", Start.VELOCITY, velocity(single_pass=False)),
         contender("velocity, metrics read", Start.VELOCITY, velocity(floats=True), syncs=True),
         contender("seeded", Start.SEEDED, velocity(seeded=True)),
         contender("single-pass", Start.VELOCITY, velocity(single_pass=True), single_pass=True),

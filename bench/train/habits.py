@@ -195,7 +195,7 @@ class HabitTrainer(FlowDPPOTrainer):
     ) -> LossOutput:
         sample, following, old_mean, _, _ = taken
         leaf = velocity.detach().requires_grad_()
-        stepped = sde_step(sample, leaf, step, prev_sample=following, return_mean=True, rows=2)
+        stepped = sde_step(sample, leaf, step, prev_sample=following, return_mean=True, row_dims=2)
         assert stepped.mean is not None
         std = torch.as_tensor(step.std).float().to(velocity.device)
         threshold = self.objective.threshold  # type: ignore[attr-defined]

@@ -42,7 +42,7 @@ def doctor_report() -> dict[str, Any]:
         "build": backend.build_info(),
         "backends": backends,
         "proof": {name: _proof(name) for name in _EMULATED},
-        "auto": {device: backend.resolve("auto", device) for device in devices},
+        "auto": {device: backend.resolve_backend("auto", device) for device in devices},
     }
 
 

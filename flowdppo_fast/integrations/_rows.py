@@ -12,9 +12,9 @@ from torch import Tensor
 
 from .. import layout
 from ..autograd import LogProbLoss
-from ..backend import resolve
+from ..backend import BackendName, resolve_backend
 from ..losses import row_statistics
-from ..objectives import DPPO, EpilogueOptions, GRPOGuard, Objective
+from ..objectives import DPPO, EpilogueOptions, GRPOGuard, LogProbKind, Objective, ReferenceKL, is_number
 from ..results import LossOutput
 from ..samplers import SDEStep
 from ..step_arguments import mean_step
@@ -26,12 +26,12 @@ UNIRL_METRICS = tuple(name for name in DPPO.metrics if name not in ("drift_mean"
 _DIVERGENCE_METRICS = ("kl_new_old_mean", "kl_new_old_max", "drift_mean")
 
 
-def squared_drift(new: Tensor, old: Tensor, *, rows: int = 1, backend: str = "auto") -> Tensor:
+def squared_drift(new: Tensor, old: Tensor, *, row_dims: int = 1, backend: BackendName = "auto") -> Tensor:
     """``mean((new-old)**2)`` over the latents of each row, in one streaming pass, differentiable in ``new``.
 
     Args:
         new, old: ``[rows, *latent]`` means or velocities; dtypes may differ.
-        rows: how many leading dims are rows, 1 or 2.
+        row_dims: how many leading dims are rows, 1 or 2.
 
     Returns:
         shaped like the rows, float32 (float64 for float64 inputs).
@@ -40,7 +40,7 @@ def squared_drift(new: Tensor, old: Tensor, *, rows: int = 1, backend: str = "au
         ValueError, TypeError, RuntimeError: as in :func:`flowdppo_fast.row_statistics`.
     """
     # P is not looked at, so any noise will do; torch.compile refuses one tensor in two places
-    return row_statistics(new, old.detach(), old.detach(), _UNIT_STEP, rows=rows, backend=backend)[1]
+    return row_statistics(new, old.detach(), old.detach(), _UNIT_STEP, row_dims=row_dims, backend=backend)[1]
 
 
 def log_prob_policy_loss(
@@ -53,12 +53,12 @@ def log_prob_policy_loss(
     dt: float | Tensor | None = None,
     drift: Tensor | None = None,
     reference_drift: Tensor | None = None,
-    log_prob_kind: str = "gaussian",
+    log_prob_kind: LogProbKind = "gaussian",
     advantage_clip: float | None = None,
     row_weights: Tensor | None = None,
     kl_weight: float = 0.0,
-    reference_kl: str = "gaussian",
-    backend: str = "auto",
+    reference_kl: ReferenceKL = "gaussian",
+    backend: BackendName = "auto",
 ) -> LossOutput:
     """Mean row loss of ``objective`` from the trainer's own log-probs.
 
@@ -72,8 +72,8 @@ def log_prob_policy_loss(
             gradient if it has a graph: GRPO-Guard's bias does, DPPO's mask does not.
         reference_drift: rows of ``mean((mu-mu_ref)**2)``, for the KL to the reference.
         log_prob_kind: ``"gaussian"``, or ``"unnormalized"`` if the log-probs are ``-mean((x'-mu)**2)``.
-        advantage_clip, row_weights, kl_weight, reference_kl: as in :class:`flowdppo_fast.LossOptions`.
-        backend: ``"auto"`` or a name, as in :class:`flowdppo_fast.LossOptions`.
+        advantage_clip, row_weights, kl_weight, reference_kl: as in :func:`flowdppo_fast.fused_policy_loss`.
+        backend: ``"auto"`` or a name, as in :func:`flowdppo_fast.fused_policy_loss`.
 
     Returns:
         :class:`~flowdppo_fast.results.LossOutput` with a scalar loss, differentiable in ``log_prob`` and the drifts.
@@ -106,7 +106,7 @@ def log_prob_policy_loss(
             return None
         return layout.row_vector(value, name, shape, device, dtype, differentiable=differentiable)
 
-    name = resolve(backend, device.type, dtype)
+    name = resolve_backend(backend, device.type, dtype)
     table, values = mean_step(std, dt, shape, device, dtype)
     loss, rows, summary = LogProbLoss.apply(
         vector(log_prob, "log_prob", differentiable=True),
@@ -120,3 +120,18 @@ def log_prob_policy_loss(
     names += ("kl_ref_mean",) if reference_drift is not None else ()
     out = log_prob.dtype
     return LossOutput(loss.to(out), rows.to(out), summary.to(out), shape, names, name)
+
+
+def clip_pair(clip_range: float | tuple[float, float]) -> tuple[float, float]:
+    """``(low, high)`` of a trainer's clip range.
+
+    Raises:
+        ValueError: not a number in (0, 1), and no pair of numbers with ``low`` in (0, 1) and ``high > 0``.
+    """
+    pair = clip_range if isinstance(clip_range, (tuple, list)) else (clip_range, clip_range)
+    if len(pair) != 2 or not all(is_number(c) for c in pair) or not (0.0 < pair[0] < 1.0 and pair[1] > 0.0):
+        raise ValueError(
+            f"clip_range: got {clip_range!r}, expected a number in (0, 1) or a pair (low, high) with low in (0, 1) and "
+            "high > 0"
+        )
+    return pair[0], pair[1]

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..losses import clip_pair, fused_policy_loss
+from ..backend import BackendName
+from ..losses import fused_policy_loss
 from ..objectives import DPPO, Objective, RatioClip
 from ..results import LossOutput
 from ..rows import stats_dtype
 from ..samplers import SDEStep
 from ..sampling import sde_step
-from ._rows import log_prob_policy_loss
+from ._rows import clip_pair, log_prob_policy_loss
 
 __all__ = ["dppo_loss_from_sample", "flux_step", "policy_loss_from_sample", "ratio_clip_loss", "transition_std"]
 
@@ -49,7 +50,7 @@ def flux_step(
     sde_solver: bool,
     *,
     return_mean: bool = False,
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> tuple[Tensor | None, ...]:
     """DanceGRPO's step under its signature (all its ``train_grpo_*.py`` have the same one), fused and differentiable.
 
@@ -102,7 +103,7 @@ def policy_loss_from_sample(
     std: float | Tensor,
     *,
     adv_clip_max: float | None = 5.0,
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> LossOutput:
     """The loss of one (sample, timestep) from the means; divide it as the script does, by accumulation and timesteps.
 
@@ -126,12 +127,12 @@ def policy_loss_from_sample(
                 "(docs/integrations/dance_grpo.md shows where)"
             )
     return fused_policy_loss(
-        objective,
         prev_sample_mean,
         sample["prev_sample_mean"][:, j].detach(),
         sample["next_latents"][:, j].detach(),
         std,
         sample["advantages"].detach().reshape(-1),
+        objective=objective,
         advantage_clip=adv_clip_max,
         backend=backend,
     )
@@ -162,7 +163,7 @@ def ratio_clip_loss(
     *,
     clip_range: float | tuple[float, float] = 1e-4,
     adv_clip_max: float | None = 5.0,
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> LossOutput:
     """The inline clip loss from the script's own log-probs; nothing has to be stored for it.
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..losses import fused_policy_loss, fused_velocity_policy_loss
+from ..backend import BackendName
+from ..losses import fused_policy_loss, fused_policy_velocity_loss
 from ..objectives import DPPO
 from ..results import LossOutput
 from ..rows import stats_dtype
@@ -47,7 +48,7 @@ class DPPOTrainer(_DPPOTrainer):
         loss_backend: as for the losses; set it on the class before training.
     """
 
-    loss_backend: str = "auto"
+    loss_backend: BackendName = "auto"
 
     def optimize(self, samples: list[Any]) -> None:
         """All inner epochs over one rollout: a loss and a backward per (micro-batch, train timestep)."""
@@ -125,12 +126,12 @@ class DPPOTrainer(_DPPOTrainer):
         sampler = self._sampler()
         std_dev_t, dt = output.std_dev_t, output.dt
         return fused_policy_loss(
-            DPPO(self.training_args.kl_mask_threshold),
             output.next_latents_mean,
             old,
             inputs["next_latents"].detach(),
             std_dev_t if sampler == "cps" else std_dev_t * torch.sqrt(-dt),
             advantages,
+            objective=DPPO(self.training_args.kl_mask_threshold),
             log_prob="unnormalized" if sampler == "cps" else "gaussian",
             backend=self.loss_backend,
         )
@@ -146,13 +147,13 @@ class DPPOTrainer(_DPPOTrainer):
         a, b, s = (on_host(x).to(wide).reshape(shape) for x in (step.sample_coef, step.velocity_coef, step.std))
         with torch.no_grad():
             noise = (inputs["next_latents"] - a * inputs["latents"] - b * old) / s
-        return fused_velocity_policy_loss(
-            DPPO(self.training_args.kl_mask_threshold, trust_region="velocity_drift"),
+        return fused_policy_velocity_loss(
             output.noise_pred,
             old,
             noise,
             step,
             advantages,
+            objective=DPPO(self.training_args.kl_mask_threshold, trust_region="velocity_drift"),
             log_prob="unnormalized" if sampler == "cps" else "gaussian",
             backend=self.loss_backend,
         )

@@ -9,18 +9,19 @@ Nothing of flow_grpo is imported. The scripts hold one dict per micro-batch, ``s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..losses import clip_pair, fused_policy_loss, fused_velocity_policy_loss
-from ..objectives import DPPO, GRPOGuard, Objective, RatioClip
+from ..backend import BackendName
+from ..losses import fused_policy_loss, fused_policy_velocity_loss
+from ..objectives import DPPO, GRPOGuard, LogProbKind, Objective, RatioClip, ReferenceKL
 from ..results import LossOutput
 from ..samplers import SDEStep, on_host
 from ..sampling import sde_step, sde_step_with_logprob
 from ..schedule import HostSchedule, per_row
-from ._rows import log_prob_policy_loss, squared_drift
+from ._rows import clip_pair, log_prob_policy_loss, squared_drift
 
 __all__ = [
     "dppo_loss_from_sample",
@@ -141,8 +142,8 @@ def policy_loss_from_sample(
     prev_sample_mean_ref: Tensor | None = None,
     beta: float = 0.0,
     adv_clip_max: float | None = 5.0,
-    reference_kl: str | None = None,
-    backend: str = "auto",
+    reference_kl: ReferenceKL | None = None,
+    backend: BackendName = "auto",
 ) -> LossOutput:
     """The loss of one (micro-batch, timestep) under any objective, from what ``compute_log_prob`` returns.
 
@@ -186,16 +187,16 @@ def policy_loss_from_sample(
         "reference_kl": reference_kl or ("without_dt" if sde_type == "sde" else "gaussian"),
         "backend": backend,
     }
-    convention = "unnormalized" if sde_type == "cps" else "gaussian"
+    convention: LogProbKind = "unnormalized" if sde_type == "cps" else "gaussian"
     advantages = _column(sample, "advantages", j)
     if log_prob is None:
         return fused_policy_loss(
-            objective,
             prev_sample_mean,
             _column(sample, "prev_sample_mean", j),
             _column(sample, "next_latents", j),
             _std(std_dev_t, sqrt_dt, sde_type),
             advantages,
+            objective=objective,
             dt=None if sqrt_dt is None else -(sqrt_dt**2),
             reference_prev_sample_mean=prev_sample_mean_ref,
             log_prob=convention,
@@ -272,7 +273,7 @@ def grpo_guard_loss_from_sample(
     sqrt_dt: Tensor,
     *,
     clip_range: float | tuple[float, float] = 2e-6,
-    bias: str = "row",
+    bias: Literal["row", "batch"] = "row",
     **options: Any,
 ) -> LossOutput:
     """The loss of ``train_sd3_GRPO_Guard.py``: :func:`policy_loss_from_sample` with ``GRPOGuard``.
@@ -298,8 +299,8 @@ def velocity_policy_loss_from_sample(
     velocity_ref: Tensor | None = None,
     beta: float = 0.0,
     adv_clip_max: float | None = 5.0,
-    reference_kl: str | None = None,
-    backend: str = "auto",
+    reference_kl: ReferenceKL | None = None,
+    backend: BackendName = "auto",
 ) -> LossOutput:
     """The loss on velocities: half the bytes of float32 means, and the step function is not called at all.
 
@@ -320,13 +321,13 @@ def velocity_policy_loss_from_sample(
         noise = _column(sample, "noise", j)
     else:
         noise = recover_noise(step, _column(sample, "latents", j), _column(sample, "next_latents", j), old_velocity)
-    return fused_velocity_policy_loss(
-        objective,
+    return fused_policy_velocity_loss(
         velocity,
         old_velocity,
         noise,
         step,
         _column(sample, "advantages", j),
+        objective=objective,
         reference_velocity=velocity_ref,
         advantage_clip=adv_clip_max,
         log_prob="unnormalized" if step.sampler == "cps" else "gaussian",

@@ -11,12 +11,12 @@ import math
 import torch
 from torch import Tensor
 
-from ..losses import clip_pair
+from ..backend import BackendName
 from ..objectives import LOG_SQRT_2PI, RatioClip
 from ..results import LossOutput
 from ..samplers import Schedule, SDEStep
 from ..sampling import sde_step
-from ._rows import log_prob_policy_loss
+from ._rows import clip_pair, log_prob_policy_loss
 from .dance_grpo import dance_step, dppo_loss_from_sample, policy_loss_from_sample, transition_std
 
 __all__ = [
@@ -39,7 +39,7 @@ def flow_grpo_step(
     generator: torch.Generator | None = None,
     determistic: bool = False,
     *,
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> tuple[Tensor | None, ...]:
     """MixGRPO's Flow-SDE step under its signature (spelling included), fused and differentiable in ``model_output``.
 
@@ -97,7 +97,7 @@ def dance_grpo_step(
     sde_solver: bool,
     *,
     return_mean: bool = False,
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> tuple[Tensor | None, ...]:
     """MixGRPO's Dance step under its signature, fused.
 
@@ -142,7 +142,7 @@ def ratio_clip_loss(
     clip_range: float | tuple[float, float] = 1e-4,
     adv_clip_max: float | None = 5.0,
     kl_coeff: float = 0.0,
-    backend: str = "auto",
+    backend: BackendName = "auto",
 ) -> tuple[LossOutput, Tensor]:
     """The inline loss with MixGRPO's penalty on the distance to the *old* policy.
 

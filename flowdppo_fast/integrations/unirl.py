@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backend import BackendName
 from ..losses import fused_policy_loss
-from ..objectives import DPPO
-from ..results import LossOutput, Metrics
+from ..objectives import DPPO, LogProbKind
+from ..results import LossMetrics, LossOutput
 from ..rows import stats_dtype
 from ..samplers import Schedule, SDEStep, diffusion, on_host
 from ..sampling import sde_step
@@ -90,7 +91,7 @@ class _FusedDenoise:
         now = torch.as_tensor(sigma, device=sample.device).reshape(-1).expand(rows)
         after = torch.as_tensor(sigma_next, device=sample.device).reshape(-1).expand(rows)
         step = _step(sampler, now, after, float(eta), sigma_max)
-        convention = "unnormalized" if sampler == "cps" else "gaussian"
+        convention: LogProbKind = "unnormalized" if sampler == "cps" else "gaussian"
         wide = stats_dtype(sample)
         if eta < _SILENT:
             result = sde_step(sample, noise_pred, step, generator=generator, dtype=wide, return_mean=True)
@@ -179,7 +180,12 @@ class FlowDPPO(_FlowDPPO):
     """
 
     def __init__(
-        self, *, anchor: str = "replay", log_ratio: str = "log_probs", loss_backend: str = "auto", **options: Any
+        self,
+        *,
+        anchor: str = "replay",
+        log_ratio: str = "log_probs",
+        loss_backend: BackendName = "auto",
+        **options: Any,
     ) -> None:
         super().__init__(**options)
         if anchor not in ("replay", "rollout"):
@@ -255,19 +261,19 @@ class FlowDPPO(_FlowDPPO):
                 "prev_sample_means: the stage's replay returned None, expected the means of its transitions"
             )
         out = self._policy_loss(segment, steps, replay, advantages)
-        metrics = Metrics((name, value) for name, value in out.metrics().items() if name in UNIRL_METRICS)
+        metrics = LossMetrics((name, value) for name, value in out.metrics().items() if name in UNIRL_METRICS)
         loss = out.loss
         beta = float(getattr(self, "beta", 0.0))
         if beta > 0.0:
             reference = _base._reference_replay_means(
                 self.stage, self._ref_model, conditions=typed, segment=segment, params=self.params, target_steps=steps
             ).to(replay.prev_sample_means.device)
-            drift = squared_drift(replay.prev_sample_means, reference, rows=2, backend=self.loss_backend)
+            drift = squared_drift(replay.prev_sample_means, reference, row_dims=2, backend=self.loss_backend)
             metrics["kl_ref_mean"] = (drift / (2.0 * self._std(segment, steps, drift.device) ** 2)).mean()
             loss = loss + beta * metrics["kl_ref_mean"]
         (loss * loss_scale).backward()
         metrics["loss"] = loss
-        floats = Metrics((name, value.detach()) for name, value in metrics.items()).to_floats()
+        floats = LossMetrics((name, value.detach()) for name, value in metrics.items()).to_floats()
         total = floats.pop("loss")
         floats["kl_mask_threshold"] = self.kl_mask_threshold
         if beta > 0.0:
@@ -280,7 +286,7 @@ class FlowDPPO(_FlowDPPO):
         std = self._std(segment, steps, means.device)
         adv = advantages.detach().to(means.device).reshape(-1, 1).expand(log_probs.shape)
         objective = DPPO(self.kl_mask_threshold, trust_region="kl" if self.add_kl_coefficient else "mean_drift")
-        convention = "unnormalized" if self._sampler() == "cps" else "gaussian"
+        convention: LogProbKind = "unnormalized" if self._sampler() == "cps" else "gaussian"
         if self.log_ratio == "means":
             if means.dtype not in (torch.float32, torch.float64):
                 raise ValueError(
@@ -289,11 +295,11 @@ class FlowDPPO(_FlowDPPO):
                 )
             actions = torch.stack([segment.latents_at(i + 1).to(means.device) for i in steps], dim=1)
             return fused_policy_loss(
-                objective, means, old_means, actions, std, adv.to(means.dtype),
+                means, old_means, actions, std, adv.to(means.dtype), objective=objective,
                 log_prob=convention, backend=self.loss_backend,
             )  # fmt: skip
         old_log_probs = self._anchor(segment, "sde_logp", steps).to(log_probs.device)
-        drift = squared_drift(means.detach(), old_means, rows=2, backend=self.loss_backend)
+        drift = squared_drift(means.detach(), old_means, row_dims=2, backend=self.loss_backend)
         return log_prob_policy_loss(
             objective, log_probs, old_log_probs, adv.to(log_probs.dtype), std, drift=drift, log_prob_kind=convention,
             backend=self.loss_backend,

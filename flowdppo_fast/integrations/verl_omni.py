@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backend import BackendName
 from ..losses import fused_policy_loss
 from ..objectives import DPPO, LOG_SQRT_2PI, GRPOGuard, RatioClip
 from ..results import LossOutput
@@ -74,7 +75,7 @@ class Options:
     guard_scale: str = "row"
     log_ratio: str = "log_probs"
     kl_with_dt: bool = False
-    backend: str = "auto"
+    backend: BackendName = "auto"
 
     def __post_init__(self) -> None:
         for name, choices in (
@@ -171,18 +172,18 @@ class FlowDPPOLoss(_FlowDPPOLoss):
         or 0-d.
         """
         settings, options = config.diffusion_loss, cls.options
-        region = "kl" if getattr(settings, "add_kl_coefficient", True) else "mean_drift"
-        objective = DPPO(settings.kl_mask_threshold, trust_region=region)
+        with_kl = getattr(settings, "add_kl_coefficient", True)
+        objective = DPPO(settings.kl_mask_threshold, trust_region="kl" if with_kl else "mean_drift")
         std = options.std(std_dev_t, sqrt_dt, config)
         weights = _detached(rollout_is_weights)
         if options.log_ratio == "means":
             out = fused_policy_loss(
-                objective,
                 prev_sample_mean,
                 old_prev_sample_mean.detach(),
                 _action(prev_sample_mean),
                 std,
                 advantages.detach(),
+                objective=objective,
                 log_prob="unnormalized" if options.sampler(config) == "cps" else "gaussian",
                 row_weights=weights,
                 backend=options.backend,
@@ -237,12 +238,12 @@ class GRPOGuardLoss(_GRPOGuardLoss):
         }
         if options.log_ratio == "means":
             out = fused_policy_loss(
-                objective,
                 prev_sample_mean,
                 old_prev_sample_mean.detach(),
                 _action(prev_sample_mean),
                 std,
                 advantages.detach(),
+                objective=objective,
                 dt=dt,
                 **shared,  # type: ignore[arg-type]
             )

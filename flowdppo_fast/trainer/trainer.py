@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from torch import Tensor
 
-from ..losses import fused_velocity_policy_loss
+from ..losses import fused_policy_velocity_loss
 from ..results import LossOutput
 from ..runs.logs import ROWS_FILE, append_lines
 from ..runs.row_log import row_part
@@ -430,13 +430,13 @@ class FlowDPPOTrainer:
     ) -> LossOutput:
         """Loss, metrics and gradient of replayed velocities ``[b, S, *latent]`` with advantages ``[b, S]``."""
         old, noise, step = trajectory.select(rows, steps)
-        return fused_velocity_policy_loss(
-            self.objective,
+        return fused_policy_velocity_loss(
             velocity,
             old,
             noise,
             step,
             advantages,
+            objective=self.objective,
             reference_velocity=reference,
             advantage_clip=self.config.advantage.clip,
             kl_weight=self.config.objective.kl_weight,

@@ -96,7 +96,7 @@ def vector_width(*stored: Tensor) -> int:
     Without the hint Triton would give a thread what 16 bytes of the narrowest input hold, and move wider results
     through shared memory on their way out.
     """
-    return 16 // max(x.element_size() for x in stored)
+    return 16 // max([x.element_size() for x in stored])
 
 
 class RowStrides(NamedTuple):
@@ -195,7 +195,17 @@ class Launcher:
             constants: ``tl.constexpr`` parameters.
         """
         arguments = (*tensors, *floats, *ints, *counters, *constants)
-        if not self._compiled or _is_watched(self.kernel):
+        runtime = knobs.runtime
+        if (
+            not self._compiled
+            # hooks: a chain of them, or what somebody put in its place
+            or getattr(runtime.launch_enter_hook, "calls", runtime.launch_enter_hook)
+            or getattr(runtime.launch_exit_hook, "calls", runtime.launch_exit_hook)
+            or self.kernel.pre_run_hooks
+            # another compilation than usual
+            or runtime.debug
+            or runtime.add_stages_inspection_hook
+        ):
             self._launch_by_name(programs, num_warps, arguments)
             return
         driver = triton.runtime.driver.active
@@ -236,16 +246,3 @@ class Launcher:
         self._handles.clear()
         self._driver = driver
         self._sizes_count = driver.get_current_target().backend == "hip"
-
-
-def _is_watched(kernel: Any) -> bool:
-    """Whether somebody has hooks on launches or changes what is compiled."""
-    runtime = knobs.runtime
-    return bool(
-        # a chain of hooks, or one that somebody put in its place
-        getattr(runtime.launch_enter_hook, "calls", runtime.launch_enter_hook)
-        or getattr(runtime.launch_exit_hook, "calls", runtime.launch_exit_hook)
-        or kernel.pre_run_hooks
-        or runtime.debug
-        or runtime.add_stages_inspection_hook
-    )

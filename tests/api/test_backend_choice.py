@@ -49,9 +49,9 @@ def call_everything(name, dtype=torch.float32):
     single = fast.fused_dppo_velocity_loss(
         velocity.detach(), old, noise, problem.step, advantages, single_pass=True, backend=name
     )
-    p, q = fast.row_statistics(velocity, old, noise, problem.step, rows=2, backend=name)
+    p, q = fast.row_statistics(velocity, old, noise, problem.step, row_dims=2, backend=name)
     (p.sum() + q.sum()).backward()
-    stepped = fast.sde_step(state, velocity, problem.step, noise=noise, log_prob="gaussian", rows=2, backend=name)
+    stepped = fast.sde_step(state, velocity, problem.step, noise=noise, log_prob="gaussian", row_dims=2, backend=name)
     stepped.log_prob.sum().backward()
     return [out.loss, velocity.grad, means.loss, single.loss, single.grad, p, q, stepped.prev_sample, stepped.log_prob]
 
@@ -122,13 +122,13 @@ def test_the_output_says_which_backend_ran(param):
     tensors = [x.float().to(backend.device) for x in (problem.velocity, problem.old_velocity, problem.noise)]
     advantages = problem.advantages.float().to(backend.device)
     out = fast.fused_dppo_velocity_loss(*tensors, problem.step, advantages, backend=backend.name)
-    assert out.backend == backend.name == fast.resolve(backend.name, backend.device)
+    assert out.backend == backend.name == fast.resolve_backend(backend.name, backend.device)
 
 
 def test_auto_takes_cpu_when_built(built):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert fast.resolve("auto", "cpu") == "cpu"
+        assert fast.resolve_backend("auto", "cpu") == "cpu"
     problem = make_problem((2,), (3, 5))
     tensors = [x.float() for x in (problem.velocity, problem.old_velocity, problem.noise)]
     assert fast.fused_dppo_velocity_loss(*tensors, problem.step, problem.advantages).backend == "cpu"
@@ -150,12 +150,12 @@ def test_auto_says_once_that_it_takes_the_reference(not_built):
 def test_the_reference_by_name_is_silent(not_built):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert fast.resolve("reference", "cpu") == "reference"
+        assert fast.resolve_backend("reference", "cpu") == "reference"
 
 
 def test_cpu_by_name_never_falls_back(not_built):
     with pytest.raises(RuntimeError, match="backend='cpu' cannot run: the C"):
-        fast.resolve("cpu", "cpu")
+        fast.resolve_backend("cpu", "cpu")
 
 
 def test_reasons(not_built):
@@ -184,7 +184,7 @@ def test_unfit_library_says_so(monkeypatch, tmp_path):
 
 def test_cuda_by_name_says_what_is_missing(monkeypatch, tmp_path):
     with pytest.raises(RuntimeError, match=r"backend='cuda' cannot run: it serves NVIDIA GPU tensors .* 'cpu'"):
-        fast.resolve("cuda", "cpu")
+        fast.resolve_backend("cuda", "cpu")
     monkeypatch.setattr(backends, "_CUDA_LIBRARY", tmp_path / "missing.so")
     monkeypatch.setattr(torch.version, "cuda", None)
     assert "was built without CUDA; install a torch that has it" in backends._load_cuda_library()

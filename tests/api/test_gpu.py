@@ -26,8 +26,16 @@ def loss_and_gradient(backend, velocity, old, noise, advantages, single_pass=Fal
     """Loss, summary, row results and gradient of one call."""
     objective = objective or fast.DPPO(1e-3)
     leaf = velocity if single_pass else velocity.detach().requires_grad_()
-    out = fast.fused_velocity_policy_loss(
-        objective, leaf, old, noise, STEP, advantages, single_pass=single_pass, backend=backend.name, **options
+    out = fast.fused_policy_velocity_loss(
+        leaf,
+        old,
+        noise,
+        STEP,
+        advantages,
+        objective=objective,
+        single_pass=single_pass,
+        backend=backend.name,
+        **options,
     )
     grad = out.grad if single_pass else torch.autograd.grad(out.loss, leaf)[0]
     return out.loss.detach(), out.summary, out.row_results, grad
@@ -179,7 +187,7 @@ def test_a_row_of_more_than_two_to_the_31_elements(gpu_backend, single_pass):
     noise[:, -marked:] = 2.0
     advantages = torch.ones(1, device="cuda")
     _, _, rows, grad = loss_and_gradient(
-        gpu_backend, velocity, old, noise, advantages, single_pass, fast.Unclipped(), reduce="sum"
+        gpu_backend, velocity, old, noise, advantages, single_pass, fast.Unclipped(), latent_reduction="sum"
     )
     k = STEP.velocity_coef / STEP.std
     u = k * 0.125
@@ -224,8 +232,15 @@ def test_launches(gpu_backend):
         return sum(event.count for event in profiled.key_averages() if "_kernel" in event.key)
 
     def forward(single_pass):
-        return fast.fused_velocity_policy_loss(
-            fast.DPPO(), velocity, old, noise, STEP, advantages, single_pass=single_pass, backend=gpu_backend.name
+        return fast.fused_policy_velocity_loss(
+            velocity,
+            old,
+            noise,
+            STEP,
+            advantages,
+            objective=fast.DPPO(),
+            single_pass=single_pass,
+            backend=gpu_backend.name,
         )
 
     own = 1 if gpu_backend.name == "cuda" else 2

@@ -12,7 +12,7 @@ from support.layouts import DENSE, EXPANDED, LAYOUTS, channels_last, trajectory_
 from support.problems import MEAN_NAMES, VELOCITY_NAMES, library, make_problem
 
 import flowdppo_fast as fast
-from flowdppo_fast import autograd, losses
+from flowdppo_fast import autograd
 
 LATENTS = {"packed": (6, 5), "image": (3, 4, 5), "video": (2, 3, 4, 5)}
 ROWS = [(4,), (1,), (2, 3), (1, 2)]
@@ -76,8 +76,8 @@ def test_gradient_of_an_expanded_velocity_is_the_sum(backend, layout):
     def gradient(expand):
         leaf = velocity[index].detach().clone().requires_grad_()
         x = expand(leaf)
-        out = fast.fused_velocity_policy_loss(
-            fast.Unclipped(), x, old, noise, problem.step, call.advantages, backend=backend.name
+        out = fast.fused_policy_velocity_loss(
+            x, old, noise, problem.step, call.advantages, objective=fast.Unclipped(), backend=backend.name
         )
         out.loss.backward()
         return leaf.grad
@@ -112,8 +112,7 @@ class Spy:
 
     def __init__(self, monkeypatch):
         self.calls: dict[str, list[tuple]] = {}
-        for module in (autograd, losses):
-            monkeypatch.setattr(module, "operator", self._wrapped(module.operator))
+        monkeypatch.setattr(autograd, "operator", self._wrapped(autograd.operator))
 
     def _wrapped(self, operator):
         def lookup(op, backend, device_type):

@@ -13,11 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import flowdppo_fast as fast
 
 PUBLIC = {
-    "BACKENDS", "DPPO", "GRPOGuard", "LossOptions", "LossOutput", "Metrics", "PhiloxNoise", "RatioClip", "Rows",
-    "SAMPLERS", "SDEStep", "Schedule", "Unclipped", "build_info", "fused_dppo_loss", "fused_dppo_velocity_loss",
-    "fused_grpo_guard_loss", "fused_grpo_guard_velocity_loss", "fused_policy_loss", "fused_ratio_clip_loss",
-    "fused_ratio_clip_velocity_loss", "fused_velocity_policy_loss", "resolve", "row_statistics", "sde_schedule",
-    "sde_step", "sde_step_with_logprob",
+    "BACKENDS", "DPPO", "FlowDPPOLoss", "GRPOGuard", "LossMetrics", "LossOutput", "PhiloxNoise", "RatioClip",
+    "RowResults", "SAMPLERS", "SDEStep", "Schedule", "Unclipped", "build_info", "fused_dppo_loss",
+    "fused_dppo_velocity_loss", "fused_policy_loss", "fused_policy_velocity_loss", "resolve_backend", "row_statistics",
+    "sde_schedule", "sde_step", "sde_step_with_logprob",
 }  # fmt: skip
 COMMON = {
     "policy_loss", "ratio_mean", "ratio_std", "ratio_min", "ratio_max", "approx_kl", "kl_new_old_mean",
@@ -35,8 +34,8 @@ def velocity_loss(backend, problem, objective, dtype=torch.float32, **options):
     )
     velocity.requires_grad_()
     advantages = problem.advantages.float().to(backend.device)
-    out = fast.fused_velocity_policy_loss(
-        objective, velocity, old, noise, problem.step, advantages, backend=backend.name, **options
+    out = fast.fused_policy_velocity_loss(
+        velocity, old, noise, problem.step, advantages, objective=objective, backend=backend.name, **options
     )
     return out, velocity
 
@@ -57,11 +56,9 @@ def test_signatures_that_others_rely_on():
 
     means = ["prev_sample_mean", "old_prev_sample_mean", "prev_sample", "std", "advantages"]
     velocities = ["velocity", "old_velocity", "noise", "step", "advantages"]
-    for name in ("dppo", "ratio_clip", "grpo_guard"):
+    for name in ("dppo", "policy"):
         assert positional(getattr(fast, f"fused_{name}_loss")) == means
         assert positional(getattr(fast, f"fused_{name}_velocity_loss")) == velocities
-    assert positional(fast.fused_policy_loss) == ["objective", *means]
-    assert positional(fast.fused_velocity_policy_loss) == ["objective", *velocities]
     assert inspect.signature(fast.fused_dppo_loss).parameters["threshold"].default == 1e-5
 
 
@@ -91,7 +88,7 @@ def test_shapes_and_dtypes(backend, rows):
     floats = out.metrics().to_floats()
     assert floats == {name: value.item() for name, value in out.metrics().items()}
     assert all(type(value) is float for value in floats.values())
-    assert fast.Metrics().to_floats() == {}
+    assert fast.LossMetrics().to_floats() == {}
 
 
 @pytest.mark.parametrize("rows", [(8,), (4, 2)], ids=str)
@@ -158,7 +155,6 @@ def test_single_pass_feeds_a_backward(backend):
     out = fast.fused_dppo_velocity_loss(
         velocity, old, noise, problem.step, advantages, single_pass=True, backend=backend.name
     )
-    assert not out.loss.requires_grad
     assert not out.grad.requires_grad
     velocity.backward(out.grad)
     through_model = weight.grad.clone()
@@ -237,7 +233,7 @@ def test_no_copy_of_the_latents_is_kept_for_the_backward(backend):
     problem = make_problem((8,), (3, 16, 16))
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        out, velocity = velocity_loss(backend, problem, fast.DPPO())
+        out, velocity = velocity_loss(backend, problem, fast.DPPO(), single_pass=False)
     pointers = [x.data_ptr() for x in saved if x.numel() >= velocity.numel()]
     assert len(pointers) == 3
     assert velocity.data_ptr() in pointers
@@ -271,8 +267,8 @@ def test_no_value_is_read_on_the_way(objective, single_pass):
         velocity, old, noise = (torch.empty(4, 2, 3, 5, 7, dtype=torch.bfloat16) for _ in range(3))
         velocity.requires_grad_()
         rows = torch.empty(4, 2)
-        out = fast.fused_velocity_policy_loss(
-            case.bounded(0.1)[0], velocity, old, noise, step, rows, row_weights=rows, reference_velocity=old,
+        out = fast.fused_policy_velocity_loss(
+            velocity, old, noise, step, rows, objective=case.bounded(0.1)[0], row_weights=rows, reference_velocity=old,
             kl_weight=0.1, single_pass=single_pass, backend="reference",
         )  # fmt: skip
         if not single_pass:
@@ -283,7 +279,7 @@ def test_no_value_is_read_on_the_way(objective, single_pass):
         if not case.velocity_only:
             std = torch.empty(4, 1)
             mean = fast.fused_policy_loss(
-                case.bounded(0.1)[0], velocity, old, noise, std, rows, dt=-std, backend="reference"
+                velocity, old, noise, std, rows, objective=case.bounded(0.1)[0], dt=-std, backend="reference"
             )
             mean.loss.backward()
 
@@ -296,8 +292,8 @@ def test_no_host_sync_on_the_device(gpu_backend, objective):
     velocity.requires_grad_()
 
     def run():
-        out = fast.fused_velocity_policy_loss(
-            call.objective, velocity, old, noise, call.step, call.advantages, backend=gpu_backend.name
+        out = fast.fused_policy_velocity_loss(
+            velocity, old, noise, call.step, call.advantages, objective=call.objective, backend=gpu_backend.name
         )
         out.loss.backward()
         return out.metrics(), out.rows
@@ -308,3 +304,25 @@ def test_no_host_sync_on_the_device(gpu_backend, objective):
         run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_module_is_the_function_with_its_settings(backend):
+    problem = make_problem((4,), (3, 5))
+    device = backend.device
+    velocity, old, noise = (x.float().to(device) for x in (problem.velocity, problem.old_velocity, problem.noise))
+    rows = problem.advantages.float().to(device)
+    settings = {
+        "threshold": 1e-3, "symmetric": True, "trust_region": "velocity_drift", "kl_weight": 0.3,
+        "reference_kl": "without_dt", "advantage_clip": 0.5, "reduction": "sum", "latent_reduction": "sum",
+        "log_prob": "unnormalized", "single_pass": True, "backend": backend.name,
+    }  # fmt: skip
+    tensors = {"reference_velocity": old, "row_weights": rows.abs()}
+    module = fast.FlowDPPOLoss(**settings)
+    assert list(module.parameters()) == []
+    assert "threshold=0.001" in repr(module)
+    assert set(inspect.signature(fast.FlowDPPOLoss).parameters) == set(settings)
+    out = module(velocity, old, noise, problem.step, rows, **tensors)
+    expected = fast.fused_dppo_velocity_loss(velocity, old, noise, problem.step, rows, **settings, **tensors)
+    assert torch.equal(out.loss, expected.loss)
+    assert torch.equal(out.row_results, expected.row_results)
+    assert torch.equal(out.grad, expected.grad)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from support.cases import bounded_call
@@ -26,7 +28,7 @@ def test_accuracy(backend, rows, dtype, numel, index):
     index = torch.arange(1, 9).reshape(rows).tolist() if index == "per row" else index
     problem = make_problem(rows, (numel,), drift=0.01, index=index)
     velocity, old, noise = tensors(problem, dtype, backend.device)
-    p, q = fast.row_statistics(velocity, old, noise, problem.step, rows=len(rows), backend=backend.name)
+    p, q = fast.row_statistics(velocity, old, noise, problem.step, row_dims=len(rows), backend=backend.name)
     assert p.shape == q.shape == rows
     assert p.dtype == q.dtype == F32
     step = problem.step
@@ -43,10 +45,10 @@ def test_an_objective_in_plain_torch_equals_the_fused_one(backend, rows):
     velocity, old, noise = tensors(problem, F32, backend.device)
     advantages = problem.advantages.float().to(backend.device)
     velocity.requires_grad_()
-    p, q = fast.row_statistics(velocity, old, noise, problem.step, rows=len(rows), backend=backend.name)
+    p, q = fast.row_statistics(velocity, old, noise, problem.step, row_dims=len(rows), backend=backend.name)
     (plain,) = torch.autograd.grad((-advantages * torch.exp(p - 0.5 * q)).mean(), velocity)
-    out = fast.fused_velocity_policy_loss(
-        fast.Unclipped(), velocity, old, noise, problem.step, advantages, backend=backend.name
+    out = fast.fused_policy_velocity_loss(
+        velocity, old, noise, problem.step, advantages, objective=fast.Unclipped(), backend=backend.name
     )
     (fused,) = torch.autograd.grad(out.loss, velocity)
     check_within("gradient", plain, fused, 16 * torch.finfo(F32).eps * float(fused.abs().max()), F32)
@@ -86,8 +88,8 @@ def test_seeded_noise_with_stacked_rows(backend):
     velocity, old, _ = tensors(problem, F32, backend.device)
     noise = fast.PhiloxNoise(7, 100)
     stored = noise.materialize(tuple(velocity.shape), row_dims=2, device=backend.device)
-    seeded = fast.row_statistics(velocity, old, noise, problem.step, rows=2, backend=backend.name)
-    from_tensor = fast.row_statistics(velocity, old, stored, problem.step, rows=2, backend=backend.name)
+    seeded = fast.row_statistics(velocity, old, noise, problem.step, row_dims=2, backend=backend.name)
+    from_tensor = fast.row_statistics(velocity, old, stored, problem.step, row_dims=2, backend=backend.name)
     torch.testing.assert_close(seeded[0], from_tensor[0], rtol=0, atol=1e-6 * float(from_tensor[1].max()) ** 0.5)
     torch.testing.assert_close(seeded[1], from_tensor[1], rtol=1e-6, atol=0)
 
@@ -124,3 +126,24 @@ def test_a_row_does_not_depend_on_its_neighbours(backend):
     alone_rows, alone_grad = run(slice(5, 6))
     assert torch.equal(alone_rows, rows[:, 5:6])
     assert torch.equal(alone_grad, grad[5:6])
+
+
+def test_the_second_moment_gives_the_log_prob(backend):
+    """``E`` where it is asked for: with P and Q it is the new policy's log-density of the draw."""
+    problem = make_problem((4,), (3, 5, 7))
+    device = backend.device
+    velocity, old, noise = (x.double().to(device) for x in (problem.velocity, problem.old_velocity, problem.noise))
+    if not backend.float64:
+        velocity, old, noise = velocity.float(), old.float(), noise.float()
+    velocity.requires_grad_()
+    p, q, e = fast.row_statistics(velocity, old, noise, problem.step, second_moment=True, backend=backend.name)
+    assert not e.requires_grad
+    torch.testing.assert_close(e, noise.square().mean((1, 2, 3)), rtol=1e-5, atol=0.0)
+    step = problem.step
+    log_prob = -0.5 * (e - 2.0 * p + q) - math.log(step.std) - 0.5 * math.log(2.0 * math.pi)
+    shift = step.velocity_coef * (old - velocity) + step.std * noise
+    exact = torch.distributions.Normal(0.0, step.std).log_prob(shift).mean((1, 2, 3))
+    torch.testing.assert_close(log_prob, exact, rtol=1e-4, atol=1e-6)
+    plain = fast.row_statistics(velocity, old, noise, problem.step, backend=backend.name)
+    assert len(plain) == 2
+    assert all(torch.equal(a, b) for a, b in zip(plain, (p, q)))

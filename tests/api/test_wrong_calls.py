@@ -11,6 +11,7 @@ import torch
 
 import flowdppo_fast as fast
 from flowdppo_fast.backend import problem, triton_interpreted
+from flowdppo_fast.integrations._rows import clip_pair
 
 B, SHAPE = 4, (4, 3, 5)
 STEP = fast.SDEStep.from_sigmas("dance", 0.7, 0.6)
@@ -54,8 +55,8 @@ def step(**changes):
     return fast.sde_step(**{"sample": latents(), "velocity": latents(), "step": STEP, **changes}, backend="reference")
 
 
-def clip_loss(clip_range):
-    return velocity_loss(fast.fused_ratio_clip_velocity_loss, clip_range=clip_range)
+def guard_loss(**changes):
+    return mean_loss(fast.fused_policy_loss, objective=fast.GRPOGuard(), **changes)
 
 
 def silent_step(sampler: str, sigma_next: float, **options) -> fast.SDEStep:
@@ -186,7 +187,7 @@ TABLE: dict[str, Wrong] = {
     },
     **{
         f"{name} requires grad": Wrong(
-            lambda name=name, value=value: mean_loss(fast.fused_grpo_guard_loss, **{"dt": -0.1, name: value}),
+            lambda name=name, value=value: guard_loss(**{"dt": -0.1, name: value}),
             ValueError,
             (name, "requires grad", "detach()"),
         )
@@ -220,25 +221,25 @@ TABLE: dict[str, Wrong] = {
     ),
     "std device": Wrong(lambda: mean_loss(std=torch.ones(4, device=META)), ValueError, ("std", "meta", "cpu")),
     "std negative beside a dt tensor": Wrong(
-        lambda: mean_loss(fast.fused_grpo_guard_loss, std=-0.1, dt=torch.full((4,), -0.1)),
+        lambda: guard_loss(std=-0.1, dt=torch.full((4,), -0.1)),
         ValueError,
         ("std", "-0.1", "> 0"),
     ),
     "dt positive": Wrong(
-        lambda: mean_loss(fast.fused_grpo_guard_loss, dt=0.1), ValueError, ("dt", "0.1", "sigma_next - sigma", "< 0")
+        lambda: guard_loss(dt=0.1), ValueError, ("dt", "0.1", "sigma_next - sigma", "< 0")
     ),
-    "dt zero": Wrong(lambda: mean_loss(fast.fused_grpo_guard_loss, dt=0.0), ValueError, ("dt", "0.0", "< 0")),
+    "dt zero": Wrong(lambda: guard_loss(dt=0.0), ValueError, ("dt", "0.0", "< 0")),
     "dt positive beside a std tensor": Wrong(
-        lambda: mean_loss(fast.fused_grpo_guard_loss, std=torch.ones(4), dt=0.1), ValueError, ("dt", "0.1", "< 0")
+        lambda: guard_loss(std=torch.ones(4), dt=0.1), ValueError, ("dt", "0.1", "< 0")
     ),
     "dt shape": Wrong(
-        lambda: mean_loss(fast.fused_grpo_guard_loss, dt=torch.ones(5)), ValueError, ("dt", "[5]", "[4]")
+        lambda: guard_loss(dt=torch.ones(5)), ValueError, ("dt", "[5]", "[4]")
     ),
     "dt device": Wrong(
-        lambda: mean_loss(fast.fused_grpo_guard_loss, dt=torch.ones(4, device=META)), ValueError, ("dt", "meta", "cpu")
+        lambda: guard_loss(dt=torch.ones(4, device=META)), ValueError, ("dt", "meta", "cpu")
     ),
     "dt missing for the guard": Wrong(
-        lambda: mean_loss(fast.fused_policy_loss, objective=fast.GRPOGuard()),
+        lambda: guard_loss(),
         ValueError,
         ("dt", "None", "GRPO-Guard", "sigma_next - sigma"),
     ),
@@ -277,7 +278,7 @@ TABLE: dict[str, Wrong] = {
     ),
     # choices and numbers
     "objective by name": Wrong(
-        lambda: velocity_loss(fast.fused_velocity_policy_loss, objective="dppo"),
+        lambda: velocity_loss(fast.fused_policy_velocity_loss, objective="dppo"),
         TypeError,
         ("objective", "str", "DPPO"),
     ),
@@ -290,7 +291,7 @@ TABLE: dict[str, Wrong] = {
         )
         for name, choices in {
             "reduction": ("'mean'", "'sum'", "'none'"),
-            "reduce": ("'mean'", "'sum'"),
+            "latent_reduction": ("'mean'", "'sum'"),
             "log_prob": ("'gaussian'", "'unnormalized'"),
             "reference_kl": ("'gaussian'", "'without_dt'"),
             "trust_region": ("'kl'", "'mean_drift'", "'velocity_drift'"),
@@ -327,7 +328,7 @@ TABLE: dict[str, Wrong] = {
     ),
     **{
         f"clip range {value}": Wrong(
-            lambda value=value: clip_loss(value), EITHER, ("clip_range", str(value), "expected")
+            lambda value=value: clip_pair(value), EITHER, ("clip_range", str(value), "expected")
         )
         for value in (0.0, -1e-4, 1.5, (1e-4, -1.0), (1e-4,), (1e-4, 1e-4, 1e-4), "1e-4", None)
     },
@@ -335,16 +336,25 @@ TABLE: dict[str, Wrong] = {
     "high of a clip": Wrong(lambda: fast.RatioClip(high=0.0), ValueError, ("high", "0.0", "> 0")),
     "low of a guard": Wrong(lambda: fast.GRPOGuard(low=-1.0), ValueError, ("low", "-1.0", "(0, 1)")),
     "guard batch bias without reduction": Wrong(
-        lambda: velocity_loss(fast.fused_grpo_guard_velocity_loss, bias="batch", reduction="none"),
+        lambda: velocity_loss(
+            fast.fused_policy_velocity_loss, objective=fast.GRPOGuard(bias="batch"), reduction="none"
+        ),
         ValueError,
         ("reduction", "bias='batch'", "'none'", "'mean'"),
     ),
     "single pass without reduction": Wrong(
         lambda: velocity_loss(single_pass=True, reduction="none"), ValueError, ("reduction", "'none'", "single-pass")
     ),
+    "objective missing": Wrong(lambda: velocity_loss(fast.fused_policy_velocity_loss), TypeError, ("objective",)),
+    "single pass a word": Wrong(
+        lambda: velocity_loss(single_pass="auto"), ValueError, ("single_pass", "'auto'", "True or False")
+    ),
+    "module with a wrong setting": Wrong(
+        lambda: fast.FlowDPPOLoss(kl_weight=-1.0), ValueError, ("kl_weight", "-1.0", ">= 0")
+    ),
     "unknown option": Wrong(lambda: velocity_loss(treshold=1e-5), TypeError, ("treshold",)),
     # the primitive and the sampler step
-    "statistics rows": Wrong(lambda: statistics(rows=3), ValueError, ("rows", "3", "1 or 2")),
+    "statistics rows": Wrong(lambda: statistics(row_dims=3), ValueError, ("row_dims", "3", "1 or 2")),
     "statistics velocity": Wrong(lambda: statistics(velocity=None), TypeError, ("velocity", "NoneType", "tensor")),
     "statistics old shape": Wrong(
         lambda: statistics(old_velocity=latents(4, 15)), ValueError, ("old_velocity", "[4, 15]", "[4, 3, 5]")
@@ -357,7 +367,7 @@ TABLE: dict[str, Wrong] = {
         lambda: step(velocity=latents(dtype=torch.float64)), TypeError, ("velocity", "float64", "convert")
     ),
     "step no SDEStep": Wrong(lambda: step(step="flow_sde"), TypeError, ("step", "str", "SDEStep")),
-    "step rows": Wrong(lambda: step(rows=0), ValueError, ("rows", "0", "1 or 2")),
+    "step rows": Wrong(lambda: step(row_dims=0), ValueError, ("row_dims", "0", "1 or 2")),
     "step log_prob": Wrong(lambda: step(log_prob=True), ValueError, ("log_prob", "True", "'gaussian'")),
     "step noise and prev_sample": Wrong(
         lambda: step(noise=latents(), prev_sample=latents()), ValueError, ("prev_sample", "noise", "one source")

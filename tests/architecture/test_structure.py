@@ -18,7 +18,7 @@ LAYERS = {
     "reference": ("reference",),
     "backends": ("ops", "kernels", "backend"),
     "autograd": ("autograd",),
-    "public losses": ("losses", "sampling"),
+    "public losses": ("loss_call", "losses", "loss_module", "sampling"),
     "front door": ("",),
     "users of the losses": ("integrations", "runs"),
     "settings": (

@@ -209,7 +209,7 @@ def auto(monkeypatch, order, *, dtype=torch.float32, cuda=None, triton=None):
     monkeypatch.setattr(backends, "_CUDA_PROBLEM", cuda)
     monkeypatch.setattr(backends, "_TRITON_PROBLEM", triton)
     monkeypatch.setattr(backends, "_warned", set())
-    return backends.resolve("auto", "cuda", dtype)
+    return backends.resolve_backend("auto", "cuda", dtype)
 
 
 def test_auto_follows_the_order(monkeypatch):
@@ -222,7 +222,7 @@ def test_auto_follows_the_order(monkeypatch):
 def test_auto_never_takes_cuda_for_float64(monkeypatch):
     assert auto(monkeypatch, ("cuda", "triton"), dtype=torch.float64) == "triton"
     with pytest.raises(RuntimeError, match=r"backend='cuda' cannot run: it computes in float32.*'reference'"):
-        backends.resolve("cuda", "cuda", torch.float64)
+        backends.resolve_backend("cuda", "cuda", torch.float64)
 
 
 def test_auto_says_why_none_can_run(monkeypatch):

@@ -63,7 +63,7 @@ def test_step_is_the_samplers(workload):
     levels = build_levels(workload, torch.device("cpu"), torch.float64)
     mean, std = peers.step_mean(velocity, sample, levels)
     stepped = sde_step(
-        sample, velocity, build_step(workload), noise=noise, return_mean=True, log_prob="gaussian", rows=rows,
+        sample, velocity, build_step(workload), noise=noise, return_mean=True, log_prob="gaussian", row_dims=rows,
         backend="reference",
     )  # fmt: skip
     torch.testing.assert_close(mean, stepped.mean, rtol=16 * EPS, atol=16 * EPS)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 from support.figures import watched
 
-from bench.ops import compare, goals, plots, results, table
+from bench.ops import compare, goals, host, plots, results, table
 from bench.ops.__main__ import main
 
 COPY_BYTES, COPY_NS = 2_000_000_000, 100_000_000  # 20 GB/s
@@ -246,6 +247,22 @@ def test_goals_page_round_trip(tmp_path, cpu_result, quiet, capsys):
     assert main(["goals", str(folder), "--page", str(page)]) == 0
     assert main(["goals", str(folder), "--page", str(page), "--check"]) == 0
     assert " met " in page.read_text()
+
+
+def test_host_page_round_trip(tmp_path, quiet, capsys):
+    def case(backend, backward, median):
+        return {"backend": backend, "backward": backward, "units": {"low": 1.0, "median": median, "high": 99.0}}
+
+    cases = {"Triton, forward": case("triton", False, 6.0), "Triton, forward and backward": case("triton", True, 9.1)}
+    (tmp_path / host.FILE).write_text(json.dumps({"unit_us": 5.0, "cases": cases}))
+    page = tmp_path / "performance.md"
+    page.write_text("before\n<!-- bench:host -->\n<!-- /bench:host -->\nafter\n")
+    command = ["host", "--table", str(tmp_path), "--page", str(page)]
+    assert main([*command, "--check"]) == 1
+    assert main(command) == 0
+    assert main([*command, "--check"]) == 0
+    assert "| Triton, forward | 6.0 | 1.0 to 99.0 | 30 | 6, met |" in page.read_text()
+    assert "| Triton, forward and backward | 9.1 | 1.0 to 99.0 | 46 | 9, missed |" in page.read_text()
 
 
 def test_tables_of_a_gpu_keep_clocks_apart():

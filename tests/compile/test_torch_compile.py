@@ -54,15 +54,15 @@ def dppo_velocity(velocity, old, noise, reference, advantages, std, backend):
 
 
 def scalar_step(velocity, old, noise, reference, advantages, std, backend):
-    out = fast.fused_ratio_clip_velocity_loss(
-        velocity, old, noise, SCALAR_STEP, advantages, clip_range=0.05, reduction="none", backend=backend
+    out = fast.fused_policy_velocity_loss(
+        velocity, old, noise, SCALAR_STEP, advantages, objective=fast.RatioClip(0.05), reduction="none", backend=backend
     )
     return out.loss.sum(), out.rows.ratio
 
 
 def guard_means(velocity, old, noise, reference, advantages, std, backend):
-    out = fast.fused_grpo_guard_loss(
-        velocity, old, noise, std, advantages, dt=-0.1 * std, clip_range=0.05, bias="batch",
+    out = fast.fused_policy_loss(
+        velocity, old, noise, std, advantages, objective=fast.GRPOGuard(0.05, bias="batch"), dt=-0.1 * std,
         row_weights=advantages.abs(), backend=backend,
     )  # fmt: skip
     return out.loss, out.rows.ratio
@@ -76,20 +76,20 @@ def seeded(velocity, old, noise, reference, advantages, std, backend):
 
 
 def own_objective(velocity, old, noise, reference, advantages, std, backend):
-    p, q = fast.row_statistics(velocity, old, noise, STEP, rows=2, backend=backend)
+    p, q = fast.row_statistics(velocity, old, noise, STEP, row_dims=2, backend=backend)
     return (-advantages * torch.exp(p - 0.5 * q) + q).mean(), q
 
 
 def sampler_step(velocity, old, noise, reference, advantages, std, backend):
     result = fast.sde_step(
-        reference, velocity, STEP, noise=noise, return_mean=True, log_prob="gaussian", rows=2, backend=backend
+        reference, velocity, STEP, noise=noise, return_mean=True, log_prob="gaussian", row_dims=2, backend=backend
     )
     return result.log_prob.sum() + result.mean.square().mean(), result.prev_sample
 
 
 def sampler_replay(velocity, old, noise, reference, advantages, std, backend):
     result = fast.sde_step(
-        reference, velocity, STEP, prev_sample=noise, log_prob="unnormalized", rows=2, backend=backend
+        reference, velocity, STEP, prev_sample=noise, log_prob="unnormalized", row_dims=2, backend=backend
     )
     return result.log_prob.sum(), result.log_prob
 
@@ -98,7 +98,7 @@ def own_log_probs(velocity, old, noise, reference, advantages, std, backend):
     log_prob = -0.5 * (velocity.float() - noise.float()).square().mean((2, 3, 4))
     out = log_prob_policy_loss(
         fast.GRPOGuard(0.05, 0.05), log_prob, log_prob.detach() - 0.02 * advantages, advantages, std, dt=-0.1 * std,
-        drift=squared_drift(velocity, old, rows=2, backend=backend), backend=backend,
+        drift=squared_drift(velocity, old, row_dims=2, backend=backend), backend=backend,
     )  # fmt: skip
     return out.loss, out.rows.ratio
 

@@ -63,13 +63,13 @@ def loss_call(backend: str) -> tuple[Callable[[int], object], int]:
             options["kl_weight"] = 0.1
         if form == "velocity":
             source = fast.PhiloxNoise(number, 8 * number) if seeded else noise
-            out = fast.fused_velocity_policy_loss(
-                objective, new, old, source, step, advantages, reference_velocity=reference, **options
+            out = fast.fused_policy_velocity_loss(
+                new, old, source, step, advantages, objective=objective, reference_velocity=reference, **options
             )
         else:
             std, dt = (torch.as_tensor(x) for x in (step.std, step.dt))
             out = fast.fused_policy_loss(
-                objective, new, old, old + oracle.lift(std, noise).float() * noise, std, advantages, dt=dt,
+                new, old, old + oracle.lift(std, noise).float() * noise, std, advantages, objective=objective, dt=dt,
                 reference_prev_sample_mean=reference, **options,
             )  # fmt: skip
         if not single:

@@ -38,8 +38,8 @@ from fuzz.draws import Drawn, draw_call, draw_statistics, draw_step, seeded, yar
 
 # facts of a call that are counted by value; numbers are not
 COUNTED = (
-    "form", "objective", "region", "sampler", "steps", "source", "log_prob", "reduce", "reduction", "std_shape",
-    "reference_kl", "advantages", "advantages held", "row weights", "upstream",
+    "form", "objective", "region", "sampler", "steps", "source", "log_prob", "latent_reduction", "reduction",
+    "std_shape", "reference_kl", "advantages", "advantages held", "row weights", "upstream",
 )  # fmt: skip
 PRESENT = ("with_reference", "with_old_log_prob", "advantage_clip", "single_pass", "noise")
 SAVED_EVERY = 250

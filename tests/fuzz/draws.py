@@ -174,7 +174,7 @@ def draw_call(choose: Chooser, device: str, *, float64: bool) -> Drawn:
     drift = float(facts["drift"])
     double = float64 and choose.randint(0, 9) == 0
     dtypes = (torch.float64,) * 4 if double else tuple(choose.choice(DTYPES) for _ in range(4))
-    options: dict[str, Any] = {"reduce": reduce}
+    options: dict[str, Any] = {"latent_reduction": reduce}
     if form == "means":
         # most trainers hold them in float32; a difference of means in sixteen bits is mostly rounding, as documented
         if not double and choose.choice((True, True, False)):
@@ -306,7 +306,7 @@ def check_reference(call: Call, reference: Outcome, exact: Outcome) -> None:
     what ``S`` is smaller than the states and the size of what it sums. That is still far below a float32.
     """
     problem, latent_dims = call.problem, call.first.ndim - len(call.problem.rows)
-    numel = math.prod(call.first.shape[-latent_dims:]) if call.options.get("reduce") == "sum" else 1
+    numel = math.prod(call.first.shape[-latent_dims:]) if call.options.get("latent_reduction") == "sum" else 1
     std = problem.mean_of(torch.zeros_like(problem.state))[1]
     # what log-densities are made of: mean squares of (e - u)
     size = 1.0 + 2.0 * float(exact.size.max()) / numel

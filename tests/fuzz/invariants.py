@@ -68,8 +68,8 @@ def recorded(count: int, numel: int, dtype: torch.dtype, seed: int, drift: float
 
 
 def loss(backend: str, objective, new, old, noise, advantages, **options) -> fast.LossOutput:
-    return fast.fused_velocity_policy_loss(
-        objective, new, old, noise, STEP, advantages, backend=backend, single_pass=True, **options
+    return fast.fused_policy_velocity_loss(
+        new, old, noise, STEP, advantages, objective=objective, backend=backend, single_pass=True, **options
     )
 
 

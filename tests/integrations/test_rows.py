@@ -35,7 +35,7 @@ def test_equals_the_loss_from_latents(objective, log_prob, index):
     v = r.leaf()
     new = r.replay(v)
     expected = fast.fused_policy_loss(
-        objective, new.mean, old.mean, r.next_state, new.std, r.advantages, dt=dt,
+        new.mean, old.mean, r.next_state, new.std, r.advantages, objective=objective, dt=dt,
         reference_prev_sample_mean=reference.mean, log_prob=log_prob, backend="reference", **options,
     )  # fmt: skip
     (expected_grad,) = torch.autograd.grad(expected.loss, v)
@@ -114,7 +114,7 @@ def test_says_what_is_missing(objective, options, message):
 def test_squared_drift_and_its_gradient(shape):
     new = torch.randn(3, 2, *shape, dtype=torch.float64, requires_grad=True)
     old = torch.randn(3, 2, *shape, dtype=torch.float64, requires_grad=True)
-    drift = squared_drift(new, old, rows=2, backend="reference")
+    drift = squared_drift(new, old, row_dims=2, backend="reference")
     torch.testing.assert_close(drift, ((new - old) ** 2).flatten(2).mean(-1))
     weights = torch.rand(3, 2, dtype=torch.float64)
     (drift * weights).sum().backward()

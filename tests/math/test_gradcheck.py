@@ -27,19 +27,19 @@ def test_losses(exact_backend, form, objective, reduction, option):
         "plain": {},
         "reference_kl": {"with_reference": True, "kl_weight": 0.3, "reference_kl": "without_dt"},
         "old_log_prob": {"with_old_log_prob": True, "with_weights": True},
-        "unnormalized": {"log_prob": "unnormalized", "reduce": "sum"},
+        "unnormalized": {"log_prob": "unnormalized", "latent_reduction": "sum"},
     }[option]
     call = bounded_call(make_problem((8,), (3,), drift=0.3), form, objective, reduction=reduction, **options)
     first, old, third, reference = call.tensors.values()
 
     def loss(new):
         if form == "velocity":
-            return fast.fused_velocity_policy_loss(
-                call.objective, new, old, third, call.step, call.advantages, reference_velocity=reference,
+            return fast.fused_policy_velocity_loss(
+                new, old, third, call.step, call.advantages, objective=call.objective, reference_velocity=reference,
                 backend=exact_backend.name, **call.options,
             ).loss  # fmt: skip
         return fast.fused_policy_loss(
-            call.objective, new, old, third, call.std, call.advantages, dt=call.dt,
+            new, old, third, call.std, call.advantages, objective=call.objective, dt=call.dt,
             reference_prev_sample_mean=reference, backend=exact_backend.name, **call.options,
         ).loss  # fmt: skip
 
@@ -54,7 +54,7 @@ def test_row_statistics(exact_backend, rows, seeded):
 
     def statistics(velocity):
         return fast.row_statistics(
-            velocity, problem.old_velocity, noise, problem.step, rows=len(rows), backend=exact_backend.name
+            velocity, problem.old_velocity, noise, problem.step, row_dims=len(rows), backend=exact_backend.name
         )
 
     assert torch.autograd.gradcheck(statistics, problem.velocity.clone().requires_grad_())

@@ -194,8 +194,8 @@ def test_mask_needs_a_second_update(backend):
     old, noise = (x.float().to(backend.device) for x in (problem.old_velocity, problem.noise))
     advantages = problem.advantages.to(old)
     losses = [
-        fast.fused_velocity_policy_loss(
-            objective, old.clone(), old, noise, problem.step, advantages, backend=backend.name
+        fast.fused_policy_velocity_loss(
+            old.clone(), old, noise, problem.step, advantages, objective=objective, backend=backend.name
         )
         for objective in (fast.DPPO(1e-30), fast.DPPO(1e-30, symmetric=True), fast.RatioClip(1e-30, 1e-30))
     ]

@@ -36,7 +36,7 @@ def test_every_objective_with_every_option(form, objective, option, reduction):
     call = bounded_call(problem, form, objective, reduction=reduction, **options)
     expected = textbook(call)
     # log-probs of order 10 (times N when summed) are subtracted on the textbook's side
-    assert_same(library(call, "reference"), expected, 105.0 if options.get("reduce") == "sum" else 4.0)
+    assert_same(library(call, "reference"), expected, 105.0 if options.get("latent_reduction") == "sum" else 4.0)
     kept = expected.rows["kept"]
     assert kept.any()
     assert kept.all() == (objective in NEVER_DROP), "the case should drop some rows"

@@ -144,12 +144,12 @@ def test_step_in_any_layout(backend, layout, seeded):
     sample, velocity, noise = (x.float().to(backend.device) for x in (problem.state, problem.velocity, problem.noise))
     source = fast.PhiloxNoise(4, 4) if seeded else noise
     plain = fast.sde_step(
-        sample, velocity, problem.step, noise=source, return_mean=True, log_prob="gaussian", rows=2,
+        sample, velocity, problem.step, noise=source, return_mean=True, log_prob="gaussian", row_dims=2,
         backend=backend.name,
     )  # fmt: skip
     other = fast.sde_step(
         lay(sample, 2), channels_last(velocity, 2), problem.step,
-        noise=source if seeded else trajectory_slice(noise, 2), return_mean=True, log_prob="gaussian", rows=2,
+        noise=source if seeded else trajectory_slice(noise, 2), return_mean=True, log_prob="gaussian", row_dims=2,
         backend=backend.name,
     )  # fmt: skip
     eps = torch.finfo(F32).eps

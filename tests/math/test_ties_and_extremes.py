@@ -26,8 +26,8 @@ def loss_of(objective, backend, u, e, advantages, numel=64, grad=True, **options
 
     new = rows(u).requires_grad_(grad)
     out = fast.fused_policy_loss(
-        objective, new, torch.zeros_like(new).detach(), rows(e), 1.0, torch.tensor(advantages, device=backend.device),
-        dt=-0.25, backend=backend.name, **options,
+        new, torch.zeros_like(new).detach(), rows(e), 1.0, torch.tensor(advantages, device=backend.device),
+        objective=objective, dt=-0.25, backend=backend.name, **options,
     )  # fmt: skip
     (gradient,) = torch.autograd.grad(out.loss.sum(), new) if grad else (None,)
     return out, gradient

@@ -44,7 +44,7 @@ def test_a_name_that_goes_and_a_signature_that_changes_are_told(monkeypatch):
     assert told[:3] == gone
     (changed,) = told[3:]
     assert changed.startswith(
-        "changed: flowdppo_fast.row_statistics: was (velocity, old_velocity, noise, step, *, rows="
+        "changed: flowdppo_fast.row_statistics: was (velocity, old_velocity, noise, step, *, row_dims="
     )
     assert changed.endswith("is (velocity, old_velocity)")
     assert "major version as docs/releasing.md" in major

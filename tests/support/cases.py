@@ -67,16 +67,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "reference_kl": {"with_reference": True, "kl_weight": 0.3},
     "reference_kl_without_dt": {"with_reference": True, "kl_weight": 0.3, "reference_kl": "without_dt"},
     "reference_metric_only": {"with_reference": True},
-    "sum_over_latents": {"reduce": "sum", "drift": 0.1},
+    "sum_over_latents": {"latent_reduction": "sum", "drift": 0.1},
     "unnormalized": {"log_prob": "unnormalized"},
     "old_log_prob": {"with_old_log_prob": True},
     "old_log_prob_unnormalized": {"with_old_log_prob": True, "log_prob": "unnormalized"},
-    "old_log_prob_sum": {"with_old_log_prob": True, "reduce": "sum", "drift": 0.1},
+    "old_log_prob_sum": {"with_old_log_prob": True, "latent_reduction": "sum", "drift": 0.1},
     "advantage_clip": {"advantage_clip": 0.8},
     "row_weights": {"with_weights": True},
     "everything": {
         "with_reference": True, "kl_weight": 0.2, "with_weights": True, "with_old_log_prob": True,
-        "advantage_clip": 1.0, "reduce": "sum", "drift": 0.1,
+        "advantage_clip": 1.0, "latent_reduction": "sum", "drift": 0.1,
     },
 }  # fmt: skip
 

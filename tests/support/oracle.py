@@ -94,7 +94,7 @@ def policy_loss(
     reference_mean: Tensor | None = None,
     kl_weight: float = 0.0,
     reference_kl: str = "gaussian",
-    reduce: str = "mean",
+    latent_reduction: str = "mean",
     log_prob: str = "gaussian",
     old_log_prob: Tensor | None = None,
     advantage_clip: float | None = None,
@@ -106,7 +106,7 @@ def policy_loss(
     s = lift(std, mean)
 
     def over_latents(x: Tensor) -> Tensor:
-        return x.sum(latent_dims) if reduce == "sum" else x.mean(latent_dims)
+        return x.sum(latent_dims) if latent_reduction == "sum" else x.mean(latent_dims)
 
     def density(center: Tensor) -> Tensor:
         if log_prob == "unnormalized":
@@ -117,7 +117,7 @@ def policy_loss(
         rollout_log_prob = over_latents(density(old_mean)).detach()
         size = over_latents((density(mean) - density(old_mean)).abs())
     else:
-        rollout_log_prob = old_log_prob * (numel if reduce == "sum" else 1)
+        rollout_log_prob = old_log_prob * (numel if latent_reduction == "sum" else 1)
         size = over_latents(density(mean).abs())
     log_ratio = over_latents(density(mean)) - rollout_log_prob
     gaussian_kl = over_latents((mean - old_mean) ** 2 / (2.0 * s**2))

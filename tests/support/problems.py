@@ -326,13 +326,13 @@ def library(call: Call, backend: str) -> Outcome:
     if not call.options.get("single_pass"):
         first.requires_grad_()
     if call.form == "velocity":
-        out = fast.fused_velocity_policy_loss(
-            call.objective, first, old, third, call.step, call.advantages,
+        out = fast.fused_policy_velocity_loss(
+            first, old, third, call.step, call.advantages, objective=call.objective,
             reference_velocity=reference, backend=backend, **call.options,
         )  # fmt: skip
     else:
         out = fast.fused_policy_loss(
-            call.objective, first, old, third, call.std, call.advantages, dt=call.dt if needs_dt else None,
+            first, old, third, call.std, call.advantages, objective=call.objective, dt=call.dt if needs_dt else None,
             reference_prev_sample_mean=reference, backend=backend, **call.options,
         )  # fmt: skip
     grad = out.grad

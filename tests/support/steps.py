@@ -131,7 +131,7 @@ def check_statistics(call: StatisticsCall, backend: str) -> None:
     rows = call.problem.rows
     velocity = call.velocity.detach().requires_grad_()
     p, q = fast.row_statistics(
-        velocity, call.old_velocity, call.noise, call.problem.step, rows=len(rows), backend=backend
+        velocity, call.old_velocity, call.noise, call.problem.step, row_dims=len(rows), backend=backend
     )
     compute = compute_dtype(velocity)
     assert p.shape == q.shape == rows

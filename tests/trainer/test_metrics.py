@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flowdppo_fast import DPPO, SDEStep, fused_velocity_policy_loss
+from flowdppo_fast import DPPO, SDEStep, fused_policy_velocity_loss
 from flowdppo_fast.trainer.metrics import micro_vector, reduce_micro
 from flowdppo_fast.trainer.weights.ema import MovingAverage, holding
 
@@ -17,7 +17,7 @@ def loss_of(rows: int, moved: int):
     new[:moved] += 0.1
     step = SDEStep.from_sigmas("dance", 0.8, 0.6, eta=0.5)
     advantages = torch.linspace(-1, 1, rows)
-    return fused_velocity_policy_loss(DPPO(1e-3), new, old, noise, step, advantages, single_pass=True)
+    return fused_policy_velocity_loss(new, old, noise, step, advantages, objective=DPPO(1e-3), single_pass=True)
 
 
 def test_only_rows_after_the_first_update_count_as_moved():

@@ -45,11 +45,11 @@ OBJECTIVES = {
 }
 OPTIONS = {
     "plain": {},
-    "sum": {"reduce": "sum", "drift": 0.01},
+    "sum": {"latent_reduction": "sum", "drift": 0.01},
     "unnormalized": {"log_prob": "unnormalized"},
     "old_log_prob": {"with_old": True},
     "old_log_prob_unnormalized": {"with_old": True, "log_prob": "unnormalized"},
-    "old_log_prob_sum": {"with_old": True, "reduce": "sum", "drift": 0.01},
+    "old_log_prob_sum": {"with_old": True, "latent_reduction": "sum", "drift": 0.01},
     "reference": {"with_reference": True, "kl_weight": 0.3},
     "reference_without_dt": {"with_reference": True, "kl_weight": 0.3, "reference_kl": "without_dt"},
     "reference_metric_only": {"with_reference": True},
@@ -58,7 +58,7 @@ OPTIONS = {
     "row_weights": {"with_weights": True},
     "everything": {
         "with_reference": True, "kl_weight": 0.2, "with_weights": True, "with_old": True,
-        "advantage_clip": 0.9, "reduce": "sum", "drift": 0.01,
+        "advantage_clip": 0.9, "latent_reduction": "sum", "drift": 0.01,
     },
 }  # fmt: skip
 

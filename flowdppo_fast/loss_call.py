@@ -1,0 +1,174 @@
+"""What the losses share: the checks that depend on settings, made once for each, and the call of the operators."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from . import layout
+from .autograd import LossCall, policy_loss
+from .backend import is_traced, resolve_backend
+from .noise import PhiloxNoise
+from .objectives import DPPO, EpilogueOptions, GRPOGuard, Objective, RatioClip, Unclipped
+from .results import LossOutput
+from .rows import RowPlan, RowSource, plan_of
+
+_T = TypeVar("_T")
+
+
+def _kept(function: Callable[..., _T]) -> Callable[..., _T]:
+    """``function`` of hashable arguments, computed once for each; what raises is not kept."""
+    # typed: 1 and True are equal, and only one of them is a number
+    looked_up = functools.lru_cache(maxsize=256, typed=True)(function)
+
+    @functools.wraps(function)
+    def kept(*arguments: Any) -> _T:
+        if torch.compiler.is_compiling():
+            return function(*arguments)
+        try:
+            return looked_up(*arguments)
+        except TypeError:
+            # also where an argument has no hash
+            return function(*arguments)
+
+    return kept
+
+
+dppo = _kept(DPPO)
+
+
+def check_seeded(noise: Any) -> None:
+    if not isinstance(noise, PhiloxNoise):
+        raise TypeError(
+            f"noise: got {type(noise).__name__}, expected the drawn noise as a tensor, or PhiloxNoise(seed, stream)"
+        )
+
+
+def streams_of(noise: Tensor | PhiloxNoise, plan: RowPlan) -> tuple[Tensor | None, int, int]:
+    """Streams, seed and first stream of seeded noise, as the operators take them."""
+    assert isinstance(noise, PhiloxNoise)
+    return noise.kernel_source(plan.rows, plan.device)
+
+
+def check_call(objective: Objective, named: dict[str, Tensor], advantages: Tensor) -> RowPlan:
+    """Objective, and shapes, dtypes and gradients of all latents; the first one gets the gradient."""
+    if not isinstance(objective, (DPPO, RatioClip, GRPOGuard, Unclipped)):
+        got = objective.__name__ if isinstance(objective, type) else type(objective).__name__
+        raise TypeError(
+            f"objective: got {'the type ' if isinstance(objective, type) else ''}{got}, expected an instance of DPPO, "
+            "RatioClip, GRPOGuard or Unclipped, for example DPPO(threshold=1e-5)"
+        )
+    if not isinstance(advantages, torch.Tensor):
+        raise TypeError(f"advantages: got {type(advantages).__name__}, expected a tensor shaped [B] or [B, S]")
+    return plan_of(named, advantages.shape, next(iter(named)))
+
+
+class Settings(NamedTuple):
+    """What an objective and the options come to."""
+
+    ints: list[int]
+    floats: list[float]
+    metrics: tuple[str, ...]
+    # whether the gradient of one loss can be made together with it
+    one_pass: bool
+
+
+@_kept
+def settings_of(
+    objective: Objective,
+    velocities: bool,
+    with_reference: bool,
+    with_dt: bool,
+    single_pass: bool | None,
+    reduction: str,
+    latent_reduction: str,
+    log_prob: str,
+    advantage_clip: float | None,
+    kl_weight: float,
+    reference_kl: str,
+) -> Settings:
+    options = EpilogueOptions.make(
+        objective,
+        latent_reduction=latent_reduction,
+        log_prob=log_prob,
+        advantage_clip=advantage_clip,
+        kl_weight=kl_weight,
+        reference_kl=reference_kl,
+    )
+    if not velocities and isinstance(objective, DPPO) and objective.trust_region == "velocity_drift":
+        raise ValueError(
+            "objective: trust_region='velocity_drift' needs velocities; use the velocity form, or 'mean_drift' here"
+        )
+    if not with_dt and (isinstance(objective, GRPOGuard) or (reference_kl == "without_dt" and with_reference)):
+        raise ValueError("dt: got None, expected sigma_next - sigma; GRPO-Guard and reference_kl='without_dt' need it")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction: got {reduction!r}, expected 'mean', 'sum' or 'none'")
+    if options.batch_bias and reduction == "none":
+        raise ValueError("reduction: bias='batch' couples all rows, so 'none' has no per-row gradient; use 'mean'")
+    if options.kl_weight > 0.0 and not with_reference:
+        raise ValueError("kl_weight: got a positive weight without a reference, expected the reference policy's output")
+    if single_pass not in (None, True, False):
+        raise ValueError(f"single_pass: got {single_pass!r}, expected None, True or False")
+    if single_pass and reduction == "none":
+        raise ValueError(
+            "reduction: got 'none', expected 'mean' or 'sum' in the single-pass form (one loss, one gradient)"
+        )
+    metrics = objective.metrics + (("kl_ref_mean",) if with_reference else ())
+    one_pass = reduction != "none" and (single_pass is True or (single_pass is None and not options.batch_bias))
+    return Settings(options.ints, options.floats, metrics, one_pass)
+
+
+def run(
+    source: RowSource,
+    plan: RowPlan,
+    settings: Settings,
+    advantages: Tensor,
+    row_weights: Tensor | None,
+    old_log_prob: Tensor | None,
+    reduction: str,
+    single_pass: bool | None,
+    backend: str,
+) -> LossOutput:
+    """What both forms share: row tensors, backend, autograd."""
+    ints, floats, metrics, one_pass = settings
+    name = resolve_backend(backend, plan.device.type, plan.dtype)
+    kind = (plan.rows, plan.device, plan.dtype)
+    if one_pass and single_pass is None:
+        one_pass = _is_quicker_in_one_pass(source.new, name)
+    call = LossCall(
+        source,
+        plan,
+        name,
+        layout.row_vector(advantages, "advantages", *kind),
+        None if row_weights is None else layout.row_vector(row_weights, "row_weights", *kind),
+        None if old_log_prob is None else layout.row_vector(old_log_prob, "old_log_prob", *kind),
+        ints,
+        floats,
+        reduction,
+        one_pass,
+        single_pass is True,
+    )
+    loss, rows, summary, grad = policy_loss(call)
+    if reduction == "none":
+        loss = loss.reshape(plan.rows)
+    return LossOutput(loss, rows, summary, plan.rows, metrics, name, grad)
+
+
+def _is_quicker_in_one_pass(new: Tensor, backend: str) -> bool:
+    """Whether to make the gradient together with the loss where nobody says.
+
+    On a CPU rows are still in the cache. A GPU would launch one kernel more, to scale the gradient by what comes from
+    above. So would a compiled graph, which cannot look at it. In float16 gradients of a mean over a million numbers are
+    lost unless they are scaled before they are rounded.
+    """
+    return (
+        backend == "cpu"
+        and new.requires_grad
+        and torch.is_grad_enabled()
+        and new.dtype != torch.float16
+        and not is_traced()
+    )
