@@ -49,7 +49,7 @@ def run(name: str, arch: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         tally = Path(folder, "tally.json")
         env |= {"PYTHONPATH": str(ROOT / "tests"), "FLOWDPPO_PTX_ARCH": str(arch), "FLOWDPPO_PTX_TALLY": str(tally)}
-    env["FLOWDPPO_PTX"] = "full"
+        env["FLOWDPPO_PTX"] = "full"
         command = [sys.executable, "-m", "pytest", "-q", *plugins, "-p", "no:cacheprovider", "-o", "timeout=1200", name]
         start = time.monotonic()
         done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=_LIMIT)
