@@ -31,6 +31,7 @@ import torch
 from . import evidence, ops, reference
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
+_COMPILED = ("cpu", "cuda")
 _PACKAGE = Path(__file__).parent
 _LIBRARY = _PACKAGE / "_C_cpu.so"
 _CUDA_LIBRARY = _PACKAGE / "_C_cuda.so"
@@ -86,6 +87,17 @@ def build_info() -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+def _kernels_problem() -> str | None:
+    """Why Triton's kernels cannot be used, or None: they are installed from another folder than the package."""
+    found = importlib.util.find_spec("flowdppo_fast.kernels")
+    if found is None or found.origin is None:
+        return f"its kernels are not installed; pip install -e {_PACKAGE.parent} (or a wheel) brings them"
+    place = Path(found.origin).parent.resolve()
+    if place not in (_PACKAGE.resolve() / "kernels", _PACKAGE.resolve().parent / "kernels" / "triton"):
+        return f"the package is in {_PACKAGE} and its kernels are those of {place}; pip install -e {_PACKAGE.parent}"
+    return None
+
+
 def triton_interpreted() -> bool:
     """Whether Triton kernels run in Triton's interpreter, on CPU tensors (``TRITON_INTERPRET=1``)."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -95,7 +107,7 @@ _CPU_PROBLEM = _load_cpu_library()
 _CUDA_PROBLEM = _load_cuda_library()
 _TRITON_SPEC = importlib.util.find_spec("triton")
 _TRITON_PROBLEM = (
-    None
+    _kernels_problem()
     # a mere folder of that name on the path has no origin
     if _TRITON_SPEC is not None and _TRITON_SPEC.origin is not None
     else "Triton is not installed; pip install 'triton>=3.6' (Linux x86-64) or take another backend"
@@ -130,13 +142,14 @@ def problem(name: str, device_type: str) -> str | None:
     raise ValueError(f"backend: got {name!r}, expected 'auto' or one of {', '.join(map(repr, BACKENDS))}")
 
 
-def resolve(name: str, device_type: str, dtype: torch.dtype = torch.float32) -> str:
+def resolve(name: str, device_type: str, dtype: torch.dtype = torch.float32, *, own_rule: bool = False) -> str:
     """The backend that will run: ``name`` itself, or the best one for the device if ``name`` is ``"auto"``.
 
     Args:
         name: one of :data:`BACKENDS`, or ``"auto"``.
         device_type: of the latents.
         dtype: accumulation dtype: ``torch.float64`` for float64 latents, which ``cuda`` does not compute in.
+        own_rule: for an objective of the caller's own, which ``cpu`` and ``cuda`` do not have.
 
     Raises:
         ValueError: unknown backend. RuntimeError: a backend asked for by name cannot run here; the message says why.
@@ -145,6 +158,8 @@ def resolve(name: str, device_type: str, dtype: torch.dtype = torch.float32) -> 
         reason = problem(name, device_type)
         if reason is None and name == "cuda" and dtype == torch.float64:
             reason = "it computes in float32 and the latents are float64; backend='reference' and 'triton' take them"
+        if reason is None and own_rule and name in _COMPILED:
+            reason = "C++ has no rule of one's own; backend='triton' runs it fused on a GPU, 'reference' anywhere"
         if reason is not None:
             raise RuntimeError(f"backend={name!r} cannot run: {reason}")
         return name
@@ -154,6 +169,11 @@ def resolve(name: str, device_type: str, dtype: torch.dtype = torch.float32) -> 
     reasons = {}
     for candidate in preferred:
         if candidate == "cuda" and dtype == torch.float64:
+            continue
+        if own_rule and candidate in _COMPILED:
+            if device_type == "cpu":
+                # no news: C++ has no such rule anywhere, and this is how it runs on a CPU
+                return "reference"
             continue
         reason = problem(candidate, device_type)
         if reason is None:

@@ -29,11 +29,12 @@ from .objectives import (
     GRPOGuard,
     Objective,
     RatioClip,
-    Unclipped,
+    as_objective,
     is_number,
 )
 from .results import LossOutput
 from .rows import Form, RowPlan, RowSource, plan_of
+from .rules import BUILT_IN
 from .samplers import SDEStep
 from .step_arguments import mean_step, velocity_step
 
@@ -423,12 +424,8 @@ def _seeded_noise(noise: Tensor | PhiloxNoise, plan: RowPlan) -> tuple[Tensor | 
 
 def _check_call(objective: Objective, named: dict[str, Tensor], advantages: Tensor) -> RowPlan:
     """Objective, and shapes, dtypes and gradients of all latents; the first one gets the gradient."""
-    if not isinstance(objective, (DPPO, RatioClip, GRPOGuard, Unclipped)):
-        got = objective.__name__ if isinstance(objective, type) else type(objective).__name__
-        raise TypeError(
-            f"objective: got {'the type ' if isinstance(objective, type) else ''}{got}, expected an instance of DPPO, "
-            "RatioClip, GRPOGuard or Unclipped, for example DPPO(threshold=1e-5)"
-        )
+    if not isinstance(objective, Objective):
+        as_objective(objective)
     if not isinstance(advantages, torch.Tensor):
         raise TypeError(f"advantages: got {type(advantages).__name__}, expected a tensor shaped [B] or [B, S]")
     return plan_of(named, advantages.shape, next(iter(named)))
@@ -454,6 +451,7 @@ def _settings(
     kl_weight: float,
     reference_kl: str,
 ) -> _Settings:
+    objective = as_objective(objective)
     options = EpilogueOptions.make(
         objective,
         reduce=reduce,
@@ -498,7 +496,7 @@ def _run(
         objective, source.reference is not None, single_pass, reduction, reduce, log_prob, advantage_clip, kl_weight,
         reference_kl,
     )  # fmt: skip
-    name = resolve(backend, plan.device.type, plan.dtype)
+    name = resolve(backend, plan.device.type, plan.dtype, own_rule=ints[0] >= BUILT_IN)
 
     kind = (plan.rows, plan.device, plan.dtype)
     inputs = ObjectiveInputs(

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from flowdppo_fast import figures, row_statistics, sde_schedule
+from flowdppo_fast import row_statistics, sde_schedule
+from flowdppo_fast.runs import figures
 
 N, ROWS, THRESHOLD = 4096, 600, 1e-5
 # the spread of the log-ratio at the threshold

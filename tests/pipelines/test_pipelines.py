@@ -9,9 +9,9 @@ import torch
 from support import oracle
 
 from flowdppo_fast import PhiloxNoise, fused_dppo_velocity_loss
-from flowdppo_fast.trainer.adapters import add_lora
-from flowdppo_fast.trainer.arguments import tensors_of
-from flowdppo_fast.trainer.guidance import cut_to_latent
+from flowdppo_fast.trainer.record.arguments import tensors_of
+from flowdppo_fast.trainer.record.guidance import cut_to_latent
+from flowdppo_fast.trainer.weights.adapters import add_lora
 
 from . import table
 from .cases import CASES, REFUSED, record
@@ -24,6 +24,7 @@ pytestmark = pytest.mark.filterwarnings(
 EPS = torch.finfo(torch.float32).eps
 
 
+@pytest.mark.bits(across="again")
 @pytest.mark.parametrize("name", CASES)
 def test_the_recorded_velocity_comes_back(recorded, name):
     case, recording = CASES[name], recorded(name)
@@ -146,6 +147,7 @@ def test_adapters_are_trained_through_the_replay(name):
     assert not torch.equal(recorder.replay(trajectory), trajectory.velocity)
 
 
+@pytest.mark.bits(across="again")
 @pytest.mark.parametrize(
     "name", ["flux", "sd3-guided", "wan-guided", "z-image-guided", "lumina2-guided", "ltx-rescaled"]
 )

@@ -49,6 +49,7 @@ def run(name: str, arch: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         tally = Path(folder, "tally.json")
         env |= {"PYTHONPATH": str(ROOT / "tests"), "FLOWDPPO_PTX_ARCH": str(arch), "FLOWDPPO_PTX_TALLY": str(tally)}
+        # tests/cuda leaves tests out otherwise
         env["FLOWDPPO_PTX"] = "full"
         command = [sys.executable, "-m", "pytest", "-q", *plugins, "-p", "no:cacheprovider", "-o", "timeout=1200", name]
         start = time.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -78,6 +79,10 @@ class Program:
         return Step(flow, action, guard, target, instruction.text, gathers)
 
 
+# told of every launch before it runs: the machine, dynamic shared memory in bytes, parameters
+WATCHERS: list[Callable[[Machine, int, bytes], None]] = []
+
+
 class Machine:
     """One launch of a program.
 
@@ -122,6 +127,8 @@ class Machine:
         self._shared_bytes = kernel.static_shared + shared_bytes
         blocks = np.arange(grid) if self.order is None else self.order.permutation(grid)
         together = self.resident or grid
+        for watch in WATCHERS:
+            watch(self, shared_bytes, parameters)
         if self.races:
             self.races.begin(self)
         with np.errstate(all="ignore"):

@@ -43,6 +43,12 @@ class GlobalMemory:
             self._sizes[address] = size
             self._stale = True
 
+    def allocations(self) -> list[tuple[int, int]]:
+        """Address and size of each; those that overlap are one."""
+        if self._stale:
+            self._sort()
+        return [(int(start), len(data)) for start, data in zip(self._starts, self._bytes)]
+
     def _sort(self) -> None:
         items: list[tuple[int, int]] = []
         for start, size in sorted(self._sizes.items()):

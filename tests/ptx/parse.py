@@ -87,6 +87,8 @@ class Kernel:
     name: str
     parameters: list[Parameter]
     max_threads: int | None
+    # the file that it is in
+    text: str = field(default="", repr=False)
     registers: dict[str, str] = field(default_factory=dict)
     labels: dict[str, int] = field(default_factory=dict)
     code: list[Instruction] = field(default_factory=list)
@@ -126,6 +128,7 @@ def parse(text: str) -> dict[str, Kernel]:
     Raises:
         Fault: local memory (spills, stack arrays) or text that cannot be read.
     """
+    whole = text
     text = _DEBUG.sub("", _COMMENT.sub(" ", text))
     section = re.search(r"^\s*\.section", text, re.M)
     if section:
@@ -136,7 +139,7 @@ def parse(text: str) -> dict[str, Kernel]:
     for entry in entries:
         name, parameters, directives = entry.groups()
         threads = re.search(r"\.(?:req|max)ntid\s+(\d+)", directives)
-        kernel = Kernel(name, _parameters(parameters), int(threads[1]) if threads else None)
+        kernel = Kernel(name, _parameters(parameters), int(threads[1]) if threads else None, whole)
         for alignment, array, size in _SHARED.findall(outside):
             kernel.add_shared(array, int(alignment), int(size or 0))
         _Body(kernel, text, entry.end()).read()
