@@ -32,6 +32,7 @@ from . import evidence, ops, reference
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 BackendName = Literal["auto", "reference", "cpu", "triton", "cuda"]
+_COMPILED = ("cpu", "cuda")
 _PACKAGE = Path(__file__).parent
 _LIBRARY = _PACKAGE / "_C_cpu.so"
 _CUDA_LIBRARY = _PACKAGE / "_C_cuda.so"
@@ -142,13 +143,16 @@ def problem(name: str, device_type: str) -> str | None:
     raise ValueError(f"backend: got {name!r}, expected 'auto' or one of {', '.join(map(repr, BACKENDS))}")
 
 
-def resolve_backend(name: str, device_type: str, dtype: torch.dtype = torch.float32) -> str:
+def resolve_backend(
+    name: str, device_type: str, dtype: torch.dtype = torch.float32, *, own_rule: bool = False
+) -> str:
     """The backend that will run: ``name`` itself, or the best one for the device if ``name`` is ``"auto"``.
 
     Args:
         name: one of :data:`BACKENDS`, or ``"auto"``.
         device_type: of the latents.
         dtype: accumulation dtype: ``torch.float64`` for float64 latents, which ``cuda`` does not compute in.
+        own_rule: for an objective of the caller's own, which ``cpu`` and ``cuda`` do not have.
 
     Raises:
         ValueError: unknown backend. RuntimeError: a backend asked for by name cannot run here; the message says why.
@@ -157,6 +161,8 @@ def resolve_backend(name: str, device_type: str, dtype: torch.dtype = torch.floa
         reason = problem(name, device_type)
         if reason is None and name == "cuda" and dtype == torch.float64:
             reason = "it computes in float32 and the latents are float64; backend='reference' and 'triton' take them"
+        if reason is None and own_rule and name in _COMPILED:
+            reason = "C++ has no rule of one's own; backend='triton' runs it fused on a GPU, 'reference' anywhere"
         if reason is not None:
             raise RuntimeError(f"backend={name!r} cannot run: {reason}")
         return name
@@ -166,6 +172,11 @@ def resolve_backend(name: str, device_type: str, dtype: torch.dtype = torch.floa
     reasons = {}
     for candidate in preferred:
         if candidate == "cuda" and dtype == torch.float64:
+            continue
+        if own_rule and candidate in _COMPILED:
+            if device_type == "cpu":
+                # no news: C++ has no such rule anywhere, and this is how it runs on a CPU
+                return "reference"
             continue
         reason = problem(candidate, device_type)
         if reason is None:

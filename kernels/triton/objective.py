@@ -6,6 +6,11 @@ metrics, lane by lane, which it folds at the end. Rows are few, so one launch co
 
 from __future__ import annotations
 
+import functools
+import types
+from collections import namedtuple
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -18,9 +23,81 @@ from flowdppo_fast.kernels.rows import row_statistics, row_sums, training_step
 from flowdppo_fast.kernels.statistics import launch_partials
 from flowdppo_fast.objectives import SUMMARY, RowField
 from flowdppo_fast.rows import RowSource, takes_rows
+from flowdppo_fast.rules import RULES, RowValues
 
 _ROW_FIELDS, _SUMMARIES = len(RowField), len(SUMMARY)
 _NO_NUMBERS = (None,) * 5
+
+# results by name, in the order in which they are stored
+RowResults = namedtuple("RowResults", [field.name.lower() for field in RowField])
+Summary = namedtuple("Summary", SUMMARY)  # type: ignore[misc]
+
+
+class Numbers(NamedTuple):
+    """The options' numbers, in the order of ``EpilogueOptions.floats``."""
+
+    threshold: Any
+    clip_low: Any
+    clip_high: Any
+    advantage_clip: Any
+    kl_weight: Any
+
+
+class Row(NamedTuple):
+    """A block of rows: statistics, numbers of the step, and what comes with them."""
+
+    p: Any
+    q: Any
+    e: Any
+    r: Any
+    std: Any
+    scale: Any
+    neg_dt: Any
+    advantage: Any
+    weight: Any
+
+
+class Extras(NamedTuple):
+    """What the summary needs of a row besides its results."""
+
+    policy: Any
+    reference: Any
+    drift: Any
+    excess: Any
+    coupling: Any
+    far: Any
+    above: Any
+    below: Any
+    dropped: Any
+    advantage: Any
+
+
+class Totals(NamedTuple):
+    """Running metrics, one lane per row of a block; Welford's mean and squared distance for the spread of the ratio."""
+
+    rows: Any
+    loss: Any
+    policy: Any
+    log_ratio_squares: Any
+    kl: Any
+    drift: Any
+    reference: Any
+    far: Any
+    positive_removed: Any
+    negative_removed: Any
+    dropped: Any
+    above: Any
+    below: Any
+    clipped: Any
+    nonfinite: Any
+    coupling: Any
+    excess_mean: Any
+    excess_squares: Any
+    ratio_min: Any
+    ratio_max: Any
+    kl_max: Any
+    ratio_nans: Any
+    kl_nans: Any
 
 
 @triton.jit
@@ -34,21 +111,302 @@ def _number(value, table, index: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def _add(total, flags, inside):
-    """``total`` plus the flags of the rows inside, in ``total``'s dtype."""
-    return total + (flags & inside).to(total.dtype)
+def _numbers(table, threshold, clip_low, clip_high, advantage_clip, kl_weight, dtype: tl.constexpr):
+    return Numbers(
+        _number(threshold, table, 0, dtype),
+        _number(clip_low, table, 1, dtype),
+        _number(clip_high, table, 2, dtype),
+        _number(advantage_clip, table, 3, dtype),
+        _number(kl_weight, table, 4, dtype),
+    )
+
+
+@triton.jit
+def _sum_rows(
+    partials,
+    rows,
+    splits,
+    FIELDS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_ROW_BLOCKS: tl.constexpr,
+    SPLIT_BLOCK: tl.constexpr,
+    SPLIT_BLOCKS: tl.constexpr,
+):
+    """Where the rows' sums ``[FIELDS, rows]`` lie."""
+    if SPLIT_BLOCK == 1:
+        sums = partials
+    else:
+        # through memory: kept in registers they would keep the tiles' layout, many copies of every row, through all of
+        # the arithmetic that follows
+        line = rows.to(tl.int64)
+        sums = partials + FIELDS * line * splits
+        for block in range(TILE_ROW_BLOCKS):
+            row = tl.arange(0, TILE_ROWS) + block * TILE_ROWS
+            fields = row_sums(partials, row, rows, splits, FIELDS, TILE_ROWS, SPLIT_BLOCK, SPLIT_BLOCKS)
+            for field in tl.static_range(FIELDS):
+                tl.store(sums + field * line + row, fields[field], mask=row < rows)
+        tl.debug_barrier()
+    return sums
 
 
 @triton.jit
 def _squares(sums, partials, given_drift, row, rows, zero):
     """The rows' sums of ``d*d``."""
     if partials is not None:
-        square = tl.load(sums + row, mask=row < rows, other=0.0)
+        square = tl.load(sums + rows.to(tl.int64) + row, mask=row < rows, other=0.0)
     elif given_drift is not None:
         square = tl.load(given_drift + row, mask=row < rows, other=0.0)
     else:
         square = zero
     return square
+
+
+@triton.jit
+def _read_row(
+    advantages,
+    row_weights,
+    sums,
+    partials,
+    given_drift,
+    given_reference_drift,
+    step,
+    at,
+    rows,
+    numel,
+    zero,
+    MEAN_FORM: tl.constexpr,
+    MOMENT: tl.constexpr,
+    DRIFT: tl.constexpr,
+    FIELDS: tl.constexpr,
+):
+    """A block of rows from their sums."""
+    inside = at < rows
+    line = rows.to(tl.int64)
+    cross = zero
+    moment = zero
+    drift = zero
+    if partials is not None:
+        cross = tl.load(sums + at, mask=inside, other=0.0)
+        if MOMENT:
+            moment = tl.load(sums + 2 * line + at, mask=inside, other=0.0)
+        if DRIFT:
+            drift = tl.load(sums + (FIELDS - 1) * line + at, mask=inside, other=0.0)
+    elif given_reference_drift is not None:
+        drift = tl.load(given_reference_drift + at, mask=inside, other=0.0)
+    square = _squares(sums, partials, given_drift, at, rows, zero)
+    s, k, t = step
+    p, q, e, r = row_statistics(cross, square, moment, drift, numel, k, MEAN_FORM)
+    weight = zero + 1.0
+    if row_weights is not None:
+        weight = tl.load(row_weights + at, mask=inside, other=0.0)
+    return Row(p, q, e, r, s, k, t, tl.load(advantages + at, mask=inside, other=0.0), weight)
+
+
+@triton.jit
+def _clamped(value, bound):
+    """NaN stays NaN."""
+    return tl.where(value > bound, bound, tl.where(value < -bound, -bound, value))
+
+
+@triton.jit
+def _evaluate_row(
+    row,
+    log_ratio,  # given, or None
+    old_log_prob,  # or None
+    bias,  # of the batch, or None
+    numel,
+    numbers,
+    DECIDE: tl.constexpr,
+    PENALTY: tl.constexpr,
+    NORMALIZED: tl.constexpr,
+    TRUST_REGION: tl.constexpr,
+    SUM_REDUCE: tl.constexpr,
+    UNNORMALIZED: tl.constexpr,
+    REFERENCE_WITHOUT_DT: tl.constexpr,
+):
+    """Results and extras of a block of rows."""
+    # TrustRegion and LOG_SQRT_2PI of objectives.py. Not of the module: Triton compares what a kernel takes from there
+    # whenever it binds arguments.
+    REGION_MEAN_DRIFT: tl.constexpr = 1
+    REGION_VELOCITY_DRIFT: tl.constexpr = 2
+    LOG_SQRT_2PI: tl.constexpr = 0.9189385332046727
+    std = row.std
+    zero = tl.zeros_like(std)
+    one = zero + 1.0
+    count = one
+    if SUM_REDUCE:
+        count = one * numel.to(std.dtype)
+    half_count = 0.5 * count
+    advantage = _clamped(row.advantage, numbers.advantage_clip)
+
+    # log-ratio and its slopes against P and Q
+    slope = count
+    if UNNORMALIZED:
+        slope = count * 2.0 * (std * std)
+    slope_p = slope
+    slope_q = -0.5 * slope
+    if log_ratio is not None:
+        slope_p = one
+        slope_q = zero
+    elif old_log_prob is None:
+        log_ratio = slope * (row.p - 0.5 * row.q)
+    else:
+        log_ratio = -0.5 * slope * (row.e - 2.0 * row.p + row.q)
+        if not UNNORMALIZED:
+            log_ratio -= count * (log(std) + LOG_SQRT_2PI)
+        log_ratio -= count * old_log_prob
+    if TRUST_REGION == REGION_MEAN_DRIFT:
+        slope_kl = half_count * (std * std)
+        kl = slope_kl * row.q
+    elif TRUST_REGION == REGION_VELOCITY_DRIFT:
+        slope_kl = divide(count, row.scale * row.scale)
+        kl = divide(count * row.q, row.scale * row.scale)
+    else:
+        slope_kl = half_count
+        kl = half_count * row.q
+
+    # exponent of the ratio, its slopes, and what the loss is multiplied by
+    exponent = log_ratio
+    gain = one
+    if NORMALIZED:
+        gain = divide(one, row.neg_dt)
+        slope_p *= std
+        if bias is None:
+            exponent = (log_ratio + half_count * row.q) * std
+            slope_q = (slope_q + half_count) * std
+        else:
+            exponent = (log_ratio + bias) * std
+            slope_q *= std
+
+    # decisions use r - 1 and the sign of the exponent: exp() rounds what differs from 1 by less than an ulp to 1
+    ratio, excess = exp_and_expm1(exponent)
+    far = kl >= numbers.threshold
+    above = excess > numbers.clip_high
+    below = -excess > numbers.clip_low
+    limit = tl.where(advantage > 0, 1.0 + numbers.clip_high, 1.0 - numbers.clip_low)
+    values = RowValues(row.p, row.q, std, advantage, exponent, ratio, kl, far, above, below, limit, numbers.threshold)
+    dropped, bound, surrogate, slope_x = DECIDE(values)
+    outer = row.weight * gain
+    policy = outer * tl.where(dropped, bound, surrogate)
+    # where() keeps an overflowed ratio out of dropped rows
+    slope_x = outer * tl.where(dropped, 0.0, slope_x)
+    grad_p = tl.where(dropped, 0.0, slope_x * slope_p)
+    grad_q = tl.where(dropped, 0.0, slope_x * slope_q)
+    if PENALTY is not None:
+        penalty, slope_penalty = PENALTY(values)
+        policy += outer * penalty
+        grad_q += outer * slope_penalty * slope_kl
+
+    reference_slope = half_count
+    if REFERENCE_WITHOUT_DT:
+        reference_slope *= row.neg_dt
+    reference = reference_slope * row.r
+    # a weight of 0 must not turn a non-finite reference term into NaN
+    kl_weight = numbers.kl_weight
+    loss = policy + tl.where(kl_weight > 0, row.weight * kl_weight * reference, 0.0)
+    grad_r = tl.where(kl_weight > 0, row.weight * kl_weight * reference_slope, 0.0)
+    results = RowResults(
+        log_ratio=log_ratio, ratio=ratio, kl=kl, kept=tl.where(dropped, zero, one), loss=loss,
+        grad_p=grad_p, grad_q=grad_q, grad_r=grad_r,
+    )  # fmt: skip
+    extras = Extras(policy, reference, std * std * row.q, excess, slope_x * std, far, above, below, dropped, advantage)
+    return results, extras
+
+
+@triton.jit
+def _empty_totals(zero):
+    return Totals(
+        zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero,
+        zero + float("inf"), zero + float("-inf"), zero + float("-inf"), zero, zero,
+    )  # fmt: skip
+
+
+@triton.jit
+def _counted(total, flags, inside):
+    """``total`` plus the flags of the rows inside, in ``total``'s dtype."""
+    return total + (flags & inside).to(total.dtype)
+
+
+@triton.jit
+def _add_row(t, row, more, inside):
+    """Totals with a block of rows."""
+    # abs(x) < inf is false for NaN, too
+    infinity: tl.constexpr = float("inf")
+    finite = (tl.abs(row.log_ratio) < infinity) & (row.ratio < infinity)
+    finite = finite & (tl.abs(row.kl) < infinity) & (tl.abs(row.loss) < infinity)
+    rows = tl.where(inside, t.rows + 1.0, t.rows)
+    step_to_mean = divide(more.excess - t.excess_mean, tl.where(inside, rows, 1.0))
+    distance = more.excess - t.excess_mean
+    excess_mean = tl.where(inside, t.excess_mean + step_to_mean, t.excess_mean)
+    return Totals(
+        rows=rows,
+        loss=t.loss + tl.where(inside, row.loss, 0.0),
+        policy=t.policy + tl.where(inside, more.policy, 0.0),
+        log_ratio_squares=t.log_ratio_squares + tl.where(inside, row.log_ratio * row.log_ratio, 0.0),
+        kl=t.kl + tl.where(inside, row.kl, 0.0),
+        drift=t.drift + tl.where(inside, more.drift, 0.0),
+        reference=t.reference + tl.where(inside, more.reference, 0.0),
+        far=_counted(t.far, more.far, inside),
+        positive_removed=_counted(t.positive_removed, more.dropped & (more.advantage > 0), inside),
+        negative_removed=_counted(t.negative_removed, more.dropped & (more.advantage < 0), inside),
+        dropped=_counted(t.dropped, more.dropped, inside),
+        above=_counted(t.above, more.above, inside),
+        below=_counted(t.below, more.below, inside),
+        clipped=_counted(t.clipped, more.above | more.below, inside),
+        nonfinite=_counted(t.nonfinite, finite == 0, inside),
+        coupling=t.coupling + tl.where(inside, more.coupling, 0.0),
+        excess_mean=excess_mean,
+        excess_squares=t.excess_squares + tl.where(inside, distance * (more.excess - excess_mean), 0.0),
+        ratio_min=tl.where(inside, tl.minimum(t.ratio_min, row.ratio), t.ratio_min),
+        ratio_max=tl.where(inside, tl.maximum(t.ratio_max, row.ratio), t.ratio_max),
+        kl_max=tl.where(inside, tl.maximum(t.kl_max, row.kl), t.kl_max),
+        ratio_nans=_counted(t.ratio_nans, row.ratio != row.ratio, inside),
+        kl_nans=_counted(t.kl_nans, row.kl != row.kl, inside),
+    )
+
+
+@triton.jit
+def _mean(total, count):
+    return divide(tl.sum(total, axis=0), count)
+
+
+@triton.jit
+def _write_summary(summary, loss_out, t, rows):
+    """Folds the lanes of the totals."""
+    count = tl.full((), 1.0, t.rows.dtype) * rows.to(t.rows.dtype)
+    nan = tl.full((), float("nan"), t.rows.dtype)
+    mean_excess = divide(tl.sum(t.rows * t.excess_mean, axis=0), count)
+    distance = tl.where(t.rows > 0, t.excess_mean - mean_excess, 0.0)
+    squares = tl.sum(t.excess_squares + t.rows * (distance * distance), axis=0)
+    spread = tl.sqrt(divide(squares, tl.maximum(count - 1.0, 1.0)))
+    ratio_nans = tl.sum(t.ratio_nans, axis=0)
+    dropped = tl.sum(t.dropped, axis=0)
+    loss = _mean(t.loss, count)
+    tl.store(loss_out, loss)
+    values = Summary(
+        loss=loss,
+        policy_loss=_mean(t.policy, count),
+        ratio_mean=1.0 + mean_excess,
+        ratio_std=tl.where(rows > 1, spread, 0.0),
+        ratio_min=tl.where(ratio_nans > 0, nan, tl.min(t.ratio_min, axis=0)),
+        ratio_max=tl.where(ratio_nans > 0, nan, tl.max(t.ratio_max, axis=0)),
+        approx_kl=0.5 * _mean(t.log_ratio_squares, count),
+        kl_new_old_mean=_mean(t.kl, count),
+        kl_new_old_max=tl.where(tl.sum(t.kl_nans, axis=0) > 0, nan, tl.max(t.kl_max, axis=0)),
+        kl_mask_fraction=_mean(t.far, count),
+        pos_rm_fraction=_mean(t.positive_removed, count),
+        neg_rm_fraction=_mean(t.negative_removed, count),
+        masked_fraction=divide(dropped, count),
+        unmasked_fraction=divide(count - dropped, count),
+        drift_mean=_mean(t.drift, count),
+        nonfinite_rows=tl.sum(t.nonfinite, axis=0),
+        clipfrac=_mean(t.clipped, count),
+        clipfrac_gt_one=_mean(t.above, count),
+        clipfrac_lt_one=_mean(t.below, count),
+        kl_ref_mean=_mean(t.reference, count),
+    )
+    for i in tl.static_range(len(values)):
+        tl.store(summary + i, values[i])
 
 
 @triton.jit(do_not_specialize=["rows", "splits", "numel"])
@@ -76,7 +434,9 @@ def epilogue_kernel(
     rows,
     splits,
     numel,
-    RULE: tl.constexpr,
+    DECIDE: tl.constexpr,  # of rules.py, compiled
+    PENALTY: tl.constexpr,
+    NORMALIZED: tl.constexpr,
     TRUST_REGION: tl.constexpr,
     SUM_REDUCE: tl.constexpr,
     UNNORMALIZED: tl.constexpr,
@@ -94,241 +454,85 @@ def epilogue_kernel(
     SPLIT_BLOCKS: tl.constexpr,
 ):
     dtype: tl.constexpr = advantages.dtype.element_ty
-    # Rule, TrustRegion, RowField and LOG_SQRT_2PI of objectives.py. Not of the module: Triton compares what a kernel
-    # takes from there at every launch.
-    RULE_DPPO: tl.constexpr = 0
-    RULE_DPPO_SYMMETRIC: tl.constexpr = 1
-    RULE_GRPO_GUARD: tl.constexpr = 3
-    RULE_UNCLIPPED: tl.constexpr = 4
-    REGION_MEAN_DRIFT: tl.constexpr = 1
-    REGION_VELOCITY_DRIFT: tl.constexpr = 2
     LINE_GRAD_Q: tl.constexpr = 6
-    LOG_SQRT_2PI: tl.constexpr = 0.9189385332046727
-    threshold = _number(threshold, option_table, 0, dtype)
-    clip_low = _number(clip_low, option_table, 1, dtype)
-    clip_high = _number(clip_high, option_table, 2, dtype)
-    advantage_clip = _number(advantage_clip, option_table, 3, dtype)
-    kl_weight = _number(kl_weight, option_table, 4, dtype)
+    numbers = _numbers(option_table, threshold, clip_low, clip_high, advantage_clip, kl_weight, dtype)
     zero = tl.full((ROW_BLOCK,), 0.0, dtype)
-    one = tl.full((ROW_BLOCK,), 1.0, dtype)
-    count = one
-    if SUM_REDUCE:
-        count = one * numel.to(dtype)
-    half_kl = 0.5 * count
-    total_rows = tl.full((), 1.0, dtype) * rows.to(dtype)
+    one = zero + 1.0
     line = rows.to(tl.int64)
-
     if partials is None:
         sums = advantages  # of its type; not looked at
-    elif SPLIT_BLOCK == 1:
-        sums = partials
     else:
-        # row sums go through memory: kept in registers they would keep the tiles' layout, many copies of every row,
-        # through all of the arithmetic below
-        sums = partials + FIELDS * line * splits
-        for block in range(TILE_ROW_BLOCKS):
-            row = tl.arange(0, TILE_ROWS) + block * TILE_ROWS
-            first, second, third, fourth = row_sums(
-                partials, row, rows, splits, FIELDS, TILE_ROWS, SPLIT_BLOCK, SPLIT_BLOCKS
-            )
-            tl.store(sums + row, first, mask=row < rows)
-            tl.store(sums + line + row, second, mask=row < rows)
-            if FIELDS > 2:
-                tl.store(sums + 2 * line + row, third, mask=row < rows)
-            if FIELDS > 3:
-                tl.store(sums + 3 * line + row, fourth, mask=row < rows)
-        tl.debug_barrier()
+        sums = _sum_rows(partials, rows, splits, FIELDS, TILE_ROWS, TILE_ROW_BLOCKS, SPLIT_BLOCK, SPLIT_BLOCKS)
 
-    bias = zero
+    half_count = 0.5 * one
+    if SUM_REDUCE:
+        half_count = 0.5 * (one * numel.to(dtype))
+    bias = None
     if BATCH_BIAS:
+        total = zero
         for block in range(ROW_BLOCKS):
-            row = tl.arange(0, ROW_BLOCK) + block * ROW_BLOCK
-            _, k, _ = training_step(step, std, scale, neg_dt, row, rows, dtype, ROW_BLOCK, COLUMNS, MEAN_FORM)
-            square = _squares(sums + line, partials, given_drift, row, rows, zero)
-            bias += half_kl * (divide(square, one * numel.to(dtype)) * k * k)
-        bias = one * divide(tl.sum(bias, axis=0), total_rows)
+            at = tl.arange(0, ROW_BLOCK) + block * ROW_BLOCK
+            _, k, _ = training_step(step, std, scale, neg_dt, at, rows, dtype, ROW_BLOCK, COLUMNS, MEAN_FORM)
+            square = _squares(sums, partials, given_drift, at, rows, zero)
+            total += half_count * (divide(square, one * numel.to(dtype)) * k * k)
+        bias = one * divide(tl.sum(total, axis=0), rows.to(dtype))
 
-    # running metrics, one lane per row of a block; Welford's mean and squared distance for the spread of the ratio
-    loss_sum, policy_sum, log_ratio_squares, kl_sum, drift_sum, reference_sum = zero, zero, zero, zero, zero, zero
-    far_sum, positive_sum, negative_sum, dropped_sum, nonfinite_sum = zero, zero, zero, zero, zero
-    outside_sum, above_sum, below_sum, slope_sum = zero, zero, zero, zero
-    excess_mean, excess_squares, lane_rows = zero, zero, zero
-    ratio_min = one * float("inf")
-    ratio_max = one * float("-inf")
-    kl_max = one * float("-inf")
-    ratio_nans, kl_nans = zero, zero
-
+    totals = _empty_totals(zero)
     for block in range(ROW_BLOCKS):
-        row = tl.arange(0, ROW_BLOCK) + block * ROW_BLOCK
-        inside = row < rows
-        s, k, t = training_step(step, std, scale, neg_dt, row, rows, dtype, ROW_BLOCK, COLUMNS, MEAN_FORM)
-        square = _squares(sums + line, partials, given_drift, row, rows, zero)
-        cross = zero
-        moment = zero
-        drift = zero
+        at = tl.arange(0, ROW_BLOCK) + block * ROW_BLOCK
+        inside = at < rows
+        old = None
+        log_ratio = None
+        if old_log_prob is not None:
+            old = tl.load(old_log_prob + at, mask=inside, other=0.0)
         if partials is None:
-            if given_reference_drift is not None:
-                drift = tl.load(given_reference_drift + row, mask=inside, other=0.0)
-        else:
-            cross = tl.load(sums + row, mask=inside, other=0.0)
-            if old_log_prob is not None:
-                moment = tl.load(sums + 2 * line + row, mask=inside, other=0.0)
-            if DRIFT:
-                drift = tl.load(sums + (FIELDS - 1) * line + row, mask=inside, other=0.0)
-        p, q, e, r = row_statistics(cross, square, moment, drift, numel, k, MEAN_FORM)
-        adv = tl.load(advantages + row, mask=inside, other=0.0)
-        adv = tl.where(adv > advantage_clip, advantage_clip, tl.where(adv < -advantage_clip, -advantage_clip, adv))
-        weight = one
-        if row_weights is not None:
-            weight = tl.load(row_weights + row, mask=inside, other=0.0)
-
-        # log-ratio and its slopes against P and Q
-        slope = count
-        if UNNORMALIZED:
-            slope = count * 2.0 * (s * s)
-        slope_p, slope_q = slope, -0.5 * slope
-        if partials is None:
-            log_ratio = tl.load(log_prob + row, mask=inside, other=0.0)
-            log_ratio -= tl.load(old_log_prob + row, mask=inside, other=0.0)
-            slope_p, slope_q = one, zero
-        elif old_log_prob is None:
-            log_ratio = slope * (p - 0.5 * q)
-        else:
-            log_ratio = -0.5 * slope * (e - 2.0 * p + q)
-            if not UNNORMALIZED:
-                log_ratio -= count * (log(s) + LOG_SQRT_2PI)
-            log_ratio -= count * tl.load(old_log_prob + row, mask=inside, other=0.0)
-        if TRUST_REGION == REGION_MEAN_DRIFT:
-            kl = half_kl * (s * s) * q
-        elif TRUST_REGION == REGION_VELOCITY_DRIFT:
-            kl = divide(count * q, k * k)
-        else:
-            kl = half_kl * q
-
-        # exponent of the ratio, its slopes, and what the loss is multiplied by
-        exponent, gain = log_ratio, one
-        if RULE == RULE_GRPO_GUARD:
-            gain = divide(one, t)
-            slope_p *= s
-            if BATCH_BIAS:
-                exponent = (log_ratio + bias) * s
-                slope_q *= s
-            else:
-                exponent = (log_ratio + half_kl * q) * s
-                slope_q = (slope_q + half_kl) * s
-
-        # decisions use r - 1 and the sign of the exponent: exp() rounds what differs from 1 by less than an ulp to 1
-        ratio, excess = exp_and_expm1(exponent)
-        far = kl >= threshold
-        above = excess > clip_high
-        below = -excess > clip_low
-        bound = zero
-        if RULE == RULE_DPPO:
-            dropped = far & (((adv > 0) & (exponent > 0)) | ((adv < 0) & (exponent < 0)))
-        elif RULE == RULE_DPPO_SYMMETRIC:
-            dropped = far
-        elif RULE == RULE_UNCLIPPED:
-            dropped = row < 0
-        else:
-            dropped = ((adv > 0) & above) | ((adv < 0) & below)
-            bound = -adv * tl.where(adv > 0, 1.0 + clip_high, 1.0 - clip_low)
-
-        surrogate = -adv * ratio
-        policy = weight * gain * tl.where(dropped, bound, surrogate)
-        # where() keeps an overflowed ratio out of dropped rows
-        slope_x = weight * gain * tl.where(dropped, 0.0, surrogate)
-        grad_p = tl.where(dropped, 0.0, slope_x * slope_p)
-        grad_q = tl.where(dropped, 0.0, slope_x * slope_q)
-
-        reference_slope = count * 0.5
-        if REFERENCE_WITHOUT_DT:
-            reference_slope *= t
-        reference = reference_slope * r
-        # a weight of 0 must not turn a non-finite reference term into NaN
-        loss = policy + tl.where(kl_weight > 0, weight * kl_weight * reference, 0.0)
-        grad_r = tl.where(kl_weight > 0, weight * kl_weight * reference_slope, 0.0)
-
-        out = rows_out + row
-        tl.store(out, log_ratio, mask=inside)
-        tl.store(out + line, ratio, mask=inside)
-        tl.store(out + 2 * line, kl, mask=inside)
-        tl.store(out + 3 * line, tl.where(dropped, zero, one), mask=inside)
-        tl.store(out + 4 * line, loss, mask=inside)
-        tl.store(out + 5 * line, grad_p, mask=inside)
-        tl.store(out + 6 * line, grad_q, mask=inside)
-        tl.store(out + 7 * line, grad_r, mask=inside)
-
-        loss_sum += tl.where(inside, loss, 0.0)
-        policy_sum += tl.where(inside, policy, 0.0)
-        log_ratio_squares += tl.where(inside, log_ratio * log_ratio, 0.0)
-        kl_sum += tl.where(inside, kl, 0.0)
-        drift_sum += tl.where(inside, s * s * q, 0.0)
-        reference_sum += tl.where(inside, reference, 0.0)
-        slope_sum += tl.where(inside, slope_x * s, 0.0)
-        far_sum = _add(far_sum, far, inside)
-        positive_sum = _add(positive_sum, dropped & (adv > 0), inside)
-        negative_sum = _add(negative_sum, dropped & (adv < 0), inside)
-        dropped_sum = _add(dropped_sum, dropped, inside)
-        outside_sum = _add(outside_sum, above | below, inside)
-        above_sum = _add(above_sum, above, inside)
-        below_sum = _add(below_sum, below, inside)
-        # abs(x) < inf is false for NaN, too
-        infinity: tl.constexpr = float("inf")
-        finite = (tl.abs(log_ratio) < infinity) & (ratio < infinity)
-        finite = finite & (tl.abs(kl) < infinity) & (tl.abs(loss) < infinity)
-        nonfinite_sum = _add(nonfinite_sum, finite == 0, inside)
-        ratio_nans = _add(ratio_nans, ratio != ratio, inside)
-        kl_nans = _add(kl_nans, kl != kl, inside)
-        ratio_min = tl.where(inside, tl.minimum(ratio_min, ratio), ratio_min)
-        ratio_max = tl.where(inside, tl.maximum(ratio_max, ratio), ratio_max)
-        kl_max = tl.where(inside, tl.maximum(kl_max, kl), kl_max)
-        lane_rows = tl.where(inside, lane_rows + 1.0, lane_rows)
-        step_to_mean = divide(excess - excess_mean, tl.where(inside, lane_rows, one))
-        distance = excess - excess_mean
-        excess_mean = tl.where(inside, excess_mean + step_to_mean, excess_mean)
-        excess_squares += tl.where(inside, distance * (excess - excess_mean), 0.0)
+            log_ratio = tl.load(log_prob + at, mask=inside, other=0.0) - old
+        numbers_of_step = training_step(step, std, scale, neg_dt, at, rows, dtype, ROW_BLOCK, COLUMNS, MEAN_FORM)
+        row = _read_row(
+            advantages, row_weights, sums, partials, given_drift, given_reference_drift, numbers_of_step,
+            at, rows, numel, zero, MEAN_FORM, old_log_prob is not None, DRIFT, FIELDS,
+        )  # fmt: skip
+        results, extras = _evaluate_row(
+            row, log_ratio, old, bias, numel, numbers,
+            DECIDE, PENALTY, NORMALIZED, TRUST_REGION, SUM_REDUCE, UNNORMALIZED, REFERENCE_WITHOUT_DT,
+        )  # fmt: skip
+        for i in tl.static_range(len(results)):
+            tl.store(rows_out + i * line + at, results[i], mask=inside)
+        totals = _add_row(totals, results, extras, inside)
 
     if BATCH_BIAS:
         # the shared bias moves with every row's Q
-        shared = divide(half_kl * tl.sum(slope_sum, axis=0), one * total_rows)
+        shared = divide(half_count * tl.sum(totals.coupling, axis=0), one * rows.to(dtype))
         # this program's own stores are read back
         tl.debug_barrier()
         for block in range(ROW_BLOCKS):
-            row = tl.arange(0, ROW_BLOCK) + block * ROW_BLOCK
-            out = rows_out + LINE_GRAD_Q * line + row
-            grad_q = tl.load(out, mask=row < rows, other=0.0)
+            at = tl.arange(0, ROW_BLOCK) + block * ROW_BLOCK
+            out = rows_out + LINE_GRAD_Q * line + at
+            grad_q = tl.load(out, mask=at < rows, other=0.0)
             # where a row is in several lanes all of them read it and one stores it
             tl.debug_barrier()
-            tl.store(out, grad_q + shared, mask=row < rows)
+            tl.store(out, grad_q + shared, mask=at < rows)
+    _write_summary(summary, loss_out, totals, rows)
 
-    mean_excess = divide(tl.sum(lane_rows * excess_mean, axis=0), total_rows)
-    distance = tl.where(lane_rows > 0, excess_mean - mean_excess, 0.0)
-    squares = tl.sum(excess_squares + lane_rows * (distance * distance), axis=0)
-    spread = tl.sqrt(divide(squares, tl.maximum(total_rows - 1.0, 1.0)))
-    nan = tl.full((), float("nan"), dtype)
-    loss = divide(tl.sum(loss_sum, axis=0), total_rows)
-    tl.store(loss_out, loss)
-    # in the order of objectives.SUMMARY
-    tl.store(summary, loss)
-    tl.store(summary + 1, divide(tl.sum(policy_sum, axis=0), total_rows))
-    tl.store(summary + 2, 1.0 + mean_excess)
-    tl.store(summary + 3, tl.where(rows > 1, spread, 0.0))
-    tl.store(summary + 4, tl.where(tl.sum(ratio_nans, axis=0) > 0, nan, tl.min(ratio_min, axis=0)))
-    tl.store(summary + 5, tl.where(tl.sum(ratio_nans, axis=0) > 0, nan, tl.max(ratio_max, axis=0)))
-    tl.store(summary + 6, 0.5 * divide(tl.sum(log_ratio_squares, axis=0), total_rows))
-    tl.store(summary + 7, divide(tl.sum(kl_sum, axis=0), total_rows))
-    tl.store(summary + 8, tl.where(tl.sum(kl_nans, axis=0) > 0, nan, tl.max(kl_max, axis=0)))
-    tl.store(summary + 9, divide(tl.sum(far_sum, axis=0), total_rows))
-    tl.store(summary + 10, divide(tl.sum(positive_sum, axis=0), total_rows))
-    tl.store(summary + 11, divide(tl.sum(negative_sum, axis=0), total_rows))
-    tl.store(summary + 12, divide(tl.sum(dropped_sum, axis=0), total_rows))
-    tl.store(summary + 13, divide(total_rows - tl.sum(dropped_sum, axis=0), total_rows))
-    tl.store(summary + 14, divide(tl.sum(drift_sum, axis=0), total_rows))
-    tl.store(summary + 15, tl.sum(nonfinite_sum, axis=0))
-    tl.store(summary + 16, divide(tl.sum(outside_sum, axis=0), total_rows))
-    tl.store(summary + 17, divide(tl.sum(above_sum, axis=0), total_rows))
-    tl.store(summary + 18, divide(tl.sum(below_sum, axis=0), total_rows))
-    tl.store(summary + 19, divide(tl.sum(reference_sum, axis=0), total_rows))
+
+def _compiled(function):
+    """A rule's function as Triton takes it."""
+    if function is None:
+        return None
+    if isinstance(epilogue_kernel, triton.JITFunction):
+        return triton.jit(function)
+    # the interpreter looks for triton.language among a function's globals
+    seeing = {**function.__globals__, "tl": tl}
+    return triton.jit(
+        types.FunctionType(function.__code__, seeing, function.__name__, function.__defaults__, function.__closure__)
+    )
+
+
+@functools.cache
+def rule_constants(number: int) -> tuple[Any, Any, bool]:
+    """What the kernel takes of a rule: ``DECIDE, PENALTY, NORMALIZED``."""
+    rule = RULES[number]
+    return _compiled(rule.decide), _compiled(rule.penalty), rule.normalized
 
 
 # unfused, so that decisions see the reference's roundings
@@ -414,6 +618,10 @@ def _launch_epilogue(
         # like step_arguments(): python floats reach kernels as float32
         numbers, options = _NO_NUMBERS, advantages.new_tensor(floats)
     tiles, row_block, row_blocks, num_warps = epilogue_tiles(rows, splits)
+    kind = (
+        *ints[1:], 0 if step is None else step.shape[1], mean_form, drift, 2 + (old_log_prob is not None) + drift,
+        row_block, row_blocks, tiles.row_block, tiles.row_blocks, tiles.split_block, tiles.split_blocks,
+    )  # fmt: skip
     _launch_kernel(
         1, num_warps,
         (
@@ -423,10 +631,8 @@ def _launch_epilogue(
         (*values, *numbers),
         (rows, splits, numel),
         (),
-        (
-            *ints, 0 if step is None else step.shape[1], mean_form, drift, 2 + (old_log_prob is not None) + drift,
-            row_block, row_blocks, tiles.row_block, tiles.row_blocks, tiles.split_block, tiles.split_blocks,
-        ),
+        (*rule_constants(ints[0]), *kind),
+        (ints[0], *kind),
     )  # fmt: skip
     return loss, row_results, summary
 

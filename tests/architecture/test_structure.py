@@ -13,7 +13,8 @@ PACKAGE = "flowdppo_fast"
 # bottom to top: a module imports from its own layer and those below it
 LAYERS = {
     "mathematics": (
-        "objectives", "layout", "rows", "noise", "samplers", "schedule", "step_arguments", "results", "evidence",
+        "rules", "objectives", "layout", "rows", "noise", "samplers", "schedule", "step_arguments", "results",
+        "evidence",
     ),
     "reference": ("reference",),
     "backends": ("ops", "kernels", "backend"),
