@@ -12,7 +12,7 @@ export GOMP_SPINCOUNT := 0
 help:
 	@echo "make demo         fine-tune a small flow model with Flow-DPPO and look at the result (about 3 minutes)"
 	@echo "make test         lint, types and all tests"
-	@echo "make test-cpus    tests that compare bits or learn, on every x86 processor this one can play (half an hour)"
+	@echo "make test-cpus    tests that compare bits or learn, on every x86 processor this one can play"
 	@echo "make docs         the documentation site, into build/site; warnings are errors"
 	@echo "make audit        look for known vulnerabilities in what constraints.txt pins (needs a network)"
 	@echo "make bench        op benchmark against every contender on this CPU"

@@ -199,7 +199,7 @@ def test_the_rewards_table_names_all_built_in_ones_with_their_classes():
 
 def test_the_settings_of_the_rewards_page_build(monkeypatch):
     (settings,) = (yaml.safe_load(block.body) for block in page("rewards.md").blocks("yaml"))
-    monkeypatch.setattr(registry, "load_callable", lambda path: lambda **options: lambda *_: None)
+    monkeypatch.setattr(registry, "load_callable", lambda *name: lambda **options: lambda *_: None)
     _, weights = registry.build_rewards(settings["rewards"])
     assert weights == {"clip": 1.0, "judge/text": 1.0, "judge/style": 0.5, "bright": 0.1, "MyReward": 1.0}
 
