@@ -21,7 +21,7 @@ help:
 	@echo "make bench-learning        Flow-DPPO against ratio clipping: whatever is missing of the sweep (hours)"
 	@echo "make bench-learning-quick  one short run of every method (about a minute)"
 	@echo "make ptx          all tests of the GPU kernels as compiled, on an emulator, with a tally (about an hour)"
-	@echo "make gpu          everything a GPU is needed for, into one result folder (6 minutes; bench/gpu.sh --quick: 2)"
+	@echo "make gpu          everything a GPU is needed for, into one result folder (7 minutes; bench/gpu.sh --quick: 3)"
 	@echo "make gpu-matrix   the GPU backends with every supported Triton and torch, without a GPU (downloads gigabytes)"
 	@echo "make clean        remove .venv and build products"
 
