@@ -143,9 +143,7 @@ def problem(name: str, device_type: str) -> str | None:
     raise ValueError(f"backend: got {name!r}, expected 'auto' or one of {', '.join(map(repr, BACKENDS))}")
 
 
-def resolve_backend(
-    name: str, device_type: str, dtype: torch.dtype = torch.float32, *, own_rule: bool = False
-) -> str:
+def resolve_backend(name: str, device_type: str, dtype: torch.dtype = torch.float32, *, own_rule: bool = False) -> str:
     """The backend that will run: ``name`` itself, or the best one for the device if ``name`` is ``"auto"``.
 
     Args:

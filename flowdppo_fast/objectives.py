@@ -14,6 +14,7 @@ import math
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal, NamedTuple
 
 import torch
@@ -285,7 +286,8 @@ class EpilogueOptions(NamedTuple):
 
     @property
     def floats(self) -> list[float]:
-        return list(self[6:])
+        # numpy's numbers are no arguments of operators
+        return [float(number) for number in self[6:]]
 
     @classmethod
     def unpack(cls, ints: list[int], floats: list[float]) -> EpilogueOptions:
@@ -417,12 +419,12 @@ def epilogue(
 
 
 def is_number(value: object) -> bool:
-    """A python number: tensors would have to be read back from their device to be checked or passed on."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """A number of Python or numpy: tensors would have to be read back from their device to be checked or passed on."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def check_positive(name: str, value: float, why: str = "") -> None:
-    """Raises ValueError unless ``value`` is a finite python number > 0."""
+    """Raises ValueError unless ``value`` is a finite number > 0."""
     if not is_number(value) or not 0.0 < value < math.inf:
         raise ValueError(f"{name}: got {value!r}, expected a number > 0{why}")
 

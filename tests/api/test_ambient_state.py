@@ -140,3 +140,19 @@ def test_numpys_numbers_are_noise_levels(given, level):
     got = fast.sde_step_with_logprob(*arguments, level, given["old"] + 0.1)
     assert all(torch.equal(a, b) for a, b in zip(got, expected))
     assert fast.sde_schedule("flow_sde", SIGMAS, eta=level) == fast.sde_schedule("flow_sde", SIGMAS, eta=float(level))
+
+
+@pytest.mark.parametrize("number", [np.float32, np.float64])
+def test_numpys_numbers_are_bounds_and_deviations(backend: Backend, given, number):
+    if backend.device != "cpu":
+        pytest.skip("what a number is does not depend on the device")
+    old, new, noise = (given[name] for name in ("old", "new", "noise"))
+    step, advantages = fast.sde_schedule("flow_sde", SIGMAS)[3], given["advantages"]
+
+    def losses(kind):
+        bound, weight, std = kind(0.25), kind(0.5), kind(0.125)
+        named = {"threshold": bound, "advantage_clip": weight, "backend": backend.name}
+        yield fast.fused_dppo_velocity_loss(new, old, noise, step, advantages, **named).loss
+        yield fast.fused_dppo_loss(new, old, old + 0.125 * noise, std, advantages, **named).loss
+
+    assert all(torch.equal(a, b) for a, b in zip(losses(number), losses(float)))
