@@ -9,13 +9,13 @@ from __future__ import annotations
 import enum
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from flowdppo_fast import DPPO, RatioClip, reference
 from flowdppo_fast.objectives import EpilogueOptions, Objective, RowField, epilogue
+from flowdppo_fast.rows import Form, RowSource
 
 from .inputs import CLIP_RANGE, THRESHOLD, Rollout
 
@@ -142,7 +142,7 @@ class Oracle:
             gradient=torch.finfo(result).eps / 2 + 64.0 * unit * (1.0 + 1.0 / std),
         )
 
-    def _row(self, start: Start, row: int) -> tuple[dict[str, Any], list[float]]:
+    def _row(self, start: Start, row: int) -> tuple[RowSource, list[float]]:
         """Arguments of the reference operators for one row in float64, and the row's ``S, k, -dt``."""
         rollout = self.rollout
         inputs = rollout.inputs
@@ -159,12 +159,10 @@ class Oracle:
         else:
             noise = inputs.noise if start is Start.VELOCITY else rollout.seeded_noise
             latents = (flat(inputs.velocity), flat(inputs.old_velocity), flat(noise))
-        form = reference.Form.MEAN if start in (Start.CHAIN, Start.MEANS) else reference.Form.VELOCITY
+        form = Form.MEAN if start in (Start.CHAIN, Start.MEANS) else Form.VELOCITY
         # the MEAN form takes k = 1/S from S itself
         numbers = [std, k, -dt]
-        arguments = dict(zip(("new", "old", "noise"), latents), step_values=numbers, form=int(form))
-        arguments |= {"reference": None, "streams": None, "step": None, "seed": 0, "first_stream": 0}
-        return arguments, numbers
+        return RowSource(*latents, None, None, None, numbers, 0, 0, int(form)), numbers
 
     def _numbers(self, row: int) -> tuple[float, ...]:
         step, rows = self.rollout.step, self.rollout.workload.rows
@@ -176,8 +174,8 @@ class Oracle:
     def _compute(self, start: Start, objective: str) -> Expected:
         stats, numbers = [], []
         for row in range(self.rollout.workload.row_count):
-            arguments, values = self._row(start, row)
-            stats.append(reference.row_stats(**arguments, second_moment=False))
+            source, values = self._row(start, row)
+            stats.append(reference.row_stats(*source, False))
             numbers.append(values)
         device = self.rollout.inputs.velocity.device
         std, k, neg_dt = torch.tensor(numbers, dtype=torch.float64, device=device).unbind(1)
@@ -206,14 +204,14 @@ class Oracle:
         key = (start, objective, row)
         if key in self._gradients:
             return self._gradients[key]
-        arguments, _ = self._row(start, row)
+        source, _ = self._row(start, row)
         coefficients = self.expected(start, objective).coefficients[:, row : row + 1]
         factor = 1.0 / self.rollout.workload.row_count
         if start is Start.CHAIN:
             # through the sampler step: dmu/dv = b
             factor *= self._numbers(row)[1]
         one = coefficients.new_ones(1)
-        grad = reference.row_grad(**arguments, coefficients=coefficients, upstream=one, factor=factor).reshape(-1)
+        grad = reference.row_grad(*source, coefficients, one, factor).reshape(-1)
         if self.rollout.workload.elements <= _KEEP_ELEMENTS:
             self._gradients[key] = grad
         return grad
