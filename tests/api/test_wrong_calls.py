@@ -323,6 +323,20 @@ TABLE: dict[str, Wrong] = {
         )
         for value in (-0.1, math.nan, "0.1", torch.tensor(0.1))
     },
+    **{
+        f"{name} {value} where a number is equal": Wrong(
+            lambda name=name, value=value: velocity_loss(reference_velocity=latents(), **{name: value}),
+            ValueError,
+            (name, repr(value), "expected"),
+        )
+        for name, value in [("kl_weight", False), ("kl_weight", True), ("advantage_clip", True), ("threshold", True)]
+    },
+    **{
+        f"{name} {value!r} without a hash": Wrong(
+            lambda name=name, value=value: velocity_loss(**{name: value}), ValueError, (name, repr(value), "expected")
+        )
+        for name, value in [("reduction", ["mean"]), ("log_prob", {}), ("kl_weight", [0.0]), ("trust_region", ["kl"])]
+    },
     "kl_weight without a reference": Wrong(
         lambda: velocity_loss(kl_weight=0.1), ValueError, ("kl_weight", "without a reference")
     ),
@@ -454,6 +468,14 @@ TABLE: dict[str, Wrong] = {
 @pytest.mark.parametrize("name", TABLE)
 def test_wrong_call_is_refused_in_one_clear_sentence(name):
     call, error, says = TABLE[name]
+    # what right calls have been found to be is kept, and must not let a wrong one through
+    velocity_loss()
+    mean_loss()
+    guard_loss(dt=-0.1)
+    statistics()
+    step()
+    with pytest.raises(error):
+        call()
     with pytest.raises(error) as raised:
         call()
     message = str(raised.value)
@@ -481,6 +503,23 @@ def test_gradients_do_not_matter_where_none_are_recorded(name):
     with torch.no_grad():
         out = velocity_loss(**{name: latents(**GRAD)})
     assert not out.loss.requires_grad
+
+
+def test_a_checked_call_is_checked_again_when_gradients_are_recorded():
+    """The same tensors are right where nothing is recorded and wrong where something is."""
+    other = latents(**GRAD)
+    with torch.no_grad():
+        velocity_loss(old_velocity=other)
+    with pytest.raises(ValueError, match="old_velocity: got a tensor that requires grad"):
+        velocity_loss(old_velocity=other)
+
+
+def test_settings_of_equal_numbers_are_told_apart():
+    """What is kept for a number does not serve a bool that equals it, nor the other way round."""
+    velocity_loss(reference_velocity=latents(), kl_weight=1.0, advantage_clip=1.0)
+    for wrong in ({"kl_weight": True}, {"advantage_clip": True}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            velocity_loss(reference_velocity=latents(), **wrong)
 
 
 def test_second_derivatives_are_refused():
