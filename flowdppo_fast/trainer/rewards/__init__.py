@@ -11,6 +11,7 @@ from .clip import CLIPScore, PickScore
 from .http import HTTPReward, RewardServerError
 from .images import to_pixels
 from .jpeg import JPEGCompressibility, JPEGIncompressibility
+from .ocr import OCRReward
 from .protocol import Reward, move_reward, score
 from .registry import CombinedReward, build_rewards
 
@@ -23,6 +24,7 @@ __all__ = [
     "HTTPReward",
     "JPEGCompressibility",
     "JPEGIncompressibility",
+    "OCRReward",
     "PickScore",
     "Reward",
     "RewardHandle",

@@ -18,6 +18,7 @@ from .classifier import ClassifierReward
 from .clip import CLIPScore, PickScore
 from .http import HTTPReward
 from .jpeg import JPEGCompressibility, JPEGIncompressibility
+from .ocr import OCRReward
 from .protocol import Reward, move_reward
 
 BUILT_IN: dict[str, Callable[..., Reward]] = {
@@ -28,6 +29,7 @@ BUILT_IN: dict[str, Callable[..., Reward]] = {
     "jpeg": JPEGCompressibility,
     "jpeg_compressibility": JPEGCompressibility,
     "jpeg_incompressibility": JPEGIncompressibility,
+    "ocr": OCRReward,
     "pickscore": PickScore,
 }
 
