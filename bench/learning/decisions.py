@@ -1,6 +1,6 @@
 """What a run file keeps of a row log: the noise of the log-ratio by KL, and what clip ranges drop against a mask.
 
-Rows, their units (nats over the whole latent) and the decisions are those of :mod:`flowdppo_fast.row_data`.
+Rows, their units (nats over the whole latent) and the decisions are those of :mod:`flowdppo_fast.runs.row_log`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from flowdppo_fast.row_data import Rows, clip_against_mask
+from flowdppo_fast.runs.row_log import Rows, clip_against_mask
 
 # edges of the KL bins, nats; four to a decade
 BIN_EDGES = tuple(float(f"{10 ** (place / 4):.4g}") for place in range(-24, 9))
@@ -40,7 +40,7 @@ def noise_table(rows: Rows) -> list[dict[str, float]]:
 
 
 def decision_table(rows: Rows, clips: Sequence[float]) -> list[dict[str, float]]:
-    """:func:`~flowdppo_fast.row_data.clip_against_mask` for each clip range that drops anything."""
+    """:func:`~flowdppo_fast.runs.row_log.clip_against_mask` for each clip range that drops anything."""
     found = ((clip, clip_against_mask(rows, clip)) for clip in clips)
     return [{"clip": clip, **{key: _short(x) for key, x in entry.items()}} for clip, entry in found if entry]
 

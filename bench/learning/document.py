@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.pages import put
-from flowdppo_fast import figures as style
+from flowdppo_fast.runs import figures as style
 
 from . import analyses, figures, mask_and_clip, paths, plan, tables
 from .methods import METHODS

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from examples.digits.pipeline import DigitsPipeline
 from flowdppo_fast import row_statistics
 from flowdppo_fast.trainer import TrajectoryRecorder
-from flowdppo_fast.trainer.adapters import without_adapters
+from flowdppo_fast.trainer.weights.adapters import without_adapters
 
 from .measures import diversity, frechet, mixture
 from .tasks import NamedRewards, Task

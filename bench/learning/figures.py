@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 
-from flowdppo_fast import figures as style
+from flowdppo_fast.runs import figures as style
 
 from . import analyses
 from .methods import METHODS

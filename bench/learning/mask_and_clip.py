@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 
-from flowdppo_fast import figures as style
-from flowdppo_fast.row_data import Rows, read_rows
+from flowdppo_fast.runs import figures as style
+from flowdppo_fast.runs.row_log import Rows, read_rows
 from flowdppo_fast.trainer import FlowDPPOConfig, FlowDPPOTrainer
 
 from .decisions import decision_table, summary

@@ -14,7 +14,7 @@ import torch
 
 from bench.ops.devices import CpuDevice, CudaDevice
 from bench.ops.environment import collect
-from flowdppo_fast.row_data import read_rows
+from flowdppo_fast.runs.row_log import read_rows
 from flowdppo_fast.trainer import FlowDPPOConfig, FlowDPPOTrainer
 
 from .decisions import summary

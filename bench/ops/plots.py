@@ -10,7 +10,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from flowdppo_fast import figures
+from flowdppo_fast.runs import figures
 
 from .results import TOTAL, Record, best_backend, by_name
 from .table import describe

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.pages import ROOT, put
-from flowdppo_fast import figures
+from flowdppo_fast.runs import figures
 
 PAGE = ROOT / "docs" / "precision.md"
 FIGURES = ROOT / "docs" / "figures"

@@ -20,8 +20,9 @@ from flowdppo_fast import SDEStep, fused_dppo_loss, sde_step
 from flowdppo_fast.objectives import SUMMARY, RowField
 from flowdppo_fast.results import LossOutput
 from flowdppo_fast.trainer import FlowDPPOTrainer, TrajectoryRecorder
-from flowdppo_fast.trainer.memory import stored_bytes
-from flowdppo_fast.trainer.recorder import Trajectory, row_index
+from flowdppo_fast.trainer.record.arguments import row_index
+from flowdppo_fast.trainer.record.offload import stored_bytes
+from flowdppo_fast.trainer.record.trajectory import Trajectory
 from flowdppo_fast.trainer.rollout import Rollout
 
 from .names import EAGER, ITEMS, MEANS, PER_STEP, RECOMPUTE
@@ -111,7 +112,7 @@ class HabitTrainer(FlowDPPOTrainer):
         self.habits = habits
         self.config.optimizer.steps_per_micro_batch = 1 if PER_STEP in habits else None
         self.recorder.keeps_means = bool({EAGER, MEANS} & habits)  # type: ignore[attr-defined]
-        self.iteration = 0
+        self.state.iteration = 0
         with torch.no_grad():
             torch._foreach_copy_([p.data for p in self.weights.parameters], self._start)
             for state in self.optimizer.adamw.state.values():

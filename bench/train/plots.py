@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.ops.table import describe
-from flowdppo_fast import figures
+from flowdppo_fast.runs import figures
 
 from .names import OURS, THEIRS
 from .results import Spread, ratios, timed

@@ -1,7 +1,8 @@
 """Models by their published shapes: bytes per trajectory and peak memory, computed and not measured.
 
 A trajectory is recorded from the pipeline's own call with a transformer that does almost nothing, on tensors of the
-real shapes. Peak memory is :func:`flowdppo_fast.trainer.memory.estimate` of the real transformer on the meta device.
+real shapes. Peak memory is :func:`flowdppo_fast.trainer.recipe.memory.estimate` of the real transformer on the meta
+device.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from flowdppo_fast.trainer import FlowDPPOConfig, TrajectoryRecorder
-from flowdppo_fast.trainer.guidance import GuidanceRule
-from flowdppo_fast.trainer.memory import estimate, trajectory_bytes
+from flowdppo_fast.trainer.recipe.memory import estimate
+from flowdppo_fast.trainer.record.guidance import GuidanceRule
+from flowdppo_fast.trainer.record.trajectory import trajectory_bytes
 
 from .table import markdown
 from .workloads import FLUX1_DEV, SD35_MEDIUM, default_dtype
@@ -86,7 +88,7 @@ class Model:
             embeddings[name] = one.expand(rows, *shape)
         # the numbers of a first step at sigma = 1 do not matter here; three neighbours stand for any three
         # which rule leads from the outputs to the velocity is no matter of bytes
-        rule = mock.patch("flowdppo_fast.trainer.recorder.find_rule", return_value=(GuidanceRule(), 0.0))
+        rule = mock.patch("flowdppo_fast.trainer.record.recorder.find_rule", return_value=(GuidanceRule(), 0.0))
         with rule, TrajectoryRecorder(pipeline).recording(_STEPS) as trajectory, torch.no_grad():
             pipeline(
                 **embeddings,

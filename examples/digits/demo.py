@@ -21,7 +21,7 @@ from pipeline import DigitsPipeline
 from rewards import BoldReward, ReadableReward
 from tqdm import tqdm
 
-from flowdppo_fast import figures
+from flowdppo_fast.runs import figures
 from flowdppo_fast.trainer import FlowDPPOConfig, FlowDPPOTrainer
 
 HERE = Path(__file__).parent

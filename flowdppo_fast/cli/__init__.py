@@ -13,7 +13,7 @@ COMMANDS = {
     "train": ("flowdppo_fast.cli.train", "fine-tune a pipeline by the settings of a YAML file"),
     "sample": ("flowdppo_fast.cli.sample", "draw images with the trained weights of a run"),
     "diagnose": (
-        "flowdppo_fast.diagnose",
+        "flowdppo_fast.runs.diagnose",
         "plot what a run's logs say about its trust region, and name likely trouble",
     ),
     "export": ("flowdppo_fast.cli.export", "write the trained weights of a run as diffusers loads them"),

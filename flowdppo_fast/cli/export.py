@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> int:
         require_trainer()
         import torch
 
-        from ..trainer.export import SavedRun, export_run
+        from ..trainer.recipe.export import SavedRun, export_run
 
         saved = SavedRun.open(options.run_folder, iteration=options.iteration, average=options.average)
         written = export_run(saved, options.output, dtype=getattr(torch, options.dtype), fold_alpha=options.fold_alpha)

@@ -61,9 +61,9 @@ def _call_arguments(settings: list[str]) -> dict[str, Any]:
 def _draw(options: argparse.Namespace, arguments: dict[str, Any]) -> tuple[list[Any], list[str]]:
     import torch
 
-    from ..trainer.export import SavedRun, apply_weights, same_precision
-    from ..trainer.loading import load_pipeline
-    from ..trainer.preflight import check_environment, inspect_pipeline
+    from ..trainer.recipe.export import SavedRun, apply_weights, same_precision
+    from ..trainer.recipe.loading import load_pipeline
+    from ..trainer.recipe.preflight import check_environment, inspect_pipeline
 
     saved = SavedRun.open(options.run_folder, iteration=options.iteration, average=options.average)
     recipe = saved.recipe()
@@ -100,7 +100,7 @@ def _draw(options: argparse.Namespace, arguments: dict[str, Any]) -> tuple[list[
 
 
 def _write(images: list[Any], captions: list[str], output: Path, columns: int) -> list[Path]:
-    from ..trainer.grids import frames_of, image_grid
+    from ..runs.grids import frames_of, image_grid
 
     if output.suffix == "":
         output.mkdir(parents=True, exist_ok=True)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from ._require import require_trainer
 
 if TYPE_CHECKING:
-    from ..trainer.preflight import PipelinePlan
-    from ..trainer.recipe import Recipe
+    from ..trainer.recipe.preflight import PipelinePlan
+    from ..trainer.recipe.recipe import Recipe
 
 INPUTS_FILE = "inputs.json"
 # settings of the pipeline that do not change what it computes
@@ -34,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     try:
         require_trainer()
-        from ..trainer.preflight import check_environment, describe, inspect_pipeline
-        from ..trainer.recipe import Recipe
+        from ..trainer.recipe.preflight import check_environment, describe, inspect_pipeline
+        from ..trainer.recipe.recipe import Recipe
 
         recipe = Recipe.from_yaml(options.config, options.overrides)
         check_environment(recipe, devices=not options.dry_run)
@@ -65,7 +65,7 @@ def train(
     from accelerate import PartialState
 
     from ..trainer import FlowDPPOTrainer
-    from ..trainer.loading import load_pipeline
+    from ..trainer.recipe.loading import load_pipeline
 
     # each process has to be on its own device before quantised weights are put there
     state = PartialState(cpu=recipe.config.run.device == "cpu")
@@ -90,7 +90,7 @@ def make_rewards(recipe: Recipe) -> tuple[Any, dict[str, float]]:
     Raises:
         ValueError, TypeError: an unknown reward or option, or a callable that cannot be imported.
     """
-    from ..trainer.recipe import search_working_directory
+    from ..trainer.recipe.recipe import search_working_directory
     from ..trainer.rewards import build_rewards
 
     if any("callable" in entry for entry in recipe.rewards):
@@ -105,8 +105,8 @@ def check_folder(recipe: Recipe, *, resume: bool) -> None:
         ValueError: it holds a run and ``resume`` is False, or a run of another recipe.
     """
     from ..trainer.checkpoint import checkpoints
-    from ..trainer.export import RECIPE_FILE
-    from ..trainer.recipe import Recipe
+    from ..trainer.recipe.export import RECIPE_FILE
+    from ..trainer.recipe.recipe import Recipe
     from ..trainer.resume import FREE_SETTINGS
 
     folder = Path(recipe.config.run.output_dir)
@@ -134,7 +134,7 @@ def check_folder(recipe: Recipe, *, resume: bool) -> None:
 
 def save_recipe(recipe: Recipe) -> None:
     """Leaves the recipe and the digests of its prompt files in the output folder."""
-    from ..trainer.export import RECIPE_FILE
+    from ..trainer.recipe.export import RECIPE_FILE
 
     folder = Path(recipe.config.run.output_dir)
     folder.mkdir(parents=True, exist_ok=True)

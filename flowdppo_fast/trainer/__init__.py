@@ -6,9 +6,9 @@
 
 from .advantages import group_advantages
 from .config import FlowDPPOConfig
-from .recorder import TrajectoryRecorder
+from .record.recorder import TrajectoryRecorder
+from .record.scheduler import FlowMatchSDEScheduler
 from .rewards import Reward
-from .scheduler import FlowMatchSDEScheduler
 from .trainer import FlowDPPOTrainer
 
 __all__ = [

@@ -66,7 +66,7 @@ class SamplingConfig:
         sde_fraction: in (0, 1]; None means half.
         sde_steps_per_rollout: that many of them are chosen anew for each rollout; None means all of them.
         step_choice: how they are chosen: ``"random"``, ``"window"`` (neighbours, moving from noise to data) or
-            ``"random_window"``; see :func:`flowdppo_fast.trainer.step_choice.choose_steps`.
+            ``"random_window"``; see :func:`flowdppo_fast.trainer.row_plan.choose_steps`.
         window_every: iterations between two moves of the window.
         per_group_steps: each prompt's group has a choice of its own, instead of one for the rollout.
         noise: ``"seeded"`` keeps a seed, ``"stored"`` the tensor.

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from .advantages import weighted_reward
-from .calls import PipelineCalls
 from .config import FlowDPPOConfig
-from .distributed import Workers
-from .rollout import PromptSource, captions, derive_seed
+from .pipeline_calls import PipelineCalls
+from .prompts import PromptSource
+from .rollout import captions
+from .seeds import derive_seed
+from .weights.distributed import Workers
 
 
 class Evaluation:

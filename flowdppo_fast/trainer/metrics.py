@@ -9,11 +9,11 @@ from torch import Tensor
 
 from ..objectives import SUMMARY
 from ..results import LossOutput
+from ..runs.row_log import row_lines
 from .advantages import weighted_reward
 from .config import FlowDPPOConfig
-from .distributed import Workers
 from .rollout import Rollout
-from .row_log import row_lines
+from .weights.distributed import Workers
 
 _EXTRA = ("ratio_moved_fraction", "replay_log_ratio_max")
 # order of :func:`micro_vector`

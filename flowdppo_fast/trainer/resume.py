@@ -5,19 +5,22 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate.logging import get_logger
 from torch import Tensor
 
+from ..runs.logs import ADVICE, METRICS_FILE, ROWS_FILE, drop_later_lines
 from . import checkpoint
+from .advantages import RewardHistory
 from .config import FlowDPPOConfig
-from .guidance import GuidanceRule
-from .logs import ADVICE, METRICS_FILE, ROWS_FILE, drop_later_lines
-
-if TYPE_CHECKING:
-    from .trainer import FlowDPPOTrainer
+from .record.guidance import GuidanceRule
+from .record.recorder import TrajectoryRecorder
+from .weights.distributed import Workers
+from .weights.optimizer import PolicyOptimizer
+from .weights.policy import PolicyWeights
 
 logger = get_logger(__name__)
 
@@ -28,84 +31,151 @@ FREE_SETTINGS = (
 )  # fmt: skip
 
 
-def save_run(trainer: FlowDPPOTrainer) -> Path:
-    """Writes a checkpoint: weights, averages, optimizer, rewards so far, random states and iteration.
+@dataclass
+class RunState:
+    """What a run is between two iterations: all that a checkpoint keeps, and gives back to a run that continues.
 
-    All processes have to come here; the main one writes.
-
-    Raises:
-        RuntimeError: it cannot be written.
+    Attributes:
+        config: settings.
+        output: folder of the run.
+        workers, weights, optimizer, history, recorder: the trainer's.
+        iteration: iterations that are done.
+        skipped_updates: updates so far whose loss or gradient was not finite.
     """
-    weights, workers, folder = trainer.weights, trainer.workers, trainer.output / "checkpoints"
-    randoms = workers.gather_objects([checkpoint.random_state()])
-    moments = checkpoint.optimizer_values(trainer.optimizer.adamw)
-    tensors: dict[str, dict[str, Tensor]] = {
-        **weights.state(),
-        "optimizer": {
-            f"{name}/{entry}": value
-            for entry, values in moments.items()
-            for name, value in workers.sharding.whole(values).items()
-        },
-        "scale": trainer.optimizer.state(),
-        "history": trainer.history.tables,
-        **{f"random-{rank}": tensors for rank, (tensors, _) in enumerate(randoms)},
-    }
-    state = {
-        "version": _version(),
-        # tried first: where several rules fit, the run goes on with the one it had
-        "rules": [dataclasses.asdict(rule) for rule in trainer.recorder.rules],
-        "random": [state for _, state in randoms],
-        "skipped_updates": trainer.skipped_updates,
-        "config": trainer.config.to_dict(),
-    }
-    if workers.is_main:
-        keep = trainer.config.run.keep_checkpoints
-        workers.attempt(checkpoint.save_checkpoint, folder, trainer.iteration, tensors, state, keep)
-    workers.agree()
-    return checkpoint.checkpoint_path(folder, trainer.iteration)
 
+    config: FlowDPPOConfig
+    output: Path
+    workers: Workers
+    weights: PolicyWeights
+    optimizer: PolicyOptimizer
+    history: RewardHistory
+    recorder: TrajectoryRecorder
+    iteration: int = 0
+    skipped_updates: int = 0
 
-def begin_run(trainer: FlowDPPOTrainer, resume: bool) -> list[dict[str, float]]:
-    """Prepares the output folder or restores the newest checkpoint; returns the metrics so far.
+    def save(self) -> Path:
+        """Writes a checkpoint: weights, averages, optimizer, rewards so far, random states and iteration.
 
-    The main process decides; the others have to see the same folder.
+        All processes have to come here; the main one writes.
 
-    Raises:
-        ValueError: the folder holds a run and ``resume`` is False, or one with other settings.
-        RuntimeError: the folder cannot be written to, or all its checkpoints are damaged.
-    """
-    workers = trainer.workers
-    path = workers.attempt(_find, trainer, resume) if workers.is_main else None
-    workers.agree()
-    path = workers.from_main(path)
-    if path is not None:
-        workers.attempt(_restore, trainer, path)
-    workers.agree()
-    lines = workers.attempt(_begin_logs, trainer) if workers.is_main else None
-    workers.agree()
-    return [json.loads(line) for line in workers.from_main(lines)]
+        Raises:
+            RuntimeError: it cannot be written.
+        """
+        weights, workers, folder = self.weights, self.workers, self.output / "checkpoints"
+        randoms = workers.gather_objects([checkpoint.random_state()])
+        moments = checkpoint.optimizer_values(self.optimizer.adamw)
+        tensors: dict[str, dict[str, Tensor]] = {
+            **weights.state(),
+            "optimizer": {
+                f"{name}/{entry}": value
+                for entry, values in moments.items()
+                for name, value in workers.sharding.whole(values).items()
+            },
+            "scale": self.optimizer.state(),
+            "history": self.history.tables,
+            **{f"random-{rank}": tensors for rank, (tensors, _) in enumerate(randoms)},
+        }
+        state = {
+            "version": _version(),
+            # tried first: where several rules fit, the run goes on with the one it had
+            "rules": [dataclasses.asdict(rule) for rule in self.recorder.rules],
+            "random": [state for _, state in randoms],
+            "skipped_updates": self.skipped_updates,
+            "config": self.config.to_dict(),
+        }
+        if workers.is_main:
+            keep = self.config.run.keep_checkpoints
+            workers.attempt(checkpoint.save_checkpoint, folder, self.iteration, tensors, state, keep)
+        workers.agree()
+        return checkpoint.checkpoint_path(folder, self.iteration)
 
+    def begin(self, resume: bool) -> list[dict[str, float]]:
+        """Prepares the output folder or restores the newest checkpoint; returns the metrics so far.
 
-def _find(trainer: FlowDPPOTrainer, resume: bool) -> Path | None:
-    """The checkpoint to continue from."""
-    output, folder = trainer.output, trainer.output / "checkpoints"
-    begun = (output / METRICS_FILE).exists() or checkpoint.checkpoints(folder)
-    if not resume and trainer.iteration == 0 and begun:
-        raise ValueError(
-            f"run.output_dir: {output} holds a run already, expected a new folder; pass resume=True to continue it"
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.remove_leftovers(folder)
-        path = checkpoint.newest_checkpoint(folder) if resume else None
+        The main process decides; the others have to see the same folder.
+
+        Raises:
+            ValueError: the folder holds a run and ``resume`` is False, or one with other settings.
+            RuntimeError: the folder cannot be written to, or all its checkpoints are damaged.
+        """
+        workers = self.workers
+        path = workers.attempt(self._find, resume) if workers.is_main else None
+        workers.agree()
+        path = workers.from_main(path)
         if path is not None:
-            state = checkpoint.load_state(path)
-            _check_settings(trainer.config, state["config"], f"{path}, written by version {state.get('version')},")
-            # a kill may have come between writing this one and removing another
-            checkpoint.remove_old(path, trainer.config.run.keep_checkpoints)
-    except OSError as cause:
-        raise RuntimeError(f"run.output_dir: {output} cannot be written to ({cause})") from cause
-    return path
+            workers.attempt(self._restore, path)
+        workers.agree()
+        lines = workers.attempt(self._begin_logs) if workers.is_main else None
+        workers.agree()
+        return [json.loads(line) for line in workers.from_main(lines)]
+
+    def _find(self, resume: bool) -> Path | None:
+        """The checkpoint to continue from."""
+        output, folder = self.output, self.output / "checkpoints"
+        begun = (output / METRICS_FILE).exists() or checkpoint.checkpoints(folder)
+        if not resume and self.iteration == 0 and begun:
+            raise ValueError(
+                f"run.output_dir: {output} holds a run already, expected a new folder; pass resume=True to continue it"
+            )
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.remove_leftovers(folder)
+            path = checkpoint.newest_checkpoint(folder) if resume else None
+            if path is not None:
+                state = checkpoint.load_state(path)
+                _check_settings(self.config, state["config"], f"{path}, written by version {state.get('version')},")
+                # a kill may have come between writing this one and removing another
+                checkpoint.remove_old(path, self.config.run.keep_checkpoints)
+        except OSError as cause:
+            raise RuntimeError(f"run.output_dir: {output} cannot be written to ({cause})") from cause
+        return path
+
+    def _restore(self, path: Path) -> None:
+        if not path.exists():
+            raise RuntimeError(f"run.output_dir: {path} is not there, expected a folder that all processes share")
+        tensors, state = checkpoint.load_checkpoint(path)
+        weights = self.weights
+        weights.load_state(tensors)
+        self.optimizer.load_state(tensors["scale"])
+        moments: dict[str, dict[str, Tensor]] = {}
+        for key, value in tensors["optimizer"].items():
+            name, _, entry = key.rpartition("/")
+            moments.setdefault(entry, {})[name] = value
+        own = {entry: self.workers.sharding.own(whole) for entry, whole in moments.items()}
+        checkpoint.load_optimizer(self.optimizer.adamw, own)
+        self.history.tables = {name: table.to(self.workers.device) for name, table in tensors["history"].items()}
+        rank = self.workers.rank
+        if len(state["random"]) == self.workers.count:
+            checkpoint.load_random_state(tensors[f"random-{rank}"], state["random"][rank])
+        else:
+            logger.warning(
+                "%s was written by %d processes and is continued by %d: global random generators start afresh",
+                path,
+                len(state["random"]),
+                self.workers.count,
+            )
+        self.recorder.rules = [
+            GuidanceRule(**{**rule, "terms": tuple(map(tuple, rule["terms"]))}) for rule in state["rules"]
+        ]
+        self.iteration, self.skipped_updates = state["iteration"], state["skipped_updates"]
+        logger.info("continuing from %s", path)
+
+    def _begin_logs(self) -> list[str]:
+        """Logs end where the checkpoint does: what came after it will be done, and logged, again."""
+        output = self.output
+        path = output / METRICS_FILE
+        try:
+            for log in (path, output / ROWS_FILE):
+                drop_later_lines(log, self.iteration)
+            copy = output / ".config.yaml"
+            self.config.save(copy)
+            copy.rename(output / "config.yaml")
+            lines = path.read_text().splitlines() if path.exists() else []
+        except OSError as cause:
+            raise RuntimeError(f"run.output_dir: {output} cannot be written to ({cause}); {ADVICE}") from cause
+        if len(lines) != self.iteration:
+            logger.warning("%s has %d lines, expected %d: some were lost", path, len(lines), self.iteration)
+        return lines
 
 
 def _check_settings(config: FlowDPPOConfig, saved: dict[str, dict[str, Any]], path: str) -> None:
@@ -133,57 +203,8 @@ def _check_settings(config: FlowDPPOConfig, saved: dict[str, dict[str, Any]], pa
         logger.warning("%s does not know %s: they are what is usual now", path, ", ".join(absent))
 
 
-def _restore(trainer: FlowDPPOTrainer, path: Path) -> None:
-    if not path.exists():
-        raise RuntimeError(f"run.output_dir: {path} is not there, expected a folder that all processes share")
-    tensors, state = checkpoint.load_checkpoint(path)
-    weights = trainer.weights
-    weights.load_state(tensors)
-    trainer.optimizer.load_state(tensors["scale"])
-    moments: dict[str, dict[str, Tensor]] = {}
-    for key, value in tensors["optimizer"].items():
-        name, _, entry = key.rpartition("/")
-        moments.setdefault(entry, {})[name] = value
-    own = {entry: trainer.workers.sharding.own(whole) for entry, whole in moments.items()}
-    checkpoint.load_optimizer(trainer.optimizer.adamw, own)
-    trainer.history.tables = {name: table.to(trainer.device) for name, table in tensors["history"].items()}
-    rank = trainer.workers.rank
-    if len(state["random"]) == trainer.workers.count:
-        checkpoint.load_random_state(tensors[f"random-{rank}"], state["random"][rank])
-    else:
-        logger.warning(
-            "%s was written by %d processes and is continued by %d: global random generators start afresh",
-            path,
-            len(state["random"]),
-            trainer.workers.count,
-        )
-    trainer.recorder.rules = [
-        GuidanceRule(**{**rule, "terms": tuple(map(tuple, rule["terms"]))}) for rule in state["rules"]
-    ]
-    trainer.iteration, trainer.skipped_updates = state["iteration"], state["skipped_updates"]
-    logger.info("continuing from %s", path)
-
-
 def _version() -> str:
     try:
         return importlib.metadata.version("flowdppo_fast")
     except importlib.metadata.PackageNotFoundError:
         return "unknown (not installed)"
-
-
-def _begin_logs(trainer: FlowDPPOTrainer) -> list[str]:
-    """Logs end where the checkpoint does: what came after it will be done, and logged, again."""
-    output = trainer.output
-    path = output / METRICS_FILE
-    try:
-        for log in (path, output / ROWS_FILE):
-            drop_later_lines(log, trainer.iteration)
-        copy = output / ".config.yaml"
-        trainer.config.save(copy)
-        copy.rename(output / "config.yaml")
-        lines = path.read_text().splitlines() if path.exists() else []
-    except OSError as cause:
-        raise RuntimeError(f"run.output_dir: {output} cannot be written to ({cause}); {ADVICE}") from cause
-    if len(lines) != trainer.iteration:
-        logger.warning("%s has %d lines, expected %d: some were lost", path, len(lines), trainer.iteration)
-    return lines

@@ -1,13 +1,44 @@
-"""Which rows an update trains on, and which of them a process samples in which call of the pipeline."""
+"""Which rows an update trains on, which of them a process samples in which call, and which steps are trained."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from typing import Any
 
 from .config import FlowDPPOConfig, SamplingConfig
-from .distributed import Workers
-from .rollout import PromptSource, derive_seed, text_of
+from .prompts import PromptSource, text_of
+from .seeds import derive_seed
+from .weights.distributed import Workers
+
+STEP_CHOICES = ("random", "window", "random_window")
+
+
+def choose_steps(
+    candidates: Sequence[int], count: int | None, choice: str, *, position: int, seed: int
+) -> tuple[int, ...]:
+    """``count`` of ``candidates`` (None: all of them), in schedule order.
+
+    Args:
+        candidates: indices in the schedule, ascending.
+        choice: ``"random"`` takes any of them (DanceGRPO), ``"window"`` neighbours in a window that moves from the
+            noisiest on by one at each ``position`` and starts again after the last (MixGRPO, arXiv 2507.21802),
+            ``"random_window"`` neighbours anywhere (Flow-GRPO-Fast).
+        position: place of the sliding window.
+        seed: of the random choices.
+
+    Raises:
+        ValueError: an unknown choice.
+    """
+    if choice not in STEP_CHOICES:
+        raise ValueError(f"step_choice: got {choice!r}, expected one of {', '.join(map(repr, STEP_CHOICES))}")
+    if count is None:
+        return tuple(candidates)
+    places = len(candidates) - count + 1
+    if choice == "random":
+        return tuple(sorted(random.Random(seed).sample(list(candidates), count)))
+    start = position % places if choice == "window" else random.Random(seed).randrange(places)
+    return tuple(candidates[start : start + count])
 
 
 def plan_updates(config: FlowDPPOConfig, workers: Workers) -> list[range]:

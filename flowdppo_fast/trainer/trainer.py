@@ -17,25 +17,28 @@ from torch import Tensor
 
 from ..losses import fused_velocity_policy_loss
 from ..results import LossOutput
+from ..runs.logs import ROWS_FILE, append_lines
+from ..runs.row_log import row_part
+from ..runs.tracking import RunLog
 from .advantages import RewardHistory, advantages_of
-from .calls import PipelineCalls
 from .checkpoint import load_random_state, random_state
 from .config import FlowDPPOConfig
-from .distributed import Workers
 from .evaluation import Evaluation
-from .logs import ROWS_FILE, append_lines
-from .memory import offload, on_device, trajectory_bytes
 from .metrics import METRICS, micro_vector, read_iteration
-from .optimization import PolicyOptimizer
-from .recorder import ReplayCheck, Trajectory, TrajectoryRecorder, row_index
-from .resume import begin_run, save_run
+from .pipeline_calls import PipelineCalls
+from .prompts import PromptSource
+from .record.arguments import row_index
+from .record.offload import on_device
+from .record.recorder import ReplayCheck, TrajectoryRecorder
+from .record.trajectory import Trajectory, trajectory_bytes
+from .resume import RunState
 from .rewards import BackgroundScorer, Reward
-from .rollout import PromptSource, Rollout, captions, derive_seed
-from .row_log import row_part
-from .row_plan import check_processes, plan_calls, plan_updates
-from .step_choice import choose_steps
-from .tracking import RunLog
-from .weights import PolicyWeights
+from .rollout import Rollout, captions
+from .row_plan import check_processes, choose_steps, plan_calls, plan_updates
+from .seeds import derive_seed
+from .weights.distributed import Workers
+from .weights.optimizer import PolicyOptimizer
+from .weights.policy import PolicyWeights
 
 logger = get_logger(__name__)
 
@@ -82,7 +85,7 @@ class FlowDPPOTrainer:
         self.accelerator = Accelerator(cpu=config.run.device == "cpu")
         self.workers = Workers(self.accelerator)
         self.updates = plan_updates(config, self.workers)
-        self.device = self.accelerator.device
+        self.device = self.workers.device
         check_processes(config, self.workers, self.prompts, len(self.recorder.modules))
         # reading a tensor on the CPU waits for nothing, so a gradient that is zero is worth looking for
         self._looks = not self.workers.sharded and (self.device.type == "cpu" or o.skip_dropped_backward)
@@ -119,13 +122,24 @@ class FlowDPPOTrainer:
             None if eval_prompts is None else Evaluation(eval_prompts, pipeline, config, self.workers, self.calls)
         )
         self.output = Path(config.run.output_dir)
-        self.iteration = 0
-        self.skipped_updates = 0
+        self.state = RunState(
+            config, self.output, self.workers, self.weights, self.optimizer, self.history, self.recorder
+        )
         self.replay_check: ReplayCheck | None = None
         # kind, images and captions of the present iteration, for the output folder
         self._pages: list[tuple[str, Any, list[str]]] = []
         if o.updates_per_rollout * o.inner_epochs == 1:
             logger.warning("one update per rollout: every ratio is 1, so %s bounds nothing", config.objective.name)
+
+    @property
+    def iteration(self) -> int:
+        """Iterations that are done."""
+        return self.state.iteration
+
+    @property
+    def skipped_updates(self) -> int:
+        """Updates of the run so far whose loss or gradient was not finite."""
+        return self.state.skipped_updates
 
     def train(
         self, *, resume: bool = False, on_iteration: Callable[[dict[str, float]], None] | None = None
@@ -141,7 +155,7 @@ class FlowDPPOTrainer:
             RuntimeError: too many updates were skipped because a loss or gradient was not finite.
         """
         run = self.config.run
-        history = begin_run(self, resume)
+        history = self.state.begin(resume)
         self.pipeline.set_progress_bar_config(disable=True)
         with RunLog(
             self.accelerator,
@@ -252,7 +266,7 @@ class FlowDPPOTrainer:
 
     def save_checkpoint(self) -> Path:
         """Writes everything that :meth:`train` with ``resume=True`` continues from; returns the folder."""
-        return save_run(self)
+        return self.state.save()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Trained weights (the moving average if there is one) as diffusers loads them: LoRA adapters by
@@ -275,7 +289,7 @@ class FlowDPPOTrainer:
         with self.recorder.recording(chosen, seed=noise_seed, first_row=rows[0]) as trajectory:
             images = self.calls.images(self.prompts, entries, seeds, s.num_steps, s.pipeline_kwargs)
         if s.offload_trajectories:
-            offload(trajectory, self.device)
+            trajectory.offload(self.device)
         return trajectory, images
 
     def _iterate(self) -> dict[str, float]:
@@ -307,7 +321,7 @@ class FlowDPPOTrainer:
             for rows in order:
                 for key, values in self.update(rollout, rows, number=len(results["steps"])).items():
                     results[key] += values
-        self.iteration += 1
+        self.state.iteration += 1
         metrics = self._read(rollout, results)
         metrics |= evaluated
         ended = time.perf_counter()
@@ -372,7 +386,7 @@ class FlowDPPOTrainer:
     def _read(self, rollout: Rollout, results: dict[str, list]) -> dict[str, float]:
         """Metrics of the iteration that just ended, as floats: read from the device once."""
         metrics, lines = read_iteration(self.iteration, rollout, results, self.config, self.workers, self._metric_names)
-        self.skipped_updates += int(metrics["skipped_updates"])
+        self.state.skipped_updates += int(metrics["skipped_updates"])
         if lines and self.workers.is_main:
             self.workers.attempt(append_lines, self.output / ROWS_FILE, lines)
         stored = trajectory_bytes(rollout.trajectories)

@@ -19,7 +19,7 @@ from bench.learning.figures import TASKS
 from bench.learning.methods import METHODS
 from bench.learning.requests import Cell
 from bench.learning.results import Run, load_file
-from flowdppo_fast import figures
+from flowdppo_fast.runs import figures
 
 
 @pytest.fixture(scope="module")

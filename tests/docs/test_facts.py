@@ -16,8 +16,9 @@ import yaml
 
 pytest.importorskip("diffusers")
 
-from flowdppo_fast import DPPO, SAMPLERS, GRPOGuard, RatioClip, Unclipped, cli, diagnose, sde_schedule
+from flowdppo_fast import DPPO, SAMPLERS, GRPOGuard, RatioClip, Unclipped, cli, ops, sde_schedule
 from flowdppo_fast.objectives import SUMMARY
+from flowdppo_fast.runs import diagnose
 from flowdppo_fast.trainer.config import FlowDPPOConfig
 from flowdppo_fast.trainer.recipe import Recipe
 from flowdppo_fast.trainer.rewards import HTTPReward, registry, serve
@@ -158,6 +159,12 @@ def test_what_the_architecture_names_exists():
 
 
 # one_iteration.md
+
+
+def test_page_and_picture_of_the_architecture_count_the_operators():
+    count = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")[len(ops.SCHEMAS)]
+    for text in (page("architecture.md").text, (ROOT / "docs/figures/architecture.svg").read_text()):
+        assert set(re.findall(r"(\w+) schemas", text)) == {count}
 
 
 def test_the_table_of_shapes():

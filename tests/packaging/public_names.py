@@ -29,8 +29,12 @@ NEED_THEIR_TRAINER = ("verl_omni", "unirl", "flow_factory")
 _ENVIRONMENT = re.compile(r'"(FLOWDPPO_[A-Z_]*[A-Z])"')
 # where the keys of the lines that a run writes are set, besides those of a loss
 _WRITERS = {
-    "metrics.jsonl": (("metrics", "read_iteration"), ("trainer", "_read"), ("trainer", "_iterate")),
-    "rows.jsonl": (("row_log", "row_lines"),),
+    "metrics.jsonl": (
+        ("trainer/metrics", "read_iteration"),
+        ("trainer/trainer", "_read"),
+        ("trainer/trainer", "_iterate"),
+    ),
+    "rows.jsonl": (("runs/row_log", "row_lines"),),
 }
 
 Names = dict[str, str]
@@ -182,8 +186,8 @@ def metrics() -> Names:
     """Metrics of a loss call by objective, and the keys of the files that a run writes."""
     from flowdppo_fast import DPPO, GRPOGuard, RatioClip, Unclipped
     from flowdppo_fast.objectives import SUMMARY
+    from flowdppo_fast.runs.row_log import _FIELDS
     from flowdppo_fast.trainer.metrics import _DROPPED, METRICS
-    from flowdppo_fast.trainer.row_log import _FIELDS
 
     found: Names = {f"metric {name}": "of a loss" for name in SUMMARY}
     for kind in (DPPO, RatioClip, GRPOGuard, Unclipped):
@@ -197,10 +201,10 @@ def metrics() -> Names:
 
 def keys_set_in(module: str, function: str) -> set[str]:
     """Keys that a function of the trainer returns, yields or gives to ``metrics``, from its text."""
-    tree = ast.parse((ROOT / PACKAGE / "trainer" / f"{module}.py").read_text())
+    tree = ast.parse((ROOT / PACKAGE / f"{module}.py").read_text())
     bodies = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == function]
     if len(bodies) != 1:
-        raise ValueError(f"trainer/{module}.py: got {len(bodies)} functions {function}, expected one")
+        raise ValueError(f"{module}.py: got {len(bodies)} functions {function}, expected one")
     (body,) = bodies
     # what updates collect is written nowhere
     internal = [node.value for node in ast.walk(body) if isinstance(node, ast.AnnAssign)]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from flowdppo_fast.trainer.recorder import Trajectory, TrajectoryRecorder
+from flowdppo_fast.trainer.record.recorder import Trajectory, TrajectoryRecorder
 
 from .families import FAMILIES
 from .tiny import Sizes

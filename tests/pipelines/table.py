@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from bench.pages import block_of, put
-from flowdppo_fast.trainer.arguments import tensors_of
-from flowdppo_fast.trainer.recorder import Trajectory
+from flowdppo_fast.trainer.record.arguments import tensors_of
+from flowdppo_fast.trainer.record.recorder import Trajectory
 
 from .cases import CASES, HALF, REFUSED, Case, Recording, hollow, record
 from .families import FAMILIES

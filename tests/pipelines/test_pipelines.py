@@ -9,9 +9,9 @@ import torch
 from support import oracle
 
 from flowdppo_fast import PhiloxNoise, fused_dppo_velocity_loss
-from flowdppo_fast.trainer.adapters import add_lora
-from flowdppo_fast.trainer.arguments import tensors_of
-from flowdppo_fast.trainer.guidance import cut_to_latent
+from flowdppo_fast.trainer.record.arguments import tensors_of
+from flowdppo_fast.trainer.record.guidance import cut_to_latent
+from flowdppo_fast.trainer.weights.adapters import add_lora
 
 from . import table
 from .cases import CASES, REFUSED, record

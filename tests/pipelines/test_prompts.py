@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flowdppo_fast.trainer import TrajectoryRecorder
-from flowdppo_fast.trainer.rollout import PromptSource
+from flowdppo_fast.trainer.prompts import PromptSource
 
 from .cases import generators
 from .families import FAMILIES

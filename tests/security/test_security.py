@@ -14,9 +14,9 @@ import pytest
 import torch
 import yaml
 
-from flowdppo_fast.trainer import FlowDPPOConfig, FlowDPPOTrainer, recipe
-from flowdppo_fast.trainer.preflight import inspect_pipeline
-from flowdppo_fast.trainer.recipe import Recipe
+from flowdppo_fast.trainer import FlowDPPOConfig, FlowDPPOTrainer
+from flowdppo_fast.trainer.recipe import Recipe, recipe
+from flowdppo_fast.trainer.recipe.preflight import inspect_pipeline
 from flowdppo_fast.trainer.rewards import build_rewards
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +38,7 @@ MAY_NAME_PICKLERS = {"flowdppo_fast/trainer/rewards/aesthetic.py"}
 # callables of a config, a component's library (one of two), packages of integrations, commands of the program
 MAY_IMPORT_BY_NAME = {
     "flowdppo_fast/trainer/rewards/registry.py",
-    "flowdppo_fast/trainer/preflight.py",
+    "flowdppo_fast/trainer/recipe/preflight.py",
     "flowdppo_fast/integrations/_require.py",
     "flowdppo_fast/cli/__init__.py",
 }
@@ -47,7 +47,7 @@ MAY_IMPORT_BY_NAME = {
 MAY_USE_THE_NETWORK = {
     "flowdppo_fast/trainer/rewards/http.py",
     "flowdppo_fast/trainer/rewards/serve.py",
-    "flowdppo_fast/trainer/export.py",
+    "flowdppo_fast/trainer/recipe/export.py",
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import combinations
 
-from flowdppo_fast import figures
+from flowdppo_fast.runs import figures
 
 
 def watched(monkeypatch) -> dict[str, list[tuple[str, str]]]:

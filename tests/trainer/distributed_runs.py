@@ -200,7 +200,8 @@ def mortal(folder: str, sections: dict[str, dict], kind: str | None, at: int, co
     import signal
     import sys
 
-    from flowdppo_fast.trainer import checkpoint, logs
+    from flowdppo_fast.runs import logs
+    from flowdppo_fast.trainer import checkpoint
 
     seen = dict.fromkeys(("time", "file", "tensors", "line", "reward"), 0)
 

@@ -13,11 +13,13 @@ import pytest
 import torch
 import yaml
 from diffusers import SD3Transformer2DModel
-from digits_example import EXAMPLE
+from digits_example import EXAMPLE, PROMPTS, ink
 from PIL import Image
 from safetensors.torch import load_file
 
 from flowdppo_fast.cli import main
+from flowdppo_fast.runs import diagnose
+from flowdppo_fast.trainer import FlowDPPOTrainer
 from flowdppo_fast.trainer.recipe import Recipe
 
 ROOT = EXAMPLE.parents[1]
@@ -134,8 +136,6 @@ def test_from_a_config_to_exported_weights(tmp_path, capsys):
 
 
 def test_an_interrupt_is_no_traceback(tmp_path, capsys, monkeypatch):
-    from flowdppo_fast.trainer import FlowDPPOTrainer
-
     def interrupted(self, *args, **kwargs):
         raise KeyboardInterrupt
 
@@ -215,7 +215,7 @@ def test_what_is_wrong_is_said_before_weights_are_loaded(tmp_path, capsys, monke
     def too_late(*args, **kwargs):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("flowdppo_fast.trainer.loading.load_pipeline", too_late)
+    monkeypatch.setattr("flowdppo_fast.trainer.recipe.loading.load_pipeline", too_late)
     said = refused(capsys, "train", CONFIG, f"run.output_dir={tmp_path / 'run'}", *overrides)
     assert message in said
     assert not (tmp_path / "run").exists()
@@ -246,3 +246,18 @@ def test_missing_packages_of_the_trainer_are_named(capsys, monkeypatch):
 def test_wrong_calls(capsys, arguments, message):
     assert message in refused(capsys, *arguments)
     assert not Path("x.png").exists()
+
+
+def test_a_real_run_is_diagnosed(tmp_path, small_config, pipes):
+    config = small_config(run={"iterations": 2})
+    FlowDPPOTrainer(pipes.digits(), ink, PROMPTS, config).train()
+    folder = diagnose.RunFolder.load(tmp_path / "run")
+    assert folder.rows.elements == 64
+    assert folder.threshold == pytest.approx(1e-5 * 64)
+    values = diagnose.numbers(folder)
+    assert values["rows"] == 2 * 16 * 3 * 2
+    assert values["moved_rows"] > 0
+    metrics = folder.metrics[-1]
+    last = folder.rows.where(folder.rows.iteration == 2)
+    assert last.kl.mean() / 64 == pytest.approx(metrics["kl_new_old_mean"], rel=1e-4)
+    assert 1 - last.kept.mean() == pytest.approx(metrics["masked_fraction"], abs=1e-6)

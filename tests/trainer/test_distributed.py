@@ -23,7 +23,7 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env
 from digits_example import EXAMPLE
 from safetensors.torch import load_file
 
-from flowdppo_fast.trainer.distributed import Workers
+from flowdppo_fast.trainer.weights.distributed import Workers
 
 EPS = torch.finfo(torch.float32).eps
 ZERO = processes.SHARDINGS["zero2"]

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from flowdppo_fast import DPPO, SDEStep, fused_velocity_policy_loss
-from flowdppo_fast.trainer.ema import MovingAverage, holding
 from flowdppo_fast.trainer.metrics import micro_vector, reduce_micro
+from flowdppo_fast.trainer.weights.ema import MovingAverage, holding
 
 
 def loss_of(rows: int, moved: int):

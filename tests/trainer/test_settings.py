@@ -226,7 +226,7 @@ def test_reward_history_survives_a_resume(pipes, small_config, tmp_path):
 def test_rewards_in_the_background_are_those_of_the_foreground(run, monkeypatch):
     import threading
 
-    from flowdppo_fast.trainer import calls as module
+    from flowdppo_fast.trainer import pipeline_calls as module
 
     threads = set()
 

@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 
 from bench.ops.devices import open_device
 from bench.ops.environment import collect
-from flowdppo_fast.trainer import FlowDPPOTrainer, checkpoint, logs, tracking
+from flowdppo_fast.runs import logs, tracking
+from flowdppo_fast.trainer import FlowDPPOTrainer, checkpoint
 
 # the long form, with a tally of it in a file: FLOWDPPO_KILLS=55 FLOWDPPO_KILLS_TALLY=FILE.json
 # python -m pytest tests/trainer/test_survival.py -k killed_at_random -o timeout=3600
@@ -365,7 +366,7 @@ def test_a_last_plot_that_cannot_be_written(finished, monkeypatch, code):
         raise OSError(code, os.strerror(code))
 
     with monkeypatch.context() as patch:
-        patch.setattr("flowdppo_fast.trainer.plots.plot_run", refuse)
+        patch.setattr("flowdppo_fast.runs.plots.plot_run", refuse)
         with pytest.raises(RuntimeError, match=rf"metrics\.png could not be written .*{os.strerror(code)}"):
             more.train(resume=True)
     assert checkpoint.newest_checkpoint(trainer.output / "checkpoints").name == "iteration-000003"

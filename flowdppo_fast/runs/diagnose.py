@@ -1,0 +1,427 @@
+"""``flowdppo diagnose RUN``: what a run's logs say about its trust region, drawn, with likely trouble named.
+
+Reads ``metrics.jsonl``, ``rows.jsonl`` and ``config.yaml`` of a run folder of :class:`~.trainer.FlowDPPOTrainer`. What
+a row is, and what its noise should be: :mod:`~.row_data`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import figures
+from ..objectives import DPPO, GRPOGuard, RatioClip
+from .row_log import Rows, clip_against_mask, read_rows
+from ..samplers import sde_schedule
+
+# root-mean-square rounding of standard normal numbers in bfloat16
+BF16_ROUNDING = 1.7e-3
+# shares and factors beyond which a number is called trouble
+_NEAR_THRESHOLD = 0.1
+_MOST_ROWS = 0.8
+_HALF = 0.5
+# how many standard errors a change from the first to the last third of a run must have
+_CHANGE = 5.0
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run's logs.
+
+    Attributes:
+        path: the folder.
+        config: sections as in ``config.yaml``.
+        metrics: one mapping per iteration.
+        rows: the row log.
+        shift: of the model's schedule, which a run folder does not hold.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    metrics: list[dict[str, float]]
+    rows: Rows
+    shift: float = 1.0
+
+    @classmethod
+    def load(cls, path: Path, shift: float = 1.0) -> RunFolder:
+        """Reads a run folder.
+
+        Raises:
+            ValueError: a file is missing or is no log of a run.
+        """
+        import yaml
+
+        for name in ("config.yaml", "metrics.jsonl"):
+            if not (path / name).is_file():
+                raise ValueError(f"{path}: no {name} there, expected a run folder of FlowDPPOTrainer")
+        metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+        if not metrics:
+            raise ValueError(f"{path}: metrics.jsonl is empty, expected a run of at least one iteration")
+        config = yaml.safe_load((path / "config.yaml").read_text())
+        return cls(path, config, metrics, read_rows(path / "rows.jsonl"), shift)
+
+    def setting(self, section: str, name: str, default: Any = None) -> Any:
+        value = self.config.get(section, {}).get(name)
+        return default if value is None else value
+
+    @property
+    def objective(self) -> str:
+        return self.setting("objective", "name", "dppo")
+
+    @property
+    def threshold(self) -> float | None:
+        """Threshold of the mask, nats over the whole latent; None where the objective has no mask."""
+        if not self.objective.startswith("dppo"):
+            return None
+        return self.setting("objective", "threshold", DPPO().threshold) * self.rows.elements
+
+    @property
+    def clip(self) -> float | None:
+        """Clip range of plain ratio clipping, the smaller side, nats over the whole latent; None for others."""
+        if self.objective != "ratio_clip":
+            return None
+        sides = (self.setting("objective", f"clip_{side}", getattr(RatioClip, side)) for side in ("low", "high"))
+        return min(sides) * self.rows.elements
+
+    @property
+    def guard_clip(self) -> float | None:
+        """The same of GRPO-Guard, whose exponent is ``N*P*S``; None for others."""
+        if self.objective != "grpo_guard":
+            return None
+        sides = (self.setting("objective", f"clip_{side}", getattr(GRPOGuard, side)) for side in ("low", "high"))
+        return min(sides) * self.rows.elements
+
+    def step_stds(self) -> dict[int, float]:
+        """``S`` of the logged steps by index, for a schedule of evenly spaced levels with :attr:`shift`."""
+        count = self.setting("sampling", "num_steps", 10)
+        levels = [1 - place / count for place in range(count + 1)]
+        levels = [self.shift * level / (1 + (self.shift - 1) * level) for level in levels]
+        steps = sde_schedule(
+            self.setting("sampling", "sampler", "flow_sde"), levels, eta=self.setting("sampling", "eta", 0.7)
+        )
+        return {int(index): float(steps[index].std) for index in np.unique(self.rows.step)}
+
+    def series(self, name: str) -> np.ndarray:
+        """A metric over the iterations that have it."""
+        return np.array([line[name] for line in self.metrics if name in line], float)
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """A likely trouble: a short name, and a sentence with the numbers and what to do."""
+
+    name: str
+    text: str
+
+
+def troubles(folder: RunFolder) -> list[Trouble]:
+    """Likely troubles of a run, the gravest first; empty if nothing stands out."""
+    return [Trouble(name, text) for name, check in CHECKS.items() for text in check(folder)]
+
+
+def _nonfinite(folder: RunFolder) -> Iterator[str]:
+    count = int(folder.series("nonfinite_rows").sum())
+    if count:
+        yield (
+            f"{count} rows had a log-ratio, KL or loss that is not finite; lower the learning rate or set "
+            "optimizer.max_grad_norm"
+        )
+
+
+def _one_update(folder: RunFolder) -> Iterator[str]:
+    if int(folder.rows.update.max()) == 0:
+        yield (
+            "every rollout had one update, so every ratio was 1 and every KL 0: mask, clip and guard can do nothing; "
+            "set optimizer.updates_per_rollout or optimizer.inner_epochs to 2 or more"
+        )
+
+
+def _mismatch(folder: RunFolder) -> Iterator[str]:
+    first = folder.rows.where(folder.rows.update == 0)
+    bound = folder.threshold or (None if folder.clip is None else folder.clip**2 / 2)
+    if not len(first) or bound is None:
+        return
+    floor = float(np.quantile(first.kl, 0.9))
+    if floor >= _NEAR_THRESHOLD * bound:
+        kind = "threshold" if folder.threshold else "KL at which the clip range is one standard deviation"
+        yield (
+            "before the first update of a rollout, where the policies are one, 10 % of the rows have a KL of "
+            f"{floor:.2g} nats or more ({floor / folder.rows.elements:.2g} per element), {floor / bound:.1%} of the "
+            f"{kind} ({bound:.2g} nats): the training pass does not compute what the rollout did (precision, batch "
+            "geometry, dropout), and the bound acts on that"
+        )
+
+
+def _bf16_means(folder: RunFolder) -> Iterator[str]:
+    if folder.threshold is None:
+        return
+    n = folder.rows.elements
+    floors = {step: n * BF16_ROUNDING**2 / (2 * std**2) for step, std in folder.step_stds().items() if std > 0}
+    if not floors:
+        return
+    step, floor = max(floors.items(), key=lambda entry: entry[1])
+    if folder.threshold <= floor:
+        yield (
+            f"the threshold of {folder.threshold:.2g} nats ({folder.threshold / n:.2g} per element) "
+            f"is under the KL of {floor:.2g} nats that rounding the means to bfloat16 would make on step {step}; this "
+            "trainer stores velocities and is not touched, but do not carry the threshold to one that stores bf16 means"
+        )
+
+
+def _never_fires(folder: RunFolder) -> Iterator[str]:
+    moved = folder.rows.moved
+    if folder.objective == "unclipped" or not len(moved) or not moved.kept.all():
+        return
+    if folder.threshold is not None:
+        largest = float(moved.kl.max())
+        yield (
+            f"the mask dropped none of {len(moved)} rows: the largest KL was {largest:.2g} nats, "
+            f"{largest / folder.threshold:.1%} of the threshold; what trained is the unbounded objective"
+        )
+    else:
+        largest = float(np.abs(moved.log_ratio).max())
+        bound = folder.clip or folder.guard_clip
+        yield (
+            f"the clip dropped none of {len(moved)} rows: the largest log-ratio was {largest:.2g} nats, the clip range "
+            f"is {bound:.2g}; what trained is the unbounded objective"
+        )
+
+
+def _drops_most(folder: RunFolder) -> Iterator[str]:
+    moved = folder.rows.moved
+    if len(moved) and (share := 1 - moved.kept.mean()) >= _MOST_ROWS:
+        yield (
+            f"{share:.0%} of the rows after a rollout's first update were dropped: later updates learn from few rows; "
+            "raise the bound, lower the learning rate or make fewer updates"
+        )
+
+
+def _noisy_clip(folder: RunFolder) -> Iterator[str]:
+    moved = folder.rows.moved
+    if folder.clip is None or not len(moved):
+        return
+    found = clip_against_mask(moved, folder.clip)
+    if found is not None and found["spurious"] >= _HALF:
+        yield (
+            f"{found['spurious']:.0%} of the {found['dropped']:.1%} of rows that the clip drops are nearer to the old"
+            f" policy than {found['threshold']:.2g} nats, the KL at which a mask would drop as many: mostly noise "
+            "of the ratio decides; objective.name=dppo with that threshold "
+            f"({found['threshold'] / moved.elements:.2g} per element) drops the far ones"
+        )
+
+
+def _hacking(folder: RunFolder) -> Iterator[str]:
+    up = _change(folder.series("reward"))
+    if up is None or up[2] < _CHANGE:
+        return
+    weights = folder.setting("advantage", "reward_weights", {})
+    names = {name for line in folder.metrics for name in line if name.startswith("eval/")}
+    names |= {f"reward/{name}" for name, weight in weights.items() if weight == 0}
+    for name in sorted(names):
+        down = _change(folder.series(name))
+        if down is not None and down[2] <= -_CHANGE:
+            yield (
+                f"the reward rose from {up[0]:.3g} to {up[1]:.3g} while {name} fell from {down[0]:.3g} to {down[1]:.3g}"
+                " (means of the first and the last third): the model learns the scorer rather than the task; stop "
+                "earlier, tighten the bound, or set objective.kl_weight"
+            )
+
+
+def _change(values: np.ndarray) -> tuple[float, float, float] | None:
+    """Means of the first and the last third, and their difference in standard errors; None for fewer than 6 values."""
+    third = len(values) // 3
+    if third < 2:
+        return None
+    first, last = values[:third], values[-third:]
+    error = float(np.sqrt((first.var(ddof=1) + last.var(ddof=1)) / third))
+    difference = float(last.mean() - first.mean())
+    return float(first.mean()), float(last.mean()), difference / max(error, 1e-12 + 1e-6 * abs(first.mean()))
+
+
+# by name; the order is that of the report
+CHECKS: dict[str, Callable[[RunFolder], Iterator[str]]] = {
+    "numbers that are not finite": _nonfinite,
+    "one update per rollout": _one_update,
+    "rollout/train mismatch": _mismatch,
+    "reward hacking": _hacking,
+    "bound never fires": _never_fires,
+    "bound drops nearly everything": _drops_most,
+    "clip decided by noise": _noisy_clip,
+    "threshold under the noise of bf16 means": _bf16_means,
+}
+
+
+def numbers(folder: RunFolder) -> dict[str, Any]:
+    """What the plots show, as numbers: KL, ratio noise and dropped share by step and sign of the advantage."""
+    moved = folder.rows.moved
+    steps = {}
+    for step in np.unique(moved.step):
+        here = moved.where(moved.step == step)
+        steps[int(step)] = {
+            "rows": len(here),
+            "kl_median_nats": float(np.median(here.kl)),
+            "kl_90_nats": float(np.quantile(here.kl, 0.9)),
+            "noise_over_predicted": float(here.noise.std()),
+            "dropped_positive_advantage": _dropped(here, here.advantage > 0),
+            "dropped_negative_advantage": _dropped(here, here.advantage < 0),
+        }
+    found = None if folder.clip is None else clip_against_mask(moved, folder.clip)
+    return {
+        "iterations": len(folder.metrics),
+        "rows": len(folder.rows),
+        "moved_rows": len(moved),
+        "elements": folder.rows.elements,
+        "objective": folder.objective,
+        "threshold_nats": folder.threshold,
+        "clip_nats": folder.clip or folder.guard_clip,
+        "steps": steps,
+        "clip_against_mask": found,
+    }
+
+
+def _dropped(rows: Rows, chosen: np.ndarray) -> float | None:
+    return float(1 - rows.kept[chosen].mean()) if chosen.any() else None
+
+
+@figures.style()
+def draw(folder: RunFolder, path: Path) -> None:
+    """Four plots into one PNG: KL by step, ratio noise, clip against mask, dropped rows by step and sign."""
+    figure, axes = figures.panels(4, height=3.8)
+    moved = folder.rows.moved
+    for axis, plot in zip(axes, (_draw_kl, _draw_noise, _draw_decisions, _draw_dropped)):
+        if len(moved):
+            plot(folder, moved, axis)
+            axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, columnspacing=1.2, handlelength=1.6)
+        else:
+            text = "no row after a rollout's first update"
+            axis.text(0.5, 0.5, text, ha="center", transform=axis.transAxes)
+    figure.suptitle(f"{folder.path.name}: {folder.objective}, N = {folder.rows.elements:,} elements per row")
+    figures.save(figure, path)
+
+
+def _draw_kl(folder: RunFolder, moved: Rows, axis: Any) -> None:
+    for number, step in enumerate(np.unique(moved.step)):
+        here = moved.where(moved.step == step)
+        iterations = np.unique(here.iteration)
+        medians = [np.median(here.kl[here.iteration == iteration]) for iteration in iterations]
+        look = figures.SERIES[number % len(figures.SERIES)]
+        axis.plot(iterations, medians, **look.kwargs(markersize=4, label=f"step {step}"))
+    if folder.threshold is not None:
+        axis.axhline(folder.threshold, color=figures.INK, linestyle=":", linewidth=1.2, label="threshold")
+    figures.log_scale(axis.yaxis)
+    axis.set(
+        title="How far updates move", xlabel="iteration [rollouts]",
+        ylabel="KL(old || new), median of rows\n[nats per denoising step]",
+    )  # fmt: skip
+
+
+def _draw_noise(folder: RunFolder, moved: Rows, axis: Any) -> None:
+    edges = np.geomspace(moved.kl.min(), moved.kl.max() * 1.0001, 13)
+    place = np.digitize(moved.kl, edges)
+    points = [moved.where(place == number) for number in np.unique(place) if (place == number).sum() >= 10]
+    n = moved.elements
+    axis.plot(
+        [p.kl.mean() / n for p in points], [p.log_ratio.std() / n for p in points], color=figures.BLUE, marker="o",
+        linestyle="", label="measured",
+    )  # fmt: skip
+    axis.plot(edges / n, np.sqrt(2 * edges) / n, color=figures.GREY, linestyle=":", label="sqrt(2 D / N)")
+    axis.plot(edges / n, edges / n, color=figures.GREY, linestyle="--", label="D, what a clip means to bound")
+    figures.log_scale(axis.xaxis)
+    figures.log_scale(axis.yaxis)
+    axis.set(
+        title="How noisy one ratio is", xlabel="KL of a row: D [nats per element]",
+        ylabel="standard deviation of log r\n[nats per element]",
+    )  # fmt: skip
+
+
+def _draw_decisions(folder: RunFolder, moved: Rows, axis: Any) -> None:
+    shown = moved.where(np.arange(len(moved)) % max(1, len(moved) // 3000) == 0)
+    clip = folder.clip or np.sqrt(2 * (folder.threshold or float(np.quantile(moved.kl, 0.9))))
+    found = clip_against_mask(moved, clip)
+    threshold = folder.threshold or (found["threshold"] if found else float(moved.kl.max()))
+    clipped, masked = shown.away & (np.abs(shown.log_ratio) > clip), shown.away & (shown.kl >= threshold)
+    for label, chosen, colour, marker in (
+        ("neither drops", ~clipped & ~masked, figures.PALE, "."),
+        ("both drop", clipped & masked, figures.INK, "d"),
+        ("clip alone", clipped & ~masked, *figures.METHODS["flow_grpo"][:2]),
+        ("mask alone", masked & ~clipped, *figures.METHODS["flow_dppo"][:2]),
+    ):
+        axis.scatter(shown.kl[chosen], shown.log_ratio[chosen], s=10, color=colour, marker=marker, label=label)
+    axis.axvline(threshold, color=figures.INK, linestyle=":", linewidth=1.2, label="threshold")
+    axis.axhline(clip, color=figures.INK, linestyle="--", linewidth=1.2, label="clip range")
+    axis.axhline(-clip, color=figures.INK, linestyle="--", linewidth=1.2)
+    figures.log_scale(axis.xaxis)
+    axis.set_yscale("symlog", linthresh=clip)
+    # the clip range, and decades that are not too near to it for their labels
+    first, last = np.ceil(np.log10(3 * clip)), np.log10(max(axis.get_ylim()[1], -axis.get_ylim()[0]))
+    marks = [float(clip), *10.0 ** np.arange(first, last)]
+    axis.set_yticks([sign * mark for mark in marks for sign in (-1, 1)] + [0])
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
+    axis.set(title="What clip and mask drop", xlabel="KL of a row [nats]", ylabel="log-ratio of a row [nats]")
+
+
+def _draw_dropped(folder: RunFolder, moved: Rows, axis: Any) -> None:
+    steps = np.unique(moved.step)
+    # the looks that metrics.png gives the two signs
+    for offset, label, sign, look, hatch in (
+        (-0.2, "advantage > 0", 1, figures.SERIES[1], ""),
+        (0.2, "advantage < 0", -1, figures.SERIES[2], "//"),
+    ):
+        shares = [_dropped(moved, (moved.step == step) & (sign * moved.advantage > 0)) or 0.0 for step in steps]
+        axis.bar(
+            np.arange(len(steps)) + offset, [100 * share for share in shares], 0.4, color=look.colour, hatch=hatch,
+            edgecolor=figures.PAPER, label=label,
+        )  # fmt: skip
+    axis.set_xticks(range(len(steps)), [str(step) for step in steps])
+    axis.grid(False, axis="x")
+    axis.set(
+        title="Rows dropped by the bound", xlabel="denoising step (0 is the noisiest)", ylabel="dropped [% of rows]"
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``flowdppo diagnose``."""
+    parser.add_argument("run", type=Path, help="run folder with metrics.jsonl, rows.jsonl and config.yaml")
+    parser.add_argument("--shift", type=float, default=1.0, help="shift of the model's schedule (SD3: 3; default 1)")
+    parser.add_argument("--plot", type=Path, help="where the plots go (default: diagnose.png in the run folder)")
+    parser.add_argument("--json", action="store_true", help="machine-readable report")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the report and writes the plots; returns 0 if nothing stands out, 1 with trouble, 2 without a run."""
+    try:
+        folder = RunFolder.load(args.run, args.shift)
+    except ValueError as error:
+        print(f"flowdppo diagnose: {error}")
+        return 2
+    found, values = troubles(folder), numbers(folder)
+    plot = args.plot or folder.path / "diagnose.png"
+    draw(folder, plot)
+    if args.json:
+        print(json.dumps({**values, "troubles": [vars(trouble) for trouble in found], "plot": str(plot)}, indent=2))
+        return int(bool(found))
+    print(f"{values['iterations']} iterations, {values['rows']} rows, {values['moved_rows']} of them after an update")
+    for step, entry in values["steps"].items():
+        signs = ", ".join(
+            f"{sign} {'-' if share is None else format(share, '.1%')}"
+            for sign, share in (
+                ("A>0", entry["dropped_positive_advantage"]),
+                ("A<0", entry["dropped_negative_advantage"]),
+            )
+        )
+        print(
+            f"step {step}: KL {entry['kl_median_nats']:.2g} nats (90 %: {entry['kl_90_nats']:.2g}), ratio noise "
+            f"{entry['noise_over_predicted']:.2f} x sqrt(2D/N), dropped {signs}"
+        )
+    for trouble in found:
+        print(f"! {trouble.name}: {trouble.text}")
+    if not found:
+        print("nothing stands out")
+    print(plot)
+    return int(bool(found))

@@ -1,0 +1,269 @@
+"""Trained weights of a run folder: into a pipeline, or into files that diffusers loads."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .. import checkpoint
+from ..config import FlowDPPOConfig
+from ..weights.adapters import ATTENTION_TARGETS, add_lora
+from .recipe import PipelineConfig, Recipe
+
+RECIPE_FILE, LORA_FILE, ORIGIN_FILE = "recipe.yaml", "pytorch_lora_weights.safetensors", "flowdppo.json"
+_WEIGHTS_FILE = "diffusion_pytorch_model"
+# name of the adapter in the names of its parameters
+_ADAPTER = ".default."
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """A checkpoint of a run folder.
+
+    Attributes:
+        folder: of the run.
+        checkpoint: folder of the checkpoint.
+        iteration: finished iterations.
+        config: settings of the run.
+        kind: ``"ema"`` or ``"weights"``, which of the checkpoint's weights are meant.
+    """
+
+    folder: Path
+    checkpoint: Path
+    iteration: int
+    config: FlowDPPOConfig
+    kind: str
+
+    @classmethod
+    def open(cls, folder: str | Path, *, iteration: int | None = None, average: bool | None = None) -> SavedRun:
+        """The newest complete checkpoint of a run.
+
+        Args:
+            folder: of the run.
+            iteration: take the checkpoint of that iteration instead.
+            average: the moving average of the weights (True), the weights themselves (False), or the average if there
+                is one (None).
+
+        Raises:
+            ValueError: no such run or checkpoint, or an average is wanted and there is none.
+        """
+        folder = Path(folder)
+        found = checkpoint.checkpoints(folder / "checkpoints")
+        if not found:
+            raise ValueError(f"run: {folder} has no complete checkpoint, expected the output folder of a training run")
+        states = {path: json.loads((path / "state.json").read_text()) for path in found}
+        chosen = [path for path in found if iteration in (None, states[path]["iteration"])]
+        if not chosen:
+            there = ", ".join(str(state["iteration"]) for state in states.values())
+            raise ValueError(f"iteration: {folder} has no checkpoint of iteration {iteration}, expected one of {there}")
+        state = states[chosen[-1]]
+        has_average = "ema" in state["files"]
+        if average and not has_average:
+            raise ValueError(f"average: {folder} keeps no moving average, expected a run with model.ema_decay")
+        kind = "ema" if (has_average if average is None else average) else "weights"
+        return cls(folder, chosen[-1], state["iteration"], FlowDPPOConfig.from_dict(state["config"]), kind)
+
+    @property
+    def recipe_file(self) -> Path:
+        return self.folder / RECIPE_FILE
+
+    def recipe(self) -> Recipe:
+        """The recipe that ``flowdppo train`` left in the folder.
+
+        Raises:
+            ValueError: there is none, the run was started from Python.
+        """
+        if not self.recipe_file.is_file():
+            raise ValueError(
+                f"run: {self.folder} has no {RECIPE_FILE}, which `flowdppo train` writes and which names its pipeline; "
+                "of a run that was started from Python only LoRA adapters can be exported"
+            )
+        return Recipe.from_yaml(self.recipe_file)
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Trained weights on the CPU, by transformer and then by the name of the parameter."""
+        named: dict[str, dict[str, Tensor]] = {}
+        for name, value in load_file(self.checkpoint / f"{self.kind}.safetensors").items():
+            module, _, parameter = name.partition(".")
+            named.setdefault(module, {})[parameter] = value
+        return named
+
+
+def apply_weights(run: SavedRun, pipeline: Any) -> None:
+    """Puts the trained weights of ``run`` into the transformer(s) of its pipeline.
+
+    LoRA adapters are added in float32 as the trainer keeps them, full weights are cast to what the module has.
+
+    Raises:
+        ValueError: the pipeline is not the one that was trained: a module or parameter is missing or has another shape.
+    """
+    for name, tensors in run.tensors().items():
+        module = pipeline.components.get(name)
+        if not isinstance(module, nn.Module):
+            raise ValueError(
+                f"pipeline: {type(pipeline).__name__} has no {name}, which the run in {run.folder} trained"
+            )
+        if run.config.model.train == "lora":
+            rank, alpha = _rank_and_alpha(run, tensors)
+            add_lora(module, rank, alpha, run.config.model.lora_targets, 0)
+        parameters = dict(module.named_parameters())
+        for key, value in tensors.items():
+            if key not in parameters or parameters[key].shape != value.shape:
+                there = list(parameters[key].shape) if key in parameters else "no such parameter"
+                raise ValueError(f"pipeline: {name}.{key} is {list(value.shape)} in {run.folder}, here it is {there}")
+            parameter = parameters[key]
+            dtype = value.dtype if run.config.model.train == "lora" else parameter.dtype
+            parameter.data = value.to(device=parameter.device, dtype=dtype)
+
+
+@contextlib.contextmanager
+def same_precision(config: FlowDPPOConfig, device: torch.device) -> Iterator[None]:
+    """The autocast that the trainer samples under."""
+    formats = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    dtype = formats.get(config.model.mixed_precision)
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+        yield
+
+
+def export_run(
+    run: SavedRun, folder: str | Path, *, dtype: torch.dtype | None = None, fold_alpha: bool = False
+) -> list[Path]:
+    """Writes the trained weights as diffusers loads them, without loading the base model.
+
+    LoRA: ``pytorch_lora_weights.safetensors`` for ``pipeline.load_lora_weights(folder)``, and for a further transformer
+    the same in a folder with its name. Full weights: a folder per transformer for its class's ``from_pretrained``;
+    buffers, which are not trained, are copied from the base's files.
+
+    Args:
+        run: what to export.
+        folder: made if absent.
+        dtype: of the written weights; None keeps float32.
+        fold_alpha: multiply LoRA weights by ``alpha / rank`` and say alpha = rank, for programs that do not read the
+            alpha that diffusers keeps in the file's metadata.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        ValueError: full weights of a run without recipe, or whose base cannot be read.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, tensors in run.tensors().items():
+        if run.config.model.train == "lora":
+            target = folder if name == "transformer" else folder / name
+            written.append(_export_lora(run, tensors, target, dtype, fold_alpha))
+        else:
+            written += _export_full(run, tensors, name, folder / name, dtype)
+    origin = {
+        "iteration": run.iteration,
+        "weights": "moving average" if run.kind == "ema" else "trained",
+        "base": run.recipe().pipeline.pretrained if run.recipe_file.is_file() else None,
+    }
+    (folder / ORIGIN_FILE).write_text(json.dumps(origin, indent=2) + "\n")
+    return [*written, folder / ORIGIN_FILE]
+
+
+def _rank_and_alpha(run: SavedRun, tensors: Mapping[str, Tensor]) -> tuple[int, float]:
+    rank = next(len(value) for key, value in tensors.items() if ".lora_A." in key)
+    alpha = run.config.model.lora_alpha
+    # what the trainer does where alpha is not set
+    return rank, 2.0 * rank if alpha is None else alpha
+
+
+def _export_lora(
+    run: SavedRun, tensors: Mapping[str, Tensor], folder: Path, dtype: torch.dtype | None, fold_alpha: bool
+) -> Path:
+    from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+    from peft import LoraConfig
+
+    rank, alpha = _rank_and_alpha(run, tensors)
+    scale = alpha / rank if fold_alpha else 1.0
+    targets = run.config.model.lora_targets or ATTENTION_TARGETS
+    settings = LoraConfig(
+        r=rank,
+        lora_alpha=rank if fold_alpha else alpha,  # type: ignore[arg-type]
+        target_modules=list(targets),
+    ).to_dict()
+    # loaders find the transformer's entries by this prefix, whichever transformer they are loaded into
+    metadata = {f"transformer.{key}": sorted(v) if isinstance(v, set) else v for key, v in settings.items()}
+    packed = {}
+    for key, value in tensors.items():
+        value = value * scale if ".lora_B." in key else value
+        packed["transformer." + key.replace(_ADAPTER, ".")] = value.to(dtype or value.dtype).contiguous()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LORA_FILE
+    described = json.dumps(metadata, indent=2, sort_keys=True)
+    save_file(packed, path, metadata={"format": "pt", LORA_ADAPTER_METADATA_KEY: described})
+    return path
+
+
+def _export_full(
+    run: SavedRun, tensors: Mapping[str, Tensor], name: str, folder: Path, dtype: torch.dtype | None
+) -> list[Path]:
+    from huggingface_hub import save_torch_state_dict
+
+    base = run.recipe().pipeline
+    state = {**_base_tensors(base, name, without=tensors), **tensors}
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(_base_file(base, name, "config.json"), folder / "config.json")
+    width = dtype or torch.float32
+    save_torch_state_dict(
+        {key: value.to(width) if value.is_floating_point() else value for key, value in state.items()},
+        folder,
+        filename_pattern=_WEIGHTS_FILE + "{suffix}.safetensors",
+        max_shard_size="10GB",
+    )
+    return sorted(folder.iterdir())
+
+
+def _base_tensors(base: PipelineConfig, name: str, without: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the base's files hold of a component besides ``without``: buffers."""
+    variant = f".{base.variant}" if base.variant else ""
+    files = {_base_file(base, name, f"{_WEIGHTS_FILE}{variant}.safetensors", required=False)}
+    if files == {None}:
+        index = _base_file(base, name, f"{_WEIGHTS_FILE}.safetensors.index{variant}.json")
+        shards = json.loads(index.read_text())["weight_map"]
+        # only shards with something that is not trained are fetched
+        wanted = {shard for key, shard in shards.items() if key not in without}
+        files = {_base_file(base, name, shard) for shard in wanted}
+    found: dict[str, Tensor] = {}
+    for path in files:
+        with safe_open(path, "pt") as stored:
+            found |= {key: stored.get_tensor(key) for key in stored.keys() if key not in without}  # noqa: SIM118
+    return found
+
+
+def _base_file(base: PipelineConfig, component: str, filename: str, *, required: bool = True) -> Any:
+    if base.is_local:
+        path = Path(base.location) / component / filename
+        if path.is_file():
+            return path
+    else:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+
+        with contextlib.suppress(EntryNotFoundError):
+            return Path(
+                hf_hub_download(
+                    base.pretrained,
+                    filename,
+                    subfolder=component,
+                    revision=base.revision,
+                    local_files_only=base.local_files_only,
+                )
+            )
+    if required:
+        raise ValueError(f"pipeline.pretrained: {base.pretrained} has no {component}/{filename}, expected it there")
+    return None

@@ -1,0 +1,1 @@
+"""Recording chosen denoising steps of a pipeline, and replaying them."""

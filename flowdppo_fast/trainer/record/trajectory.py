@@ -1,0 +1,120 @@
+"""What the recorder keeps of a pipeline call: chosen steps, their velocities, noise and transformer calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ...noise import PhiloxNoise
+from ...samplers import SDEStep
+from .arguments import Call, joinable, row_index
+from .guidance import GuidanceRule
+from .offload import fetch, stored_bytes, to_host
+from .scheduler import Transition
+
+
+@dataclass
+class RecordedStep:
+    """A chosen step.
+
+    Attributes:
+        index: position in the schedule.
+        calls: the transformer calls that were made for it.
+        rule: from the calls' outputs to the velocity.
+        rule_error: the largest difference that the rule leaves, 0.0: bitwise.
+        eps: of the dtype that the transformer computes in.
+        active: ``[B, L, 1]`` what the scheduler moved, None: everything.
+    """
+
+    index: int
+    calls: list[Call]
+    rule: GuidanceRule
+    rule_error: float
+    eps: float
+    active: Tensor | None
+
+
+@dataclass
+class Trajectory:
+    """The chosen steps of one pipeline call on ``B`` rows.
+
+    Attributes:
+        steps: S recorded steps in schedule order.
+        velocity: ``[B, S, *latent]`` velocities after guidance, in the dtype the scheduler was given; zero where a
+            condition such as a first frame keeps tokens from moving.
+        noise: ``[B, S, *latent]`` float32, or :class:`PhiloxNoise` with streams ``[B, S]``.
+        step: :class:`SDEStep` stacked to ``[S]``.
+        groups: positions of steps that one transformer call can replay together.
+        device: where it is replayed, if it was moved to the host (:meth:`offload`).
+    """
+
+    steps: list[RecordedStep] = field(default_factory=list)
+    velocity: Tensor = None  # type: ignore[assignment]
+    noise: Tensor | PhiloxNoise = None  # type: ignore[assignment]
+    step: SDEStep = None  # type: ignore[assignment]
+    groups: list[list[int]] = field(default_factory=list)
+    device: torch.device | None = None
+
+    def __len__(self) -> int:
+        return len(self.velocity)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the trajectory holds: velocities, noise and the arguments of the calls, shared ones once."""
+        return stored_bytes([self])
+
+    def select(self, rows: Sequence[int], steps: range | None = None) -> tuple[Tensor, Tensor | PhiloxNoise, SDEStep]:
+        """Old velocities ``[b, S, *latent]``, noise and steps ``[S]`` of ``rows`` at positions ``steps`` (or all)."""
+        index = row_index(rows, self.velocity.device)
+        part = slice(None) if steps is None else slice(steps.start, steps.stop)
+        velocity = fetch(self.velocity[:, part][index], self.device)
+        if isinstance(self.noise, PhiloxNoise):
+            stream: Tensor = self.noise.stream  # type: ignore[assignment]
+            noise: Tensor | PhiloxNoise = PhiloxNoise(self.noise.seed, stream[:, part][row_index(rows, stream.device)])
+        else:
+            noise = fetch(self.noise[:, part][index], self.device)
+        return velocity, noise, self.step[part]
+
+    def finish(self, transitions: Sequence[Transition], step: SDEStep) -> None:
+        """Takes velocities and noise of the recorded steps; ``step`` is theirs, stacked."""
+        velocities = [t.velocity if t.active is None else t.velocity * t.active for t in transitions]
+        self.velocity = torch.stack(velocities, dim=1)
+        seeded = [t.noise for t in transitions if isinstance(t.noise, PhiloxNoise)]
+        stored = [t.noise for t in transitions if isinstance(t.noise, Tensor)]
+        if seeded:
+            streams = [torch.as_tensor(noise.stream) for noise in seeded]
+            self.noise = PhiloxNoise(seeded[0].seed, torch.stack(streams, dim=1))
+        else:
+            self.noise = torch.stack(stored, dim=1)
+        for position, record in enumerate(self.steps):
+            group = self.groups[-1] if self.groups else None
+            if group is not None and _together(self.steps[group[0]], record):
+                group.append(position)
+            else:
+                self.groups.append([position])
+        self.step = step
+
+    def offload(self, device: torch.device) -> None:
+        """Moves what was recorded to the host, to pinned memory where there is a GPU; returns when it is there.
+
+        Row by row it comes back to ``device`` when it is replayed. Seeds of noise and the numbers of the steps, a few
+        bytes, stay where they are. What is on the host already is left as it is.
+        """
+        to_host(self)
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+
+
+def trajectory_bytes(trajectories: Sequence[Trajectory]) -> float:
+    """Bytes kept per sample: velocities, noise or its seeds, and the arguments of transformer calls."""
+    return stored_bytes(trajectories) / sum(map(len, trajectories))
+
+
+def _together(a: RecordedStep, b: RecordedStep) -> bool:
+    """Whether one transformer call per slot can replay both steps."""
+    same = a.rule == b.rule and len(a.calls) == len(b.calls) and (a.active is None) == (b.active is None)
+    return same and all(map(joinable, a.calls, b.calls))

@@ -1,0 +1,194 @@
+"""``flowdppo diagnose`` on synthetic run folders: each trouble is named where it is, and not where it is not."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from support.figures import watched
+
+from flowdppo_fast.runs import diagnose, row_log
+from flowdppo_fast.samplers import sde_schedule
+
+ELEMENTS = 4096
+THRESHOLD = 1e-4  # 0.41 nats
+
+
+def write_run(
+    folder, *, objective=None, kl=0.2, updates=4, floor=0.0, iterations=12, reward=(0.5, 0.9), extra=None, weights=None,
+    nonfinite=0, dropped=None,
+):  # fmt: skip
+    """A run whose rows have the statistics of Gaussian policies: log-ratios of noise that is independent of the change.
+
+    ``kl``: median over rows after the first update, nats; ``floor``: KL before it; ``extra``: further metrics as
+    (first, last); ``dropped``: share of rows that is dropped at random, None for what the objective drops.
+    """
+    folder.mkdir(parents=True)
+    objective = objective or {"name": "dppo", "threshold": THRESHOLD}
+    config = {
+        "objective": objective,
+        "sampling": {"num_steps": 10, "sampler": "flow_sde", "eta": 0.7},
+        "optimizer": {"updates_per_rollout": updates},
+        "advantage": {"reward_weights": weights or {}},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    generator = np.random.default_rng(0)
+    rows, metrics = [], []
+    for iteration in range(1, iterations + 1):
+        share = (iteration - 1) / (iterations - 1)
+        line = {"iteration": iteration, "reward": reward[0] + share * (reward[1] - reward[0])}
+        line["nonfinite_rows"] = nonfinite if iteration == 3 else 0
+        for name, (first, last) in (extra or {}).items():
+            line[name] = first + share * (last - first)
+        # a little noise, or every change would be one of infinitely many standard errors
+        metrics.append({k: v + 0.01 * generator.normal() if isinstance(v, float) else v for k, v in line.items()})
+        for update in range(updates):
+            shape = (16, 3)
+            distance = kl * np.exp(generator.normal(size=shape)) if update else np.full(shape, floor)
+            log_ratio = np.sqrt(2 * distance) * generator.normal(size=shape) - distance
+            advantage = generator.normal(size=16)
+            away = advantage[:, None] * log_ratio > 0
+            if dropped is not None:
+                gone = (generator.random(shape) < dropped) & (update > 0)
+            elif objective["name"] == "ratio_clip":
+                gone = away & (np.abs(log_ratio) > objective["clip_low"] * ELEMENTS)
+            elif objective["name"] == "dppo":
+                gone = away & (distance >= objective["threshold"] * ELEMENTS)
+            else:
+                gone = np.zeros(shape, bool)
+            rows.append(
+                {
+                    "iteration": iteration, "update": update, "steps": [0, 2, 4], "elements": ELEMENTS,
+                    "rows": list(range(16)), "advantage": advantage.tolist(),
+                    "log_ratio": (log_ratio / ELEMENTS).tolist(), "kl": (distance / ELEMENTS).tolist(),
+                    "kept": (~gone).astype(int).tolist(),
+                }
+            )  # fmt: skip
+    (folder / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rows))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+    return folder
+
+
+def named(folder, **options) -> dict[str, str]:
+    found = diagnose.troubles(diagnose.RunFolder.load(folder, **options))
+    return {trouble.name: trouble.text for trouble in found}
+
+
+def clipping(nats: float) -> dict:
+    return {"name": "ratio_clip", "clip_low": nats / ELEMENTS, "clip_high": nats / ELEMENTS}
+
+
+def test_a_run_without_trouble_has_none(tmp_path):
+    assert named(write_run(tmp_path / "run")) == {}
+
+
+# name, settings of a run that has the trouble, settings of the nearest one that has not, and a number that is said
+CASES = [
+    ("numbers that are not finite", {"nonfinite": 2}, {"nonfinite": 0}, "2 rows"),
+    ("one update per rollout", {"updates": 1}, {"updates": 2}, "updates_per_rollout"),
+    ("rollout/train mismatch", {"floor": 0.1}, {"floor": 0.01}, "KL of 0.1 nats"),
+    ("rollout/train mismatch", {"floor": 0.1, "objective": clipping(1.0)}, {"floor": 0.01, "objective": clipping(1.0)},
+     "KL of 0.1 nats"),
+    ("bound never fires", {"kl": 1e-3}, {"kl": 0.2}, "the largest KL was"),
+    ("bound never fires", {"kl": 1e-3, "objective": clipping(1.5)}, {"kl": 0.5, "objective": clipping(1.5)},
+     "the clip range is 1.5"),
+    ("bound drops nearly everything", {"dropped": 0.9}, {"dropped": 0.5}, "91% of the rows"),
+    ("clip decided by noise", {"kl": 0.2, "objective": clipping(2.0)}, {"kl": 0.2, "objective": clipping(0.05)},
+     "objective.name=dppo"),
+    ("reward hacking", {"extra": {"eval/quality": (0.8, 0.4)}}, {"extra": {"eval/quality": (0.8, 0.8)}},
+     "eval/quality fell from 0.7"),
+    ("reward hacking", {"extra": {"reward/clip": (0.8, 0.4)}, "weights": {"clip": 0.0}},
+     {"extra": {"reward/clip": (0.8, 0.4)}, "weights": {"clip": 1.0}}, "reward/clip fell"),
+    ("reward hacking", {"extra": {"eval/reward": (0.8, 0.4)}},
+     {"extra": {"eval/reward": (0.8, 0.4)}, "reward": (0.5, 0.5)},
+     "the reward rose"),
+    ("threshold under the noise of bf16 means", {"objective": {"name": "dppo", "threshold": 1e-6}, "kl": 0.002},
+     {"objective": {"name": "dppo", "threshold": 1e-4}}, "per element"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "sick", "healthy", "said"), CASES, ids=[f"{c[0]} {i}" for i, c in enumerate(CASES)])
+def test_a_trouble_is_named_where_it_is_and_not_where_it_is_not(tmp_path, name, sick, healthy, said):
+    found = named(write_run(tmp_path / "sick", **sick))
+    assert said in found[name]
+    assert name not in named(write_run(tmp_path / "healthy", **healthy))
+
+
+def test_every_check_has_a_case():
+    assert {case[0] for case in CASES} == set(diagnose.CHECKS)
+
+
+def test_spurious_clips_are_counted_by_the_exact_kl():
+    """Five rows that move away and one that comes back. Log-ratios pick the 2nd, 3rd and 5th, KLs the 3rd to 5th."""
+    rows = row_log.Rows(
+        iteration=np.ones(6, int), update=np.ones(6, int), step=np.zeros(6, int),
+        advantage=np.array([1.0, 1.0, -1.0, -1.0, 1.0, 1.0]), log_ratio=np.array([0.1, 2.0, -3.0, -0.2, 4.0, -9.0]),
+        kl=np.array([0.1, 0.2, 2.0, 1.0, 5.0, 9.0]), kept=np.ones(6, bool), elements=ELEMENTS,
+    )  # fmt: skip
+    found = row_log.clip_against_mask(rows, 1.0)
+    assert found == {
+        "dropped": 3 / 6, "threshold": 1.0, "spurious": 1 / 3, "kl_of_clipped_median": 2.0, "kl_of_masked_median": 2.0,
+    }  # fmt: skip
+    assert row_log.clip_against_mask(rows, 5.0) is None
+
+
+def test_the_noise_of_independent_rows_is_the_predicted_one(tmp_path):
+    folder = diagnose.RunFolder.load(write_run(tmp_path / "run", iterations=100))
+    for entry in diagnose.numbers(folder)["steps"].values():
+        # 4,800 rows a step: a standard deviation is known to 1 / sqrt(2 * 4800) = 1 %, times 4
+        assert entry["noise_over_predicted"] == pytest.approx(1.0, abs=0.04)
+
+
+def test_the_rounding_of_bf16_is_measured():
+    x = torch.randn(1_000_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    measured = (x.bfloat16().double() - x).square().mean().sqrt().item()
+    assert measured == pytest.approx(diagnose.BF16_ROUNDING, rel=0.05)
+    # the KL of a step whose means are rounded, per element
+    step = sde_schedule("flow_sde", [1 - i / 10 for i in range(11)], eta=0.7)[4]
+    assert (measured / step.std) ** 2 / 2 == pytest.approx(diagnose.BF16_ROUNDING**2 / (2 * step.std**2), rel=0.1)
+
+
+def test_the_shift_of_the_schedule_counts(tmp_path):
+    folder = write_run(tmp_path / "run", objective={"name": "dppo", "threshold": 1.4e-5}, kl=0.05)
+    name = "threshold under the noise of bf16 means"
+    assert (name in named(folder)) != (name in named(folder, shift=12.0))
+
+
+def test_report_plots_and_status(tmp_path, capsys, monkeypatch):
+    overlapping = watched(monkeypatch)
+    parser = argparse.ArgumentParser()
+    diagnose.add_arguments(parser)
+    good, bad = write_run(tmp_path / "good"), write_run(tmp_path / "bad", updates=1)
+    assert diagnose.run(parser.parse_args([str(good)])) == 0
+    said = capsys.readouterr().out
+    assert "nothing stands out" in said
+    assert "step 4: KL" in said
+    assert (good / "diagnose.png").stat().st_size > 10_000
+    assert diagnose.run(parser.parse_args([str(bad), "--json", "--plot", str(tmp_path / "here.png")])) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["moved_rows"] == 0
+    assert [trouble["name"] for trouble in report["troubles"]] == ["one update per rollout"]
+    assert (tmp_path / "here.png").exists()
+    assert overlapping == {"diagnose.png": [], "here.png": []}
+
+
+@pytest.mark.parametrize("missing", ["config.yaml", "metrics.jsonl", "rows.jsonl"])
+def test_a_folder_that_is_no_run_is_refused(tmp_path, missing, capsys):
+    folder = write_run(tmp_path / "run", iterations=2)
+    (folder / missing).unlink()
+    parser = argparse.ArgumentParser()
+    diagnose.add_arguments(parser)
+    assert diagnose.run(parser.parse_args([str(folder)])) == 2
+    assert missing.split(".")[0] in capsys.readouterr().out
+
+
+def test_a_torn_line_is_named(tmp_path):
+    folder = write_run(tmp_path / "run", iterations=2)
+    with open(folder / "rows.jsonl", "a") as log:
+        log.write('{"iteration": 3, "upd\n')
+    with pytest.raises(ValueError, match="line 9"):
+        diagnose.RunFolder.load(folder)

@@ -1,0 +1,459 @@
+"""Recording and replaying real and toy pipelines: velocities, gradients, losses, sharing, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from support import oracle
+
+from flowdppo_fast import PhiloxNoise, fused_dppo_velocity_loss
+from flowdppo_fast.trainer import TrajectoryRecorder
+from flowdppo_fast.trainer.record.arguments import ArgumentStore, join, joinable, tensors_of
+from flowdppo_fast.trainer.record.guidance import GuidanceRule, find_rule
+
+ROWS, STEPS = 3, [0, 1, 3]
+
+
+def guided(cond: int, scale: float, **options) -> GuidanceRule:
+    """``u + scale*(c - u)`` of two outputs, ``cond`` being the place of c."""
+    return GuidanceRule(base=1 - cond, terms=((cond, 1 - cond, scale),), branches=2, **options)
+
+
+CASES = {
+    "sd3": ("sd3", {"guidance_scale": 1.0, "height": 8, "width": 8}, GuidanceRule()),
+    "sd3-doubled-batch": (
+        "sd3",
+        {"guidance_scale": 4.5, "height": 8, "width": 8},
+        guided(1, 4.5),
+    ),
+    "flux": ("flux", {"guidance_scale": 3.5, "height": 16, "width": 16}, GuidanceRule()),
+    "flux-two-calls": (
+        "flux",
+        {"guidance_scale": 3.5, "true_cfg_scale": 2.3, "height": 16, "width": 16},
+        guided(0, 2.3),
+    ),
+    "dit-labels": ("dit", {"guidance_scale": 3.0}, guided(1, 3.0)),
+    "digits": ("digits", {"guidance_scale": 1.0}, GuidanceRule()),
+    "digits-doubled-batch": (
+        "digits",
+        {"guidance_scale": 2.75},
+        guided(1, 2.75),
+    ),
+}
+
+
+def record(pipes, case: str, noise: str = "seeded"):
+    name, arguments, _ = CASES[case]
+    pipeline = getattr(pipes, name)()
+    recorder = TrajectoryRecorder(pipeline, noise=noise)
+    given = {"digits": {"prompt": ["3", "1", "4"]}, "dit": {"labels": torch.tensor([3, 1, 4])}}
+    inputs = given.get(name) or pipes.text_inputs(ROWS)
+    with recorder.recording(STEPS, seed=11) as trajectory:
+        pipeline(**inputs, **arguments, num_inference_steps=6, generator=pipes.generators(ROWS), output_type="pt")
+    return pipeline, recorder, trajectory
+
+
+def nudge(module: torch.nn.Module, size: float) -> None:
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += size * torch.randn_like(parameter)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_replay_gives_the_recorded_velocity_and_gradients(pipes, case):
+    pipeline, recorder, trajectory = record(pipes, case)
+    check = recorder.verify(trajectory, rows=[2, 0])
+    assert check.rule == CASES[case][2]
+    assert check.same_geometry == 0.0
+    assert check.batched_error <= check.tolerance == 16 * torch.finfo(torch.float32).eps * check.rule.gain
+    assert trajectory.groups == [[0, 1, 2]], "all steps in one transformer call"
+
+    recorder.replay(trajectory, [1, 2]).square().sum().backward()
+    gradients = {name: p.grad for name, p in pipeline.transformer.named_parameters()}
+    reached = [name for name, gradient in gradients.items() if gradient is not None and gradient.any()]
+    assert any(name.startswith("transformer_blocks.0") for name in reached)
+    assert len(reached) > 0.7 * len(gradients)
+
+
+@pytest.mark.parametrize("noise", ["seeded", "stored"])
+@pytest.mark.parametrize("case", ["sd3", "digits-doubled-batch"])
+def test_loss_and_mask_on_replayed_velocities_equal_the_textbook(pipes, case, noise):
+    pipeline, recorder, trajectory = record(pipes, case, noise)
+    states = torch.stack([record.calls[0].leaves[0].values for record in trajectory.steps], dim=1)
+    nudge(pipeline.transformer, 0.01)
+    rows = [2, 0, 1]
+    old, drawn, step = trajectory.select(rows)
+    advantages = torch.tensor([1.3, -0.4, 0.9])[:, None].expand(-1, len(STEPS))
+    velocity = recorder.replay(trajectory, rows)
+    # between the rows' divergences, so that some are beyond it
+    threshold = 1e-4
+    out = fused_dppo_velocity_loss(velocity, old, drawn, step, advantages, threshold=threshold)
+
+    levels = [trajectory.step.sigma, trajectory.step.sigma_next]
+    sigma, following = (level.expand(ROWS, -1).reshape(-1) for level in levels)
+    sigmas = [1.0, float(trajectory.step.sigma_next[0])]
+
+    def mean_of(v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return oracle.sampler_step(
+            "flow_sde",
+            states[rows].flatten(0, 1).double(),
+            v.detach().flatten(0, 1).double(),
+            sigma,
+            following,
+            0.7,
+            sigmas,
+        )
+
+    (mean, std), (old_mean, _) = mean_of(velocity), mean_of(old)
+    noise_tensor = drawn.materialize(old.shape, row_dims=2) if isinstance(drawn, PhiloxNoise) else drawn
+    next_state = old_mean + oracle.lift(std, old_mean) * noise_tensor.flatten(0, 1).double()
+    truth = oracle.policy_loss(
+        oracle.Rule("dppo", threshold),
+        mean,
+        old_mean,
+        next_state,
+        std,
+        following - sigma,
+        advantages.flatten().double(),
+    )
+    assert 0 < int((~truth.kept).sum()) < truth.kept.numel(), "the threshold should split the rows"
+    assert torch.equal(out.rows.kept.flatten(), truth.kept)
+    # statistics are means of N float32 products of relative error eps
+    torch.testing.assert_close(out.rows.kl.flatten().double(), truth.kl, rtol=1e-5, atol=0)
+    torch.testing.assert_close(out.rows.log_ratio.flatten().double(), truth.log_ratio, rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(out.loss.double(), truth.row_loss.mean(), rtol=1e-6, atol=0)
+
+
+def test_what_steps_share_is_kept_once_and_what_differs_is_not(pipes):
+    _, _, trajectory = record(pipes, "flux")
+    first, second = (
+        dict(zip(r.calls[0].spec.unflatten(r.calls[0].leaves)[1], r.calls[0].leaves)) for r in trajectory.steps[:2]
+    )
+    assert first["encoder_hidden_states"] is second["encoder_hidden_states"]
+    assert first["img_ids"] is second["img_ids"]
+    assert first["hidden_states"] is not second["hidden_states"]
+
+
+def test_the_pipelines_scheduler_and_hooks_are_restored_also_after_an_error(pipes):
+    pipeline = pipes.toy()
+    own = pipeline.scheduler
+    recorder = TrajectoryRecorder(pipeline)
+
+    def fails(output):
+        assert pipeline.scheduler is not own
+        assert pipeline.transformer._forward_hooks
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), recorder.recording([0]):
+        pipeline(fails)
+    assert pipeline.scheduler is own
+    assert not pipeline.transformer._forward_hooks
+
+
+def test_arguments_that_the_pipeline_overwrites_are_copied(pipes):
+    pipeline = pipes.toy()
+    recorder = TrajectoryRecorder(pipeline)
+    with recorder.recording([0, 1]) as trajectory:
+        pipeline(lambda x: x, in_place=True)
+    assert recorder.verify(trajectory, [0, 1]).same_geometry == 0.0
+
+
+def test_a_transformer_that_is_no_function_of_its_arguments_is_refused(pipes):
+    pipeline = pipes.toy()
+    recorder = TrajectoryRecorder(pipeline)
+    with recorder.recording([0, 1]) as trajectory:
+        pipeline(lambda x: x)
+    nudge(pipeline.transformer, 1e-6)
+    with pytest.raises(ValueError, match=r"replaying step 0 of ToyPipeline .* differs .* up to \d"):
+        recorder.verify(trajectory, [0])
+
+
+def _norm(x: torch.Tensor) -> torch.Tensor:
+    return torch.norm(x, dim=-1, keepdim=True)
+
+
+def _qwen(cond, uncond):
+    mixed = uncond + 4.0 * (cond - uncond)
+    return mixed * (_norm(cond) / _norm(mixed))
+
+
+def _capped(cond, uncond):
+    mixed = uncond + 1.5 * (cond - uncond)
+    return mixed * (_norm(cond) / (_norm(mixed) + 1e-8)).clamp(max=1.0)
+
+
+RULES = {
+    "sign": (1, 0, lambda x: -x, GuidanceRule(sign=-1)),
+    "slice": (1, 2, lambda x: x[:, :4], GuidanceRule()),
+    "slice-guided": (
+        2,
+        2,
+        lambda c, u: (u + 3.5 * (c - u))[:, :4],
+        guided(0, 3.5),
+    ),
+    "negated-guidance": (
+        2,
+        0,
+        lambda u, c: -(u + 7 * (c - u)),
+        guided(1, 7.0, sign=-1),
+    ),
+    # z-image writes guidance from the conditional branch
+    "from-cond": (2, 0, lambda c, u: c + 3 * (c - u), GuidanceRule(base=0, terms=((0, 1, 3.0),), branches=2)),
+    "norm-rescaled": (
+        2,
+        0,
+        _qwen,
+        guided(0, 4.0, rescale="vector_norm", like=0),
+    ),
+    "norm-capped": (
+        2,
+        0,
+        _capped,
+        guided(0, 1.5, rescale="vector_norm_capped", like=0),
+    ),
+    "negated-rescaled": (
+        2,
+        0,
+        lambda c, u: -_qwen(c, u),
+        guided(0, 4.0, sign=-1, rescale="vector_norm", like=0),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rules_are_found_from_the_numbers(pipes, name):
+    calls, reference, combine, expected = RULES[name]
+    pipeline = pipes.toy()
+    recorder = TrajectoryRecorder(pipeline)
+    with recorder.recording([0, 2]) as trajectory:
+        pipeline(combine, calls=calls, reference=reference)
+    assert trajectory.steps[0].rule == expected
+    assert recorder.verify(trajectory, [1]).same_geometry == 0.0
+
+
+@pytest.mark.parametrize("upcast", [True, False])
+def test_rules_in_half_precision_know_where_the_cast_is(upcast):
+    cond, uncond = torch.randn(2, 3, 4, 8, 8).bfloat16()
+    velocity = (
+        uncond.float() + 5.0 * (cond.float() - uncond.float()) if upcast else (uncond + 5.0 * (cond - uncond)).float()
+    )
+    rule, error = find_rule([uncond, cond], velocity)
+    assert (rule, error) == (guided(1, 5.0, upcast=upcast), 0.0)
+
+
+def _std(x: torch.Tensor) -> torch.Tensor:
+    return x.std(dim=[1, 2], keepdim=True)
+
+
+def _rescaled(cond, uncond, share: float):
+    mixed = uncond + 6.0 * (cond - uncond)
+    return share * (mixed * (_std(cond) / _std(mixed))) + (1 - share) * mixed
+
+
+def _row_capped(cond, uncond, most: float):
+    rows = []
+    for c, u in zip(cond, uncond):
+        mixed, limit = c + 4.0 * (c - u), torch.linalg.vector_norm(c) * most
+        norm = torch.linalg.vector_norm(mixed)
+        rows.append(mixed * (limit / norm) if norm > limit else mixed)
+    return torch.stack(rows)
+
+
+# outputs, combination, the rule as text; each is how some pipeline or guider writes it
+MANY = {
+    "skipped layers": (3, lambda u, c, p: u + 4.5 * (c - u) + (c - p) * 2.8, "b0 + 4.5*(b1 - b0) + 2.8*(b1 - b2)"),
+    "two deltas from the condition": (
+        3, lambda c, u, p: c + 2.0 * (c - u) + 1.5 * (c - p), "b0 + 2*(b0 - b1) + 1.5*(b0 - b2)",
+    ),
+    "image and text in a chain": (
+        3, lambda c, i, u: u + 1.6 * (i - u) + 5.0 * (c - i), "b2 + 1.6*(b1 - b2) + 5*(b0 - b1)",
+    ),
+    "three deltas": (
+        4, lambda c, u, p, m: c + 3.0 * (c - u) + 1.25 * (c - p) + 2.0 * (c - m),
+        "b0 + 3*(b0 - b1) + 1.25*(b0 - b2) + 2*(b0 - b3)",
+    ),
+    "an output that is not used": (3, lambda u, c, p: u + 4.5 * (c - u), "b0 + 4.5*(b1 - b0)"),
+    "guidance that is off": (2, lambda c, u: c, "b0"),
+    "guidance of one": (2, lambda c, u: u + 1.0 * (c - u), "b1 + 1*(b0 - b1)"),
+    "a negated chain": (3, lambda c, i, u: -(u + 1.6 * (i - u) + 5.0 * (c - i)), "-(b2 + 1.6*(b1 - b2) + 5*(b0 - b1))"),
+    "standard deviation": (2, lambda c, u: _rescaled(c, u, 1.0), "sample_std(b1 + 6*(b0 - b1), like b0)"),
+    "part of the standard deviation": (
+        2, lambda c, u: _rescaled(c, u, 0.7), "sample_std(b1 + 6*(b0 - b1), like b0, 0.7)",
+    ),
+    "capped rows": (
+        2, lambda c, u: -_row_capped(c, u, 1.1), "-sample_norm_capped(b0 + 4*(b0 - b1), like b0, 1.1)",
+    ),
+    "rescaled skipped layers": (
+        3, lambda u, c, p: (lambda v: v * (_norm(c) / _norm(v)))(u + 4.5 * (c - u) + (c - p) * 2.8),
+        "vector_norm(b0 + 4.5*(b1 - b0) + 2.8*(b1 - b2), like b1)",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_guidance_from_any_outputs_is_found(pipes, name):
+    calls, combine, expected = MANY[name]
+    pipeline = pipes.toy()
+    recorder = TrajectoryRecorder(pipeline)
+    with recorder.recording([0, 2]) as trajectory:
+        pipeline(combine, calls=calls)
+    rules = [str(step.rule) for step in trajectory.steps]
+    assert rules == [expected, expected]
+    assert recorder.verify(trajectory, [1]).same_geometry == 0.0
+
+
+UNKNOWN = {
+    "clipped": (1, lambda x: x.clamp(-0.3, 0.3)),
+    "scaled": (1, lambda x: 0.7 * x),
+    "squared guidance": (2, lambda c, u: u + 3 * (c - u) * (c - u).abs()),
+    "a product": (3, lambda a, b, c: a + 2 * (b - c) * (a - c)),
+    "five calls": (5, lambda a, b, c, d, e: a + 2 * (b - c) + d - e),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_a_pipeline_without_a_rule_stops_with_its_name_and_the_difference(pipes, name):
+    calls, combine = UNKNOWN[name]
+    pipeline = pipes.toy()
+    recorder = TrajectoryRecorder(pipeline)
+    with (
+        pytest.raises(ValueError, match=r"ToyPipeline, step 0: no rule gives the velocity .* differs by up to"),
+        recorder.recording([0]),
+    ):
+        pipeline(combine, calls=calls)
+
+
+def test_guidance_that_changes_on_the_way_is_followed(pipes):
+    scales = iter([2.0, 2.0, 2.0, 5.0, 5.0, 5.0])
+
+    def combine(cond, uncond):
+        return uncond + next(scales) * (cond - uncond)
+
+    pipeline = pipes.toy()
+    recorder = TrajectoryRecorder(pipeline)
+    with recorder.recording([1, 2, 3]) as trajectory:
+        pipeline(combine, calls=2)
+    assert [step.rule.terms[0][2] for step in trajectory.steps] == [2.0, 2.0, 5.0]
+    assert trajectory.groups == [[0, 1], [2]]
+    assert recorder.verify(trajectory, [0, 2]).same_geometry == 0.0
+
+
+def test_steps_that_are_not_run_and_pipelines_without_a_transformer_are_errors(pipes):
+    pipeline = pipes.toy()
+    with pytest.raises(ValueError, match=r"got the last step"), TrajectoryRecorder(pipeline).recording([5]):
+        pipeline(lambda x: x)
+    with (
+        pytest.raises(ValueError, match=r"ran the chosen steps \[\], expected \[1\]"),
+        TrajectoryRecorder(pipeline).recording([1]),
+    ):
+        pass
+    with pytest.raises(ValueError, match="no component named transformer"):
+        TrajectoryRecorder(type("Empty", (), {"components": {}, "scheduler": pipeline.scheduler})())
+
+
+def test_equal_outputs_hide_the_guidance_scale(pipes):
+    def combine(cond, uncond):
+        return uncond + 3.0 * (cond - uncond)
+
+    class Twice(type(pipes.toy().transformer)):
+        def forward(self, hidden_states, timestep, shift, return_dict=True):
+            return super().forward(hidden_states, timestep, torch.zeros_like(shift))
+
+    pipeline = pipes.toy()
+    pipeline.transformer.__class__ = Twice
+    with (
+        pytest.raises(ValueError, match=r"ToyPipeline, step 0: the transformer's outputs 0 and 1 are equal"),
+        TrajectoryRecorder(pipeline).recording([0]),
+    ):
+        pipeline(combine, calls=2)
+
+
+def test_a_second_scheduler_in_the_same_step_is_an_error(pipes):
+    class Sound(type(pipes.toy())):
+        """Denoises a second latent with a copy of the scheduler, as LTX-2 does with sound."""
+
+        @torch.no_grad()
+        def __call__(self):
+            latents = sound = torch.randn(2, 4, 6)
+            self.scheduler.set_timesteps(6)
+            other = copy.deepcopy(self.scheduler)
+            for t in self.scheduler.timesteps:
+                velocity = self.transformer(latents, timestep=t.expand(2), shift=torch.randn(2, 6))[0]
+                latents = self.scheduler.step(velocity, t, latents, return_dict=False)[0]
+                sound = other.step(velocity, t, sound, return_dict=False)[0]
+
+    toy = pipes.toy()
+    pipeline = Sound(toy.transformer, toy.scheduler)
+    with (
+        pytest.raises(ValueError, match=r"Sound took step 1 twice, with a scheduler of its own for a second latent"),
+        TrajectoryRecorder(pipeline).recording([1, 2]),
+    ):
+        pipeline()
+
+
+def test_an_enabled_cache_is_an_error(pipes):
+    pipeline = pipes.toy()
+    pipeline.transformer.is_cache_enabled = True
+    with (
+        pytest.raises(ValueError, match=r"ToyPipeline has a cache enabled on transformer, .* call disable_cache\(\)"),
+        TrajectoryRecorder(pipeline).recording([0]),
+    ):
+        pass
+
+
+def test_equal_rows_and_equal_tensors_are_kept_once():
+    store, module = ArgumentStore(), torch.nn.Identity()
+    text = torch.randn(2, 5, 3)
+    state = torch.randn(4, 6)
+
+    def call(**changes):
+        given = {
+            "state": torch.cat([state, state]), "text": text.repeat_interleave(4, 0), "table": torch.eye(3),
+            "names": [[(1, 2)]] * 8, "options": {"scale": 0.5, "mask": torch.ones(8, 2)}, "count": 3, **changes,
+        }  # fmt: skip
+        return store.call(module, (), given, 4, 2)
+
+    first, second = call(), call(count=3)
+    held = {x.data_ptr(): x for x in tensors_of([first, second]) if x.dtype != torch.int64}
+    # states once and not twice, a text per prompt, one row of the mask
+    assert sorted(x.numel() for x in held.values()) == sorted([24, 30, 9, 2])
+    args, kwargs = join([first, second], [3, 1], torch.device("cpu"))
+    assert args == ()
+    assert torch.equal(kwargs["state"], state[[3, 3, 1, 1, 3, 3, 1, 1]])
+    assert torch.equal(kwargs["text"], text[[0, 0, 0, 0, 1, 1, 1, 1]])
+    assert torch.equal(kwargs["table"], torch.eye(3))
+    assert kwargs["names"] == [[(1, 2)]] * 8
+    assert kwargs["options"]["scale"] == 0.5
+    assert kwargs["options"]["mask"].shape == (8, 2)
+    assert joinable(first, second)
+    assert joinable(first, call(state=torch.randn(8, 6)))
+    changes = (
+        {"count": 4}, {"table": 2 * torch.eye(3)}, {"state": torch.randn(8, 7)}, {"options": {}},
+        {"text": text.repeat_interleave(2, 0)}, {"text": text.repeat_interleave(4, 0).double()},
+    )  # fmt: skip
+    for change in changes:
+        assert not joinable(first, call(**change))
+
+
+def test_rows_with_one_fingerprint_stay_different():
+    store = ArgumentStore()
+    rows = torch.tensor([[1.0, 2.0], [2.0, 1.0], [1.0, 2.0], [float("nan"), 0.0]])
+    call = store.call(torch.nn.Identity(), (rows,), {}, 4, 1)
+    (args, _) = join([call], None, torch.device("cpu"))
+    assert torch.equal(args[0].nan_to_num(9.0), rows.nan_to_num(9.0))
+
+
+def test_different_tensors_with_one_fingerprint_stay_different():
+    store, module = ArgumentStore(), torch.nn.Identity()
+    for first in (torch.eye(3), torch.tensor([[1.0, 2.0], [5.0, 0.0]])):
+        second = first.flip(1)
+        rows = len(first)
+        # as an argument that rows share, and as one with an entry per row
+        for batch in (rows + 1, rows):
+            kept = [
+                join([store.call(module, (x,), {}, batch, 1)], None, torch.device("cpu"))[0][0] for x in (first, second)
+            ]
+            assert torch.equal(kept[0], first)
+            assert torch.equal(kept[1], second)
