@@ -14,6 +14,7 @@ from .jpeg import JPEGCompressibility, JPEGIncompressibility
 from .ocr import OCRReward
 from .protocol import Reward, move_reward, score
 from .registry import CombinedReward, build_rewards
+from .vlm_judge import VLMJudge
 
 __all__ = [
     "AestheticScore",
@@ -29,6 +30,7 @@ __all__ = [
     "Reward",
     "RewardHandle",
     "RewardServerError",
+    "VLMJudge",
     "build_rewards",
     "move_reward",
     "score",
