@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .images import DEFAULT_FRAMES, check_positive, scored_pixels, to_arrays
 
-Output = Literal["edit", "likelihood"]
+Output = Literal["edit", "likelihood", "both"]
 Lines = Literal["detect", "one"]
 _RECOGNISER = "PP-OCRv6_rec_small.onnx"
 _LINE_HEIGHT = 48
@@ -40,7 +40,7 @@ class OCRReward:
     Nothing is downloaded. The reader runs on the CPU, about 10 ms for a line of 24x72 pixels.
 
     Args:
-        output: ``"edit"`` or ``"likelihood"``.
+        output: ``"edit"``, ``"likelihood"``, or ``"both"`` from one reading: a mapping of these two names.
         lines: ``"detect"`` finds lines of text with PP-OCR's detector and reads them from top to bottom; ``"one"``
             reads the whole image as one line, which needs no detector and suits small pages.
         anywhere: for ``"edit"``: other text beside the asked one costs nothing.
@@ -78,19 +78,23 @@ class OCRReward:
         self._reader = Recogniser(file, threads)
         self._detector = _load_detector(threads) if lines == "detect" else None
 
-    def __call__(self, images: Any, prompts: Sequence[Any], metadata: Sequence[dict] | None = None) -> Tensor:
+    def __call__(
+        self, images: Any, prompts: Sequence[Any], metadata: Sequence[dict] | None = None
+    ) -> Tensor | dict[str, Tensor]:
         pixels = scored_pixels(images, prompts, self.frames)
         asked = [self._asked(place, prompts, metadata) for place in range(len(prompts))]
         count = pixels.shape[1]
         texts = [text for text in asked for _ in range(count)]
         pages = self._pages(pixels)
-        if self.output == "likelihood":
-            self._reader.check(asked)
-            scores = self._reader.likelihood([self._frames(page) for page in pages], texts)
-        else:
+        named = {}
+        if self.output != "likelihood":
             found = [normalise("".join(self._reader.decode(line) for line in page)) for page in pages]
-            scores = torch.tensor([self._similarity(read, text) for read, text in zip(found, texts)])
-        return scores.view(-1, count).mean(1)
+            named["edit"] = torch.tensor([self._similarity(read, text) for read, text in zip(found, texts)])
+        if self.output != "edit":
+            self._reader.check(asked)
+            named["likelihood"] = self._reader.likelihood([self._frames(page) for page in pages], texts)
+        named = {name: scores.view(-1, count).mean(1) for name, scores in named.items()}
+        return named if self.output == "both" else named[self.output]
 
     def read(self, images: Any) -> list[str]:
         """What stands in each image (the first scored frame of a video), without white space and in lower case."""
