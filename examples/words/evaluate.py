@@ -44,10 +44,13 @@ def measure(images: torch.Tensor, prompts: list[str], seeds: int) -> dict[str, l
     """Numbers of each image: what both readers read, whether that is exact, edit similarity; paper and variety."""
     words = [parse(text)[0] for text in prompts for _ in range(seeds)]
     numbers: dict[str, list] = {"asked": words}
-    for name, reader in ((FIRST_NAME, first_reader()), (SECOND_NAME, second_reader())):
+    readers = {FIRST_NAME: first_reader("both"), SECOND_NAME: second_reader()}
+    for name, reader in readers.items():
         numbers[f"{name} read"] = reader.read(images)
         numbers[f"{name} exact"] = [float(a == b) for a, b in zip(numbers[f"{name} read"], words)]
-        numbers[f"{name} edit"] = reader(images, [""] * len(words), [{"text": word} for word in words]).tolist()
+        scores = reader(images, [""] * len(words), [{"text": word} for word in words])
+        scores = scores if isinstance(scores, dict) else {"edit": scores}
+        numbers |= {f"{name} {kind}": values.tolist() for kind, values in scores.items()}
     # grey levels of 255 that clean paper is darker than white
     numbers["paper noise"] = (255 * (1 - images[:, :, :_PAPER_ROWS])).mean(dim=(1, 2, 3)).tolist()
     grouped = images.unflatten(0, (-1, seeds))

@@ -7,7 +7,7 @@
 from .aesthetic import AestheticScore
 from .background import BackgroundScorer, RewardHandle
 from .classifier import ClassifierReward
-from .clip import CLIPScore, PickScore
+from .clip import CLIPScore, HPSv2Score, PickScore
 from .http import HTTPReward, RewardServerError
 from .images import to_pixels
 from .jpeg import JPEGCompressibility, JPEGIncompressibility
@@ -22,6 +22,7 @@ __all__ = [
     "CLIPScore",
     "ClassifierReward",
     "CombinedReward",
+    "HPSv2Score",
     "HTTPReward",
     "JPEGCompressibility",
     "JPEGIncompressibility",

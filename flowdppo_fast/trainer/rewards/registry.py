@@ -14,7 +14,7 @@ from typing_extensions import Self
 
 from .aesthetic import AestheticScore
 from .classifier import ClassifierReward
-from .clip import CLIPScore, PickScore
+from .clip import CLIPScore, HPSv2Score, PickScore
 from .http import HTTPReward
 from .jpeg import JPEGCompressibility, JPEGIncompressibility
 from .ocr import OCRReward
@@ -25,6 +25,7 @@ BUILT_IN: dict[str, Callable[..., Reward]] = {
     "aesthetic": AestheticScore,
     "classifier": ClassifierReward,
     "clip": CLIPScore,
+    "hpsv2": HPSv2Score,
     "http": HTTPReward,
     "jpeg": JPEGCompressibility,
     "jpeg_compressibility": JPEGCompressibility,
