@@ -3,7 +3,7 @@
     python examples/words/demo.py [--output runs/words] [--resume] [section.key=value ...]
 
 leaves metrics, a curve, the weights, the recipe and a sheet from before and after in one folder. After Ctrl-C a second
-start continues from the last checkpoint. Settings are in ``config.yaml`` beside this file.
+start continues from the last checkpoint. Settings are in ``examples/configs/words.yaml``.
 """
 
 from __future__ import annotations
@@ -13,17 +13,20 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from evaluate import SPLITS, draw, means, measure, paired
 from pipeline import WordsPipeline
-from readers import FIRST_NAME, SECOND_NAME, first_reader
+from readers import FIRST_NAME, SECOND_NAME
 from tqdm import tqdm
 from vocabulary import train_prompts
 
 from flowdppo_fast.runs import figures
-from flowdppo_fast.trainer import FlowDPPOConfig, FlowDPPOTrainer
+from flowdppo_fast.trainer import FlowDPPOTrainer
+from flowdppo_fast.trainer.recipe import Recipe
+from flowdppo_fast.trainer.rewards import build_rewards
 
 HERE = Path(__file__).parent
 SEEDS = 2
@@ -75,13 +78,15 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     parser.add_argument("--checkpoint", type=Path, default=HERE / "checkpoint", help="the pre-trained pipeline")
     parser.add_argument("--words", choices=SPLITS, default="held_out", help="what is drawn before and after")
     parser.add_argument("--prompts", type=int, help="only the first that many of them")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings other than config.yaml's")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings other than the recipe's")
     args = parser.parse_args(arguments)
     started = time.perf_counter()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
     overrides = [*args.overrides, *([f"run.output_dir={args.output}"] if args.output else [])]
-    config = FlowDPPOConfig.from_yaml(HERE / "config.yaml", overrides)
+    recipe = Recipe.from_yaml(HERE.parent / "configs" / "words.yaml", overrides)
+    reward, weights = build_rewards(list(recipe.rewards))
+    config = replace(recipe.config, advantage=replace(recipe.config.advantage, reward_weights=weights))
     folder = Path(config.run.output_dir)
     continued = (folder / "metrics.jsonl").exists()
     if args.resume and not continued:
@@ -92,12 +97,12 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     pipeline = WordsPipeline.from_pretrained(args.checkpoint)
     pages = {"before": draw(pipeline, prompts, SEEDS, steps)}
     numbers = {"before": measure(pages["before"], prompts, SEEDS)}
-    trainer = FlowDPPOTrainer(pipeline, first_reader("both"), train_prompts(), config)
+    trainer = FlowDPPOTrainer(pipeline, reward, train_prompts(), config)
 
     def tell(metrics: dict[str, float]) -> None:
         tqdm.write(
             f"iteration {metrics['iteration']:3d}  likelihood {metrics['reward']:.3f}  "
-            f"edit {metrics['reward/edit']:.3f}  KL {metrics['kl_new_old_nats']:.3f} nats  "
+            f"edit {metrics['reward/ocr/edit']:.3f}  KL {metrics['kl_new_old_nats']:.3f} nats  "
             f"masked {metrics['masked_fraction']:.1%}"
         )
 
@@ -106,7 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     except KeyboardInterrupt:
         raise SystemExit("\ninterrupted; the same command continues from the last checkpoint") from None
 
-    pages["after"] = draw(pipeline, prompts, SEEDS, steps)
+    with trainer.weights.averaged():
+        pages["after"] = draw(pipeline, prompts, SEEDS, steps)
     numbers["after"] = measure(pages["after"], prompts, SEEDS)
     trainer.save_pretrained(folder / "final")
     draw_sheet(pages, numbers, folder / "sheet.png")

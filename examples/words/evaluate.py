@@ -13,9 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pipeline import WordsPipeline
+from pipeline import WordsPipeline, parse, prompt
 from readers import FIRST_NAME, SECOND_NAME, first_reader, second_reader
-from vocabulary import HELD_OUT, TUNING, WITHHELD, parse, prompt, prompts_of
+from vocabulary import HELD_OUT, TUNING, WITHHELD, prompts_of
+
+from flowdppo_fast.trainer.rewards.ocr import edit_distance
 
 HERE = Path(__file__).parent
 SPLITS = {
@@ -44,13 +46,13 @@ def measure(images: torch.Tensor, prompts: list[str], seeds: int) -> dict[str, l
     """Numbers of each image: what both readers read, whether that is exact, edit similarity; paper and variety."""
     words = [parse(text)[0] for text in prompts for _ in range(seeds)]
     numbers: dict[str, list] = {"asked": words}
-    readers = {FIRST_NAME: first_reader("both"), SECOND_NAME: second_reader()}
-    for name, reader in readers.items():
-        numbers[f"{name} read"] = reader.read(images)
-        numbers[f"{name} exact"] = [float(a == b) for a, b in zip(numbers[f"{name} read"], words)]
-        scores = reader(images, [""] * len(words), [{"text": word} for word in words])
-        scores = scores if isinstance(scores, dict) else {"edit": scores}
-        numbers |= {f"{name} {kind}": values.tolist() for kind, values in scores.items()}
+    for name, reader in ((FIRST_NAME, first_reader("likelihood")), (SECOND_NAME, second_reader())):
+        read = numbers[f"{name} read"] = reader.read(images)
+        numbers[f"{name} exact"] = [float(a == b) for a, b in zip(read, words)]
+        numbers[f"{name} edit"] = [1 - min(edit_distance(a, b), len(b)) / len(b) for a, b in zip(read, words)]
+        if name == FIRST_NAME:
+            scores = reader(images, [""] * len(words), [{"text": word} for word in words])
+            numbers[f"{name} likelihood"] = scores.tolist()
     # grey levels of 255 that clean paper is darker than white
     numbers["paper noise"] = (255 * (1 - images[:, :, :_PAPER_ROWS])).mean(dim=(1, 2, 3)).tolist()
     grouped = images.unflatten(0, (-1, seeds))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,13 +11,32 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ImagePipelineOutput, SD3Transformer2DModel
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
-from vocabulary import LENGTHS, TYPEFACES, parse
 
+LENGTHS = range(3, 9)
+# name in a prompt -> font file, of those that matplotlib ships
+TYPEFACES = {"sans": "DejaVuSans.ttf", "serif": "DejaVuSerif-Bold.ttf", "mono": "DejaVuSansMono-Bold.ttf"}
 LETTERS = 26
 # a token is letter (or blank, or nothing asked), place in the word and typeface, one-hot each
 TOKENS, TOKEN_WIDTH = LENGTHS[-1], LETTERS + 2 + LENGTHS[-1] + len(TYPEFACES)
 POOLED_WIDTH = len(LENGTHS) + len(TYPEFACES)
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+_PROMPT = re.compile(r'"(?P<word>[a-z]+)" in (?P<typeface>[a-z]+)')
+
+
+def prompt(word: str, typeface: str) -> str:
+    """The prompt that asks for ``word`` in ``typeface``."""
+    return f'"{word}" in {typeface}'
+
+
+def parse(text: str) -> tuple[str, str]:
+    """Word and typeface of a prompt; ValueError for another form, length or typeface."""
+    match = _PROMPT.fullmatch(text.strip())
+    if match is None or len(match["word"]) not in LENGTHS or match["typeface"] not in TYPEFACES:
+        raise ValueError(
+            f'prompt: got {text!r}, expected "word" in typeface, with {LENGTHS[0]} to {LENGTHS[-1]} letters a to z '
+            f"and a typeface of {', '.join(TYPEFACES)}"
+        )
+    return match["word"], match["typeface"]
 
 
 def embed(words: Sequence[tuple[str, str] | None]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,7 +91,7 @@ class WordsPipeline(DiffusionPipeline):
 
         Args:
             prompt: ``"word" in typeface``, or a list of such prompts (``vocabulary.parse`` says what they may hold).
-            num_inference_steps: number n of transformer calls, at the levels ``1, 1 - 1/n, ..., 1/n`` before shift.
+            num_inference_steps: n transformer calls, at the levels ``1, 1 - 1/n, ..., 1/n`` before shift.
             guidance_scale: above 1, classifier-free guidance from one batch ``[nothing, asked]`` of ``2 * B``.
             generator: for the first latents (one, or one per image) and for a scheduler that draws noise.
             latents: first latents ``[B, 1, H, W]``; drawn if absent.
@@ -92,8 +112,10 @@ class WordsPipeline(DiffusionPipeline):
             nothing = (part.to(device, dtype) for part in embed([None] * len(asked)))
             tokens, pooled = (torch.cat(pair) for pair in zip(nothing, (tokens, pooled)))
 
-        rows, columns = self.size
-        shape = (len(asked), 1, rows, columns)
+        conditions = {"encoder_hidden_states": tokens, "pooled_projections": pooled}
+        # a page is a third as high as wide
+        side = self.transformer.config.sample_size
+        shape = (len(asked), 1, side // 3, side)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         elif tuple(latents.shape) != shape:
@@ -105,11 +127,7 @@ class WordsPipeline(DiffusionPipeline):
         for t in self.progress_bar(self.scheduler.timesteps):
             batch = torch.cat([latents, latents]) if do_guidance else latents
             velocity = self.transformer(
-                hidden_states=batch,
-                timestep=t.expand(len(batch)),
-                encoder_hidden_states=tokens,
-                pooled_projections=pooled,
-                return_dict=False,
+                hidden_states=batch, timestep=t.expand(len(batch)), return_dict=False, **conditions
             )[0]
             if do_guidance:
                 unasked, wanted = velocity.chunk(2)
@@ -119,12 +137,6 @@ class WordsPipeline(DiffusionPipeline):
         images = latents if output_type == "latent" else to_images(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of a page: a third as high as wide."""
-        side = self.transformer.config.sample_size
-        return side // 3, side
 
 
 def to_images(latents: torch.Tensor, output_type: str) -> torch.Tensor | np.ndarray | list[Image.Image]:

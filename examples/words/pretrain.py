@@ -20,9 +20,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
-from pipeline import POOLED_WIDTH, TOKEN_WIDTH, WordsPipeline, embed
+from pipeline import LENGTHS, POOLED_WIDTH, TOKEN_WIDTH, TYPEFACES, WordsPipeline, embed
 from render import WIDTH, render
-from vocabulary import HELD_OUT, LENGTHS, TRAIN, TUNING, TYPEFACES, WITHHELD
+from vocabulary import HELD_OUT, TRAIN, TUNING, WITHHELD
 
 UNSEEN = {*HELD_OUT, *TUNING}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from vocabulary import TYPEFACES
+from pipeline import TYPEFACES
 
 HEIGHT, WIDTH = 24, 72
 LARGEST = 15

@@ -1,4 +1,4 @@
-"""The words, their splits and their typefaces. Nothing here is random: a split is a fact, not a seed.
+"""The words and their splits. Nothing here is random: a split is a fact, not a seed.
 
 ``TRAIN`` is what pre-training and fine-tuning see. ``HELD_OUT`` is what is reported and ``TUNING`` is what settings
 were chosen on; neither is ever seen in training. ``WITHHELD`` are words of ``TRAIN`` with one typeface that they are
@@ -8,12 +8,8 @@ never seen in.
 from __future__ import annotations
 
 import hashlib
-import re
 
-LENGTHS = range(3, 9)
-
-# name in a prompt -> font file, of those that matplotlib ships
-TYPEFACES = {"sans": "DejaVuSans.ttf", "serif": "DejaVuSerif-Bold.ttf", "mono": "DejaVuSansMono-Bold.ttf"}
+from pipeline import TYPEFACES, prompt
 
 _TEXT = """
 act add age air apple arm art ask away baby back bag ball band bank bar base bath bay beach bean bear beat bed bee
@@ -67,28 +63,6 @@ _BY_HASH = sorted(WORDS, key=_order)
 HELD_OUT, TUNING, TRAIN = _BY_HASH[:60], _BY_HASH[60:100], _BY_HASH[100:]
 # word -> the typeface in which it is never seen
 WITHHELD = {word: sorted(TYPEFACES)[place % len(TYPEFACES)] for place, word in enumerate(TRAIN[:60])}
-
-_PROMPT = re.compile(r'"(?P<word>[a-z]+)" in (?P<typeface>[a-z]+)')
-
-
-def prompt(word: str, typeface: str) -> str:
-    """The prompt that asks for ``word`` in ``typeface``."""
-    return f'"{word}" in {typeface}'
-
-
-def parse(text: str) -> tuple[str, str]:
-    """Word and typeface of a prompt.
-
-    Raises:
-        ValueError: another form, a word with fewer than 3 or more than 8 letters, or an unknown typeface.
-    """
-    match = _PROMPT.fullmatch(text.strip())
-    if match is None or len(match["word"]) not in LENGTHS or match["typeface"] not in TYPEFACES:
-        raise ValueError(
-            f'prompt: got {text!r}, expected "word" in typeface, with {LENGTHS[0]} to {LENGTHS[-1]} letters a to z '
-            f"and a typeface of {', '.join(TYPEFACES)}"
-        )
-    return match["word"], match["typeface"]
 
 
 def train_prompts() -> list[str]:

@@ -49,7 +49,7 @@ def load(name: str) -> Recipe:
 
 
 def test_all_configs_are_checked_here():
-    assert set(CONFIGS) == {*PIPELINES, "digits"}
+    assert set(CONFIGS) == {*PIPELINES, "digits", "words"}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
