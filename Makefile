@@ -6,13 +6,14 @@ PIP := $(PY) -m pip --disable-pip-version-check -q
 export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 0
 
-.PHONY: help demo demo-digits test pytest lint audit check-tables docs bench bench-quick bench-train bench-learning bench-learning-quick gpu build clean
+.PHONY: help demo demo-digits test pytest test-cpus lint audit check-tables docs bench bench-quick bench-train bench-learning bench-learning-quick gpu build clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo         teach a small flow model to spell, with Flow-DPPO and a reader as reward (about 4 minutes)"
 	@echo "make demo-digits  teach another one to draw bold digits (about a minute)"
 	@echo "make test         lint, types and all tests"
+	@echo "make test-cpus    tests that compare bits or learn, on every x86 processor this one can play (half an hour)"
 	@echo "make docs         the documentation site, into build/site; warnings are errors"
 	@echo "make audit        look for known vulnerabilities in what constraints.txt pins (needs a network)"
 	@echo "make bench        op benchmark against every contender on this CPU"
@@ -61,9 +62,19 @@ audit:
 	build/audit/bin/python -m pip --disable-pip-version-check -q install pip-audit==2.10.1
 	build/audit/bin/pip-audit --strict --disable-pip --no-deps -r constraints.txt
 
+# a run must end: a test after 300 s (pyproject.toml), one that hangs in C after 330, a worker that dies at once, all
+# after half an hour
+PYTEST_FLAGS := -n 2 --dist loadfile --max-worker-restart=0 -o faulthandler_timeout=330 -o faulthandler_exit_on_timeout=true
+PYTEST_LIMIT ?= 1800
+
 # one thread per worker; the thread-count tests set their own
 pytest: build
-	FLOWDPPO_REQUIRE_CPU=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --durations=25
+	@FLOWDPPO_REQUIRE_CPU=1 OMP_NUM_THREADS=1 timeout --kill-after=30 $(PYTEST_LIMIT) $(PY) -m pytest $(PYTEST_FLAGS) --durations=25 || \
+		{ status=$$?; [ $$status != 124 ] || echo "The tests did not end within $(PYTEST_LIMIT) s and were stopped." >&2; exit $$status; }
+
+# the tests that compare bits or learn, on the processors that this x86 machine can play
+test-cpus: build
+	$(PY) -m tests.cpus
 
 # the generated tables in README.md and docs/ against the committed result folders they are made from
 README_RESULTS := bench/results/cpu/2026-11-20-749900e5a2

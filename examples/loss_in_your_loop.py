@@ -25,6 +25,7 @@ from flowdppo_fast import (
     sde_step,
 )
 
+SEED = 0
 LATENT = (2, 4, 4)
 SIGMAS = [1.0 - i / 10 for i in range(11)]
 # the steps that draw noise and are trained; the others follow the flow
@@ -121,8 +122,8 @@ def train(
     Args:
         loss: a scalar to be differentiated, and metrics that stay on the device.
     """
-    torch.manual_seed(0)
-    model, generator = Velocity(), torch.Generator().manual_seed(0)
+    torch.manual_seed(SEED)
+    model, generator = Velocity(), torch.Generator().manual_seed(SEED)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     history = []
     for _ in range(iterations):

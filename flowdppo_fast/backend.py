@@ -78,6 +78,17 @@ def build_info() -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+def _kernels_problem() -> str | None:
+    """Why Triton's kernels cannot be used, or None: they are installed from another folder than the package."""
+    found = importlib.util.find_spec("flowdppo_fast.kernels")
+    if found is None or found.origin is None:
+        return f"its kernels are not installed; pip install -e {_PACKAGE.parent} (or a wheel) brings them"
+    place = Path(found.origin).parent.resolve()
+    if place not in (_PACKAGE.resolve() / "kernels", _PACKAGE.resolve().parent / "kernels" / "triton"):
+        return f"the package is in {_PACKAGE} and its kernels are those of {place}; pip install -e {_PACKAGE.parent}"
+    return None
+
+
 def triton_interpreted() -> bool:
     """Whether Triton kernels run in Triton's interpreter, on CPU tensors (``TRITON_INTERPRET=1``)."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -87,7 +98,7 @@ _CPU_PROBLEM = _load_cpu_library()
 _CUDA_PROBLEM = _load_cuda_library()
 _TRITON_SPEC = importlib.util.find_spec("triton")
 _TRITON_PROBLEM = (
-    None
+    _kernels_problem()
     # a mere folder of that name on the path has no origin
     if _TRITON_SPEC is not None and _TRITON_SPEC.origin is not None
     else "Triton is not installed; pip install 'triton>=3.6' (Linux x86-64) or take another backend"

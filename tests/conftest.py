@@ -12,13 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support import learning as learning_support
 from support.backends import BACKENDS, GPU_BACKENDS, Backend, require
+from support.bits import ACROSS
+from support.limits import pytest_handlecrashitem  # noqa: F401
 
 # cuBLAS is only deterministic with a fixed workspace; has to be set before the first CUDA call
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 # threads cost more than they bring on tensors this small; thread-count invariance has its own tests
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +58,37 @@ def gpu_backend(request) -> Backend:
     return require(request.param)
 
 
+@pytest.fixture
+def learning(request, monkeypatch) -> learning_support.Learning:
+    """The run's seed, which a trainer that is made in this test takes, and the check of what was gained."""
+    from flowdppo_fast.trainer import FlowDPPOTrainer
+
+    seed, make = getattr(request, "param", 0), FlowDPPOTrainer.__init__
+
+    def seeded(trainer, pipeline, reward, prompts, config, *args, **kwargs):
+        config.run.seed = seed
+        make(trainer, pipeline, reward, prompts, config, *args, **kwargs)
+
+    monkeypatch.setattr(FlowDPPOTrainer, "__init__", seeded)
+    request.node.user_properties.append(("seed", seed))
+    return learning_support.Learning(seed, request.node.user_properties)
+
+
+def pytest_generate_tests(metafunc):
+    if "learning" in metafunc.fixturenames and learning_support.SEEDS > 1:
+        seeds = range(learning_support.SEEDS)
+        metafunc.parametrize("learning", seeds, indirect=True, ids=[f"seed{seed}" for seed in seeds])
+
+
+# before pytest chooses by markers
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "learning" in getattr(item, "fixturenames", ()):
+            item.add_marker("learns")
+        for mark in item.iter_markers("bits"):
+            if mark.args or mark.kwargs.keys() != {"across"} or mark.kwargs["across"] not in ACROSS:
+                raise pytest.UsageError(f"{item.nodeid}: got {mark}, expected bits(across=...) of {', '.join(ACROSS)}")
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device and torch.cuda.is_available() is False")
@@ -74,6 +107,11 @@ def pytest_terminal_summary(terminalreporter, config):
     if reports["skipped"] and not torch.cuda.is_available():
         count = len(reports["skipped"])
         terminalreporter.write_line(f"{count} GPU tests NOT RUN: no CUDA device on this machine", yellow=True)
+    if learning_support.SEEDS > 1:
+        ended = [report for found in terminalreporter.stats.values() for report in found]
+        ended = [report for report in ended if getattr(report, "when", None) == "call"]
+        for line in learning_support.lines(learning_support.gains(ended)):
+            terminalreporter.write_line(line)
     # for `python -m bench.ops evidence`: what each GPU backend passed
     if path := os.environ.get("FLOWDPPO_GPU_TESTS_REPORT"):
         found = {"quick": "not slow" in config.getoption("-m"), "backends": outcomes_by_backend(reports)}

@@ -40,11 +40,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     choose = commands.add_parser("choose", help="print what the tuning runs choose")
     choose.add_argument("--results", type=Path, default=paths.TUNING)
 
-    repeat = commands.add_parser("repeat", help="run a run file's request again and compare")
-    repeat.add_argument("file", type=Path)
+    fold = commands.add_parser("fold", help="move the files of new runs into the compressed table beside their folder")
+    fold.add_argument("--results", type=Path, default=paths.RESULTS)
 
-    rows = commands.add_parser("rows", help="run a run file's request again and keep rows for the README's figure")
-    rows.add_argument("file", type=Path)
+    repeat = commands.add_parser("repeat", help="run a run's request again and compare")
+    rows = commands.add_parser("rows", help="run a run's request again and keep rows for the README's figure")
+    for command in (repeat, rows):
+        command.add_argument("run", help="its name, or a file")
+        command.add_argument("--results", type=Path, default=paths.RESULTS)
     rows.add_argument("--output", type=Path, default=paths.ROWS)
 
     quick = commands.add_parser("quick", help="one short run of every method; asserts mechanics, not who wins")
@@ -90,16 +93,27 @@ def _choose(options: argparse.Namespace) -> int:
     return 0
 
 
+def _fold(options: argparse.Namespace) -> int:
+    count = results.fold(options.results)
+    print(f"{results.table_of(options.results)}: {count} runs were added")
+    return 0
+
+
+def _recorded(options: argparse.Namespace) -> results.Run:
+    path = Path(options.run)
+    return results.load_file(path) if path.suffix == ".json" else results.find(options.results, options.run)
+
+
 def _repeat(options: argparse.Namespace) -> int:
     from .runs import differences, run
 
-    recorded = results.load_file(options.file).result
+    recorded = _recorded(options).result
     found = differences(recorded, run(recorded["request"]))
     for line in found:
         print(line)
     made = recorded["environment"]
     print(
-        f"{options.file.name}: {f'{len(found)} numbers differ' if found else 'bit for bit the same'} "
+        f"{options.run}: {f'{len(found)} numbers differ' if found else 'bit for bit the same'} "
         f"(recorded by {made['git_sha']}, torch {made['torch']}, {made['cpu']})"
     )
     return 1 if found else 0
@@ -108,7 +122,8 @@ def _repeat(options: argparse.Namespace) -> int:
 def _rows(options: argparse.Namespace) -> int:
     from .mask_and_clip import record
 
-    results.write(record(results.load_file(options.file).result, options.file.name), options.output)
+    run = _recorded(options)
+    results.write(record(run.result, run.cell.name), options.output)
     print(options.output)
     return 0
 
@@ -134,6 +149,7 @@ _COMMANDS = {
     "sweep": _sweep,
     "status": _status,
     "choose": _choose,
+    "fold": _fold,
     "repeat": _repeat,
     "rows": _rows,
     "quick": _quick,

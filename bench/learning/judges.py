@@ -79,7 +79,14 @@ class FeatureSpace:
     @classmethod
     @torch.no_grad()
     def fit(cls, judge: Judge, ink: Tensor) -> FeatureSpace:
+        """The principal directions of real pages' features.
+
+        Raises:
+            ValueError: a feature is not finite.
+        """
         hidden = _hidden(judge, ink)
+        if not hidden.isfinite().all():
+            raise ValueError("ink: the judge's features of these pages are not finite, so they have no directions")
         centre = hidden.mean(0)
         _, scale, directions = torch.linalg.svd(hidden - centre, full_matrices=False)
         spread = scale[:FEATURE_RANK] / (len(hidden) - 1) ** 0.5

@@ -1,7 +1,7 @@
 """The figure of the README: rows of one Flow-GRPO run under its ratio clip and under a KL mask that drops as many.
 
-``python -m bench.learning rows FILE`` runs a run file's request again (seconds), checks that its rows are those of the
-file's summary, and keeps the decisions of all rows and some of the rows in ``rows.json``; ``document`` draws that.
+``python -m bench.learning rows RUN`` runs a run's request again (seconds), checks that its rows are those of the
+summary, and keeps the decisions of all rows and some of the rows in ``rows.json``; ``document`` draws that.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def rows_of(request: Mapping[str, Any]) -> Rows:
 
 
 def record(recorded: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """What ``rows.json`` holds of a run file called ``name``: its decisions, and an even choice of the rows that
+    """What ``rows.json`` holds of a run called ``name``: its decisions, and an even choice of the rows that
     move away.
 
     Raises:
@@ -51,7 +51,7 @@ def record(recorded: Mapping[str, Any], name: str) -> dict[str, Any]:
         raise ValueError(f"{name}: got method {request['method']!r}, expected one that clips the ratio")
     rows = rows_of(request)
     if json.loads(json.dumps(summary(rows, request["evaluation"]["clips"]))) != recorded["rows"]:
-        raise ValueError(f"{name}: the rows of this run are not those of the file's summary")
+        raise ValueError(f"{name}: the rows of this run are not those of its summary")
     away = rows.moved.where(rows.moved.away)
     shown = away.where(np.arange(len(away)) % -(-len(away) // DOTS) == 0)
     return {

@@ -25,13 +25,18 @@ def mixture(mean: Tensor, second: Tensor, classes: Tensor) -> tuple[Tensor, Tens
 def frechet(features: Tensor, centre: Tensor, covariance: Tensor) -> float:
     """Squared Frechet distance of Gaussians fitted to ``features`` ``[B, D]`` and given by their moments.
 
-    ``|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))`` (Heusel et al., arXiv 1706.08500), in units of the features.
+    ``|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))`` (Heusel et al., arXiv 1706.08500), in units of the features. NaN
+    where the product of the covariances is not finite: a model that lost its numbers has no distance.
     """
     own = features.double()
     difference = own.mean(0) - centre
     spread = torch.cov(own.T)
+    product = spread @ covariance
+    if not product.isfinite().all():
+        # LAPACK may crash on such a matrix, error or none
+        return float("nan")
     # eigenvalues of a product of two positive semi-definite matrices are real and >= 0
-    root = torch.linalg.eigvals(spread @ covariance).real.clamp_min(0).sqrt().sum()
+    root = torch.linalg.eigvals(product).real.clamp_min(0).sqrt().sum()
     return float(difference.square().sum() + torch.trace(spread) + torch.trace(covariance) - 2 * root)
 
 

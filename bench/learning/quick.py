@@ -19,7 +19,7 @@ from flowdppo_fast.trainer import FlowDPPOConfig, TrajectoryRecorder
 from . import plan
 from .requests import Cell, load_settings, request
 from .results import write
-from .runs import run
+from .runs import named_numbers, run
 from .tasks import load_task
 
 
@@ -62,10 +62,12 @@ def check(output: Path | None = None) -> Iterator[str]:
 
 def check_result(result: Mapping[str, Any]) -> None:
     """Mechanics of one run."""
-    numbers = list(_numbers({key: result[key] for key in ("history", "evaluations", "rows")}))
     assert result["failed"] is None, result["failed"]
-    assert all(value is not None and math.isfinite(value) for value in numbers), "a number is not finite"
+    numbers = named_numbers({key: result[key] for key in ("history", "evaluations", "rows")})
+    lost = [name for name, value in numbers if not math.isfinite(value)]
+    assert not lost, f"not finite: {', '.join(lost)}"
     assert result["rows"]["moved_rows"] > 0, "no update moved the policy"
+    # equal bits: the drift replays each step in the batch that it was recorded in, with as many threads
     assert result["evaluations"][0]["drift_nats"] == 0, "the pretrained model differs from itself"
     assert result["evaluations"][-1]["drift_nats"] > 0, "training left the model where it was"
     json.dumps(result, allow_nan=False)
@@ -113,14 +115,3 @@ def kernel_difference(name: str) -> float:
 
 def _dppo(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"method": "flow_dppo", **settings["tuned"]["flow_dppo"]}
-
-
-def _numbers(value: Any) -> Iterator[float | None]:
-    if isinstance(value, Mapping):
-        for entry in value.values():
-            yield from _numbers(entry)
-    elif isinstance(value, (list, tuple)):
-        for entry in value:
-            yield from _numbers(entry)
-    elif value is None or isinstance(value, (int, float)):
-        yield value

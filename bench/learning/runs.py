@@ -6,7 +6,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,14 @@ _KEPT_METRICS = (
 )
 
 
+class Diverged(RuntimeError):
+    """A measure of the model is not finite."""
+
+
 def run(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Trains and measures; the result but ``environment`` and ``seconds`` is a function of the request.
+    """Trains and measures; the result but ``environment`` and ``seconds`` is a function of the request, on one machine.
+
+    A run whose model diverges ends there: ``failed`` says how, and the evaluation that was not finite is left out.
 
     Args:
         request: ``task``, ``rewards`` (names), ``method``, ``bound``, ``trainer`` (all sections of its settings but the
@@ -64,6 +70,9 @@ def run(request: Mapping[str, Any]) -> dict[str, Any]:
 
         def measure(iteration: int, per_prompt: int) -> None:
             result = evaluate(task, rewards, pipeline, pretrained, per_prompt, settings)
+            lost = [name for name, value in named_numbers(result) if not math.isfinite(value)]
+            if lost:
+                raise Diverged(f"after iteration {iteration} {', '.join(lost)} of the model are not finite")
             evaluations.append({"iteration": iteration, **_rounded(result)})
 
         metrics_so_far: list[dict[str, float]] = []
@@ -81,7 +90,8 @@ def run(request: Mapping[str, Any]) -> dict[str, Any]:
             history = trainer.train(on_iteration=after)
         except (RuntimeError, ValueError) as error:
             pages, _ = draw(pipeline, task.trained, 1, num_steps=settings["num_steps"], guidance=settings["guidance"])
-            if trainer.skipped_updates <= config.optimizer.max_skipped_updates and torch.isfinite(pages).all():
+            stopped = trainer.skipped_updates > config.optimizer.max_skipped_updates
+            if not (isinstance(error, Diverged) or stopped) and torch.isfinite(pages).all():
                 raise
             # a model that lost its numbers is a result like any other, and none to leave out
             failed, history = str(error), metrics_so_far
@@ -122,6 +132,15 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     for key in ("request", "failed", "history", "evaluations", "rows"):
         compare(key, left[key], right[key])
     return found
+
+
+def named_numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """All numbers of nested mappings and lists, with the names that lead to them; NaN for None."""
+    if isinstance(value, (Mapping, list, tuple)):
+        for key, entry in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from named_numbers(entry, f"{name}.{key}" if name else str(key))
+    elif value is None or isinstance(value, (int, float)):
+        yield name, math.nan if value is None else value
 
 
 def _significant(value: float) -> float | None:

@@ -9,12 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from .requests import Cell, request
-from .results import write
+from .results import exists, file_of, write
 from .runs import run
-
-
-def path_of(cell: Cell, folder: Path) -> Path:
-    return folder / f"{cell.name}.json"
 
 
 def run_all(
@@ -26,7 +22,7 @@ def run_all(
     shards: int = 1,
     until: float | None = None,
 ) -> int:
-    """Runs the cells of a shard that have no file yet; returns how many were run.
+    """Runs the cells of a shard that are not there yet; returns how many were run.
 
     Args:
         shard, shards: take every ``shards``-th cell from number ``shard`` (0-based), for machines that share no disk.
@@ -37,16 +33,16 @@ def run_all(
     count = 0
     mine = cells[shard::shards]
     for cell in mine:
-        path = path_of(cell, folder)
+        path = file_of(cell.name, folder)
         lock = path.with_suffix(".lock")
-        if path.exists() or (until is not None and time.time() >= until) or not _claim(lock):
+        if exists(cell.name, folder) or (until is not None and time.time() >= until) or not _claim(lock):
             continue
         try:
-            if not path.exists():
+            if not exists(cell.name, folder):
                 result = run(request(cell, settings))
                 write(result, path)
                 count += 1
-                left = sum(not path_of(other, folder).exists() for other in mine)
+                left = sum(not exists(other.name, folder) for other in mine)
                 print(f"{cell.name}  {result['seconds']['wall']:.0f} s, {left} left", flush=True)
         finally:
             lock.unlink()
@@ -58,9 +54,9 @@ def status(named: Mapping[str, Iterable[Cell]], folder: Path) -> str:
     lines = []
     everything: dict[str, bool] = {}
     for name, cells in named.items():
-        present = [path_of(cell, folder).exists() for cell in cells]
-        lines.append(f"{name:<22} {sum(present):4d} of {len(present):4d} runs")
-        everything |= {cell.name: path_of(cell, folder).exists() for cell in cells}
+        present = {cell.name: exists(cell.name, folder) for cell in cells}
+        lines.append(f"{name:<22} {sum(present.values()):4d} of {len(present):4d} runs")
+        everything |= present
     lines.append(f"{'all, each run once':<22} {sum(everything.values()):4d} of {len(everything):4d} runs")
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""Draws two_numbers.svg: log-ratio against KL of rows whose policy moved at random, and what mask and clip drop.
+"""Draws two_numbers.png: log-ratio against KL of rows whose policy moved at random, and what mask and clip drop.
 
 python docs/figures/two_numbers.py
 """
@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib
-import matplotlib.pyplot as plt
 import torch
 
 from flowdppo_fast import row_statistics, sde_schedule
+from flowdppo_fast.runs import figures
 
 N, ROWS, THRESHOLD = 4096, 600, 1e-5
 # the spread of the log-ratio at the threshold
@@ -28,32 +27,35 @@ def rows() -> tuple[torch.Tensor, torch.Tensor]:
     return q / 2, p - q / 2
 
 
+@figures.style()
 def main() -> None:
-    matplotlib.rcParams.update({"svg.hashsalt": "two_numbers", "font.size": 10})
     kl, log_ratio = rows()
     mask, clip = (kl >= THRESHOLD) & (log_ratio > 0), log_ratio > CLIP
-    figure, axis = plt.subplots(figsize=(7.2, 3.8), layout="constrained")
+    figure, (axis,) = figures.panels(1, height=4.4)
     for chosen, colour, marker, label in (
-        (~mask & ~clip, "#8a8a8a", "o", "dropped by neither"),
-        (mask & clip, "#222222", "s", "dropped by both"),
-        (mask & ~clip, "#0072B2", "^", "by the mask only: far, and moving on"),
-        (clip & ~mask, "#D55E00", "v", "by the clip only: near, and noise"),
+        (~mask & ~clip, figures.PALE, "o", "dropped by neither"),
+        (mask & clip, figures.INK, "s", "dropped by both"),
+        (mask & ~clip, figures.BLUE, "^", "by the mask only: far, and moving on"),
+        (clip & ~mask, figures.VERMILION, "v", "by the clip only: near, and noise"),
     ):
-        axis.plot(
-            kl[chosen], log_ratio[chosen], marker, color=colour, markersize=3.5, label=f"{label} ({chosen.sum()})"
-        )
-    axis.axvline(THRESHOLD, color="#0072B2", linewidth=1)
-    axis.axhline(CLIP, color="#D55E00", linewidth=1)
-    axis.axhline(0, color="black", linewidth=0.6)
+        axis.plot(kl[chosen], log_ratio[chosen], marker, color=colour, markersize=4, label=f"{label} ({chosen.sum()})")
+    axis.axvline(THRESHOLD, color=figures.BLUE)
+    axis.axhline(CLIP, color=figures.VERMILION)
+    axis.axhline(0, color=figures.GREY, linewidth=0.8)
     levels = torch.logspace(-7, -4, 50)
     for sign in (-1, 1):
         spread = sign * (2 * levels / N).sqrt() - levels
-        axis.plot(levels, spread, ":", color="black", linewidth=1, label="-D ± sqrt(2 D/N)" if sign > 0 else None)
-    axis.set(xscale="log", xlabel="KL of the row, D = Q/2 (threshold: vertical line)")
-    axis.set_ylabel("log-ratio of the row, L = P - Q/2\n(clip: horizontal line)")
-    axis.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    axis.legend(fontsize=8, loc="lower left")
-    figure.savefig(Path(__file__).with_suffix(".svg"), metadata={"Date": None})
+        axis.plot(
+            levels, spread, ":", color=figures.INK, linewidth=1.2, label="-D ± sqrt(2 D / N)" if sign > 0 else None
+        )
+    figures.log_scale(axis.xaxis)
+    axis.set(
+        xlabel="KL of the row: D = Q/2 (mask: vertical line)",
+        ylabel="log-ratio of the row: L = P - Q/2\n(clip: horizontal line)",
+    )
+    axis.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
+    figures.legend(figure, (axis,), columns=2)
+    print(figures.save(figure, Path(__file__).with_suffix(".png")))
 
 
 if __name__ == "__main__":

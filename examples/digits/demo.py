@@ -3,7 +3,7 @@
     python examples/digits/demo.py [--output runs/demo] [--resume] [section.key=value ...]
 
 takes about a minute on one CPU core and leaves metrics, a plot and samples from before and after in one folder.
-After Ctrl-C a second start continues from the last checkpoint. Settings are in ``config.yaml`` beside this file.
+After Ctrl-C a second start continues from the last checkpoint. Settings are those of ``examples/configs/digits.yaml``.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from tqdm import tqdm
 
 from flowdppo_fast.runs import figures
 from flowdppo_fast.trainer import FlowDPPOConfig, FlowDPPOTrainer
+from flowdppo_fast.trainer.recipe import Recipe
 
 HERE = Path(__file__).parent
+RECIPE = HERE.parent / "configs" / "digits.yaml"
 DIGITS = [str(digit) for digit in range(10)]
 # seeds that no rollout draws: those are 63-bit hashes
 HELD_OUT_SEEDS = range(20)
@@ -38,6 +40,11 @@ class BoldDigits:
 
     def __call__(self, images, prompts, metadata) -> dict[str, torch.Tensor]:
         return {"readable": self.readable(images, prompts), "bold": self.bold(images, prompts)}
+
+
+def settings(overrides: Sequence[str] = ()) -> FlowDPPOConfig:
+    """Those of the recipe, with a folder of the demo's own."""
+    return Recipe.from_yaml(RECIPE, ["run.output_dir=runs/demo", *overrides]).config
 
 
 def draw(pipeline: DigitsPipeline, num_steps: int) -> tuple[torch.Tensor, list[str]]:
@@ -90,13 +97,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     parser.add_argument(
         "--checkpoint", type=Path, default=HERE / "checkpoint", help="the pretrained model and its judge"
     )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings other than config.yaml's")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings other than the recipe's")
     args = parser.parse_args(arguments)
     started = time.perf_counter()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
 
     overrides = [*args.overrides, *([f"run.output_dir={args.output}"] if args.output else [])]
-    config = FlowDPPOConfig.from_yaml(HERE / "config.yaml", overrides)
+    config = settings(overrides)
     folder = Path(config.run.output_dir)
     continued = (folder / "metrics.jsonl").exists()
     if args.resume and not continued:

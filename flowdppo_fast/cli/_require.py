@@ -9,6 +9,7 @@ _TRAINER = {
     "diffusers": "diffusers",
     "matplotlib": "matplotlib",
     "peft": "peft",
+    "pydantic": "pydantic",
     "safetensors": "safetensors",
     "tqdm": "tqdm",
     "transformers": "transformers",

@@ -1,11 +1,13 @@
 """A thin Flow-DPPO trainer for any diffusers flow pipeline; needs the ``trainer`` extra (diffusers, accelerate, peft).
 
->>> from flowdppo_fast.trainer import FlowDPPOConfig, FlowDPPOTrainer
+>>> from flowdppo_fast.trainer import FlowDPPOConfig, FlowDPPOTrainer, PreparedRun, Recipe
 >>> FlowDPPOTrainer(pipeline, reward, prompts, FlowDPPOConfig.from_yaml("config.yaml")).train()
+>>> PreparedRun.of(Recipe.from_yaml("recipe.yaml")).train()
 """
 
 from .advantages import group_advantages
 from .config import FlowDPPOConfig
+from .recipe import PreparedRun, Recipe
 from .record.recorder import TrajectoryRecorder
 from .record.scheduler import FlowMatchSDEScheduler
 from .rewards import Reward
@@ -15,6 +17,8 @@ __all__ = [
     "FlowDPPOConfig",
     "FlowDPPOTrainer",
     "FlowMatchSDEScheduler",
+    "PreparedRun",
+    "Recipe",
     "Reward",
     "TrajectoryRecorder",
     "group_advantages",

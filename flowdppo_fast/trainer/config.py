@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
+from pydantic import BeforeValidator, ConfigDict, Field, Strict, StrictBool, StrictInt
 
 from ..objectives import DPPO, GRPOGuard, Objective, RatioClip, Unclipped
+from .settings import NUMBER, Count, NotNegative, Number, Positive, build, check, check_known, plain, read_yaml, require
+
+# sections of a recipe beside those of the trainer
+RECIPE_SECTIONS = ("pipeline", "prompts", "rewards")
 
 # arguments of the pipeline's call that the trainer sets itself
 _RESERVED_ARGUMENTS = (
@@ -24,6 +28,13 @@ _RESERVED_ARGUMENTS = (
     "prompt_embeds",
     "return_dict",
 )
+
+# what a section does not know is refused, and sections in sections are checked again
+SECTION = ConfigDict(extra="forbid", revalidate_instances="always")
+_BetweenZeroAndOne = Annotated[float, Field(gt=0, lt=1), NUMBER]
+_Beta = Annotated[float, Field(ge=0, lt=1), NUMBER]
+# YAML reads a bare no as False
+_Precision = Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)]
 
 
 @dataclass
@@ -42,15 +53,17 @@ class ModelConfig:
         offload_idle: text encoders, VAE and other components are on the host while the transformer(s) are trained.
     """
 
+    __pydantic_config__ = SECTION
+
     train: Literal["lora", "full"] = "lora"
-    lora_rank: int | None = None
-    lora_alpha: float | None = None
+    lora_rank: Count | None = None
+    lora_alpha: Positive | None = None
     lora_targets: tuple[str, ...] | None = None
-    gradient_checkpointing: bool = False
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    compile: bool = False
-    ema_decay: float | None = None
-    offload_idle: bool = False
+    gradient_checkpointing: StrictBool = False
+    mixed_precision: _Precision = "no"
+    compile: StrictBool = False
+    ema_decay: _BetweenZeroAndOne | None = None
+    offload_idle: StrictBool = False
 
 
 @dataclass
@@ -58,7 +71,7 @@ class SamplingConfig:
     """> Parameters that control the rollout.
 
     Args:
-        num_steps: denoising steps T.
+        num_steps: denoising steps T, of which the last is never trained.
         sampler: stochastic sampler, an entry of :data:`flowdppo_fast.SAMPLERS` with noise.
         eta: noise level of the sampler, > 0.
         sde_steps: indices of the steps that may draw noise and be trained, in 0..T-2; None means the first
@@ -86,25 +99,27 @@ class SamplingConfig:
         offload_trajectories: keep recorded tensors on the host.
     """
 
-    num_steps: int = 10
+    __pydantic_config__ = SECTION
+
+    num_steps: Annotated[int, Field(ge=2), Strict()] = 10
     sampler: Literal["flow_sde", "dance", "wan", "cps"] = "flow_sde"
-    eta: float = 0.7
-    sde_steps: tuple[int, ...] | None = None
-    sde_fraction: float | None = None
-    sde_steps_per_rollout: int | None = None
+    eta: Positive = 0.7
+    sde_steps: tuple[StrictInt, ...] | None = None
+    sde_fraction: Annotated[float, Field(gt=0, le=1), NUMBER] | None = None
+    sde_steps_per_rollout: Count | None = None
     step_choice: Literal["random", "window", "random_window"] = "random"
-    window_every: int = 1
-    per_group_steps: bool = False
+    window_every: Count = 1
+    per_group_steps: StrictBool = False
     noise: Literal["seeded", "stored"] = "seeded"
-    prompts_per_rollout: int = 8
-    group_size: int = 8
-    same_latents: bool = False
-    measure_noise_share: bool = False
-    batch_size: int | None = None
+    prompts_per_rollout: Count = 8
+    group_size: Count = 8
+    same_latents: StrictBool = False
+    measure_noise_share: StrictBool = False
+    batch_size: Count | None = None
     output_type: str = "pt"
     pipeline_kwargs: dict[str, Any] = field(default_factory=dict)
-    background_rewards: bool = True
-    offload_trajectories: bool = False
+    background_rewards: StrictBool = True
+    offload_trajectories: StrictBool = False
 
     @property
     def candidate_steps(self) -> tuple[int, ...]:
@@ -129,12 +144,14 @@ class AdvantageConfig:
         history: that many past rewards of a prompt join its group's mean and standard deviation; None means none.
     """
 
+    __pydantic_config__ = SECTION
+
     std: Literal["group", "global", "none"] = "group"
-    eps: float = 1e-4
-    clip: float | None = 5.0
-    reward_weights: dict[str, float] = field(default_factory=dict)
-    per_reward: bool = False
-    history: int | None = None
+    eps: Positive = 1e-4
+    clip: Positive | None = 5.0
+    reward_weights: dict[str, Number] = field(default_factory=dict)
+    per_reward: StrictBool = False
+    history: Count | None = None
 
 
 @dataclass
@@ -150,24 +167,22 @@ class ObjectiveConfig:
         drift_budget: the run ends once the KL to the model at the start, in nats per denoising step, exceeds this.
     """
 
+    __pydantic_config__ = SECTION
+
     name: Literal["dppo", "dppo_symmetric", "ratio_clip", "grpo_guard", "unclipped"] = "dppo"
-    threshold: float | None = None
-    clip_low: float | None = None
-    clip_high: float | None = None
-    kl_weight: float = 0.0
+    threshold: Positive | None = None
+    clip_low: _BetweenZeroAndOne | None = None
+    clip_high: Positive | None = None
+    kl_weight: NotNegative = 0.0
     reference_kl: Literal["gaussian", "without_dt"] = "gaussian"
-    drift_budget: float | None = None
+    drift_budget: Positive | None = None
 
     @property
     def needs_reference(self) -> bool:
         return self.kl_weight > 0 or self.drift_budget is not None
 
     def build(self) -> Objective:
-        """The objective of this section.
-
-        Raises:
-            ValueError: a number out of range.
-        """
+        """The objective of this section."""
         if self.name.startswith("dppo"):
             threshold = DPPO().threshold if self.threshold is None else self.threshold
             return DPPO(threshold, symmetric=self.name == "dppo_symmetric")
@@ -196,18 +211,20 @@ class OptimizerConfig:
         max_skipped_updates: the run stops once more updates than this had a loss or gradient that is not finite.
     """
 
-    learning_rate: float = 3e-4
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 1e-4
-    max_grad_norm: float | None = 1.0
-    updates_per_rollout: int = 2
-    inner_epochs: int = 1
-    micro_batch_size: int = 8
-    steps_per_micro_batch: int | None = None
-    target_kl: float | None = None
-    skip_dropped_backward: bool = False
-    max_skipped_updates: int = 3
+    __pydantic_config__ = SECTION
+
+    learning_rate: Positive = 3e-4
+    betas: tuple[_Beta, _Beta] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    weight_decay: NotNegative = 1e-4
+    max_grad_norm: Positive | None = 1.0
+    updates_per_rollout: Count = 2
+    inner_epochs: Count = 1
+    micro_batch_size: Count = 8
+    steps_per_micro_batch: Count | None = None
+    target_kl: Positive | None = None
+    skip_dropped_backward: StrictBool = False
+    max_skipped_updates: Annotated[int, Field(ge=0), Strict()] = 3
 
 
 @dataclass
@@ -221,9 +238,11 @@ class EvaluationConfig:
         pipeline_kwargs: arguments of the pipeline's call that differ from ``sampling.pipeline_kwargs``.
     """
 
-    every: int | None = None
-    num_steps: int | None = None
-    images_per_prompt: int = 1
+    __pydantic_config__ = SECTION
+
+    every: Count | None = None
+    num_steps: Count | None = None
+    images_per_prompt: Count = 1
     pipeline_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
@@ -246,17 +265,19 @@ class RunConfig:
         row_log: write log-ratio, KL and mask of every row of every update to ``rows.jsonl`` in the output folder.
     """
 
-    iterations: int = 100
-    seed: int = 0
+    __pydantic_config__ = SECTION
+
+    iterations: Count = 100
+    seed: StrictInt = 0
     output_dir: str = "runs/flowdppo"
-    checkpoint_every: int = 10
-    keep_checkpoints: int = 2
+    checkpoint_every: Count = 10
+    keep_checkpoints: Count = 2
     device: Literal["auto", "cpu"] = "auto"
-    progress: bool = True
+    progress: StrictBool = True
     trackers: tuple[str, ...] = ()
     project: str = "flowdppo"
-    plot_every: int | None = 10
-    row_log: bool = True
+    plot_every: Annotated[int, Field(ge=0), Strict()] | None = 10
+    row_log: StrictBool = True
 
 
 @dataclass
@@ -292,23 +313,19 @@ class FlowDPPOConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> FlowDPPOConfig:
         """Sections as nested mappings; unknown sections and keys are errors."""
         sections = typing.get_type_hints(cls)
+        recipe = [name for name in RECIPE_SECTIONS if name in values]
+        if recipe:
+            raise ValueError(
+                f"section: got {', '.join(recipe)} of a recipe, expected {', '.join(sections)}; Recipe.from_yaml and "
+                "Recipe.from_dict of flowdppo_fast.trainer.recipe read it, and flowdppo train runs it"
+            )
         check_known("section", values, sections)
-        return cls(**{name: build_section(sections[name], name, entries or {}) for name, entries in values.items()})
+        return cls(**{name: build(sections[name], name, entries or {}) for name, entries in values.items()})
 
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: Iterable[str] = ()) -> FlowDPPOConfig:
-        """A YAML file with ``section.key=value`` overrides on top; values are read as YAML."""
-        values = yaml.safe_load(Path(path).read_text()) or {}
-        if not isinstance(values, dict):
-            raise ValueError(f"{path}: got {type(values).__name__}, expected sections with settings")
-        for override in overrides:
-            name, equals, text = override.partition("=")
-            section, dot, key = name.strip().partition(".")
-            if not (equals and dot and section and key):
-                raise ValueError(f"override: got {override!r}, expected section.key=value, as in sampling.eta=0.5")
-            check_known("section", [section], typing.get_type_hints(cls))
-            values[section] = {**(values.get(section) or {}), key: yaml.safe_load(text)}
-        return cls.from_dict(values)
+        """A YAML file with ``section.key=value`` overrides on top, at any depth; values are read as YAML."""
+        return cls.from_dict(read_yaml(path, overrides))
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dictionaries of plain values; :meth:`from_dict` is the inverse."""
@@ -325,63 +342,13 @@ class FlowDPPOConfig:
             ValueError, TypeError: see the class.
         """
         for section in dataclasses.fields(self):
-            value = getattr(self, section.name)
-            for name, hint in typing.get_type_hints(type(value)).items():
-                setattr(value, name, convert(getattr(value, name), hint, f"{section.name}.{name}"))
-        self._check_ranges()
+            check(getattr(self, section.name), section.name)
         self._check_sampling()
         self._check_objective()
 
-    def _check_ranges(self) -> None:
-        s, o, r, e = self.sampling, self.optimizer, self.run, self.evaluation
-        for name, value in (
-            ("model.lora_rank", self.model.lora_rank),
-            ("sampling.sde_steps_per_rollout", s.sde_steps_per_rollout),
-            ("sampling.prompts_per_rollout", s.prompts_per_rollout),
-            ("sampling.group_size", s.group_size),
-            ("sampling.batch_size", s.batch_size),
-            ("sampling.window_every", s.window_every),
-            ("advantage.history", self.advantage.history),
-            ("optimizer.updates_per_rollout", o.updates_per_rollout),
-            ("optimizer.inner_epochs", o.inner_epochs),
-            ("optimizer.micro_batch_size", o.micro_batch_size),
-            ("optimizer.steps_per_micro_batch", o.steps_per_micro_batch),
-            ("evaluation.every", e.every),
-            ("evaluation.num_steps", e.num_steps),
-            ("evaluation.images_per_prompt", e.images_per_prompt),
-            ("run.iterations", r.iterations),
-            ("run.checkpoint_every", r.checkpoint_every),
-            ("run.keep_checkpoints", r.keep_checkpoints),
-        ):
-            require(value is None or value >= 1, name, value, "an integer >= 1")
-        require(r.plot_every is None or r.plot_every >= 0, "run.plot_every", r.plot_every, "an integer >= 0")
-        positive: tuple[tuple[str, float | None], ...] = (
-            ("model.lora_alpha", self.model.lora_alpha),
-            ("sampling.eta", s.eta),
-            ("advantage.eps", self.advantage.eps),
-            ("advantage.clip", self.advantage.clip),
-            ("optimizer.learning_rate", o.learning_rate),
-            ("optimizer.eps", o.eps),
-            ("optimizer.max_grad_norm", o.max_grad_norm),
-            ("optimizer.target_kl", o.target_kl),
-            ("objective.drift_budget", self.objective.drift_budget),
-        )
-        for name, number in positive:
-            require(number is None or number > 0, name, number, "a number > 0")
-        require(o.weight_decay >= 0, "optimizer.weight_decay", o.weight_decay, "a number >= 0")
-        require(o.max_skipped_updates >= 0, "optimizer.max_skipped_updates", o.max_skipped_updates, "an integer >= 0")
-        require(all(0 <= beta < 1 for beta in o.betas), "optimizer.betas", o.betas, "two numbers in [0, 1)")
-        decay = self.model.ema_decay
-        require(decay is None or 0 < decay < 1, "model.ema_decay", decay, "a number in (0, 1)")
-
     def _check_sampling(self) -> None:
         s, o = self.sampling, self.optimizer
-        require(s.num_steps >= 2, "sampling.num_steps", s.num_steps, "at least 2: the last step is not trained")
         require(s.sampler != "cps" or s.eta <= 1, "sampling.eta", s.eta, "at most 1 for 'cps'")
-        require(
-            s.sde_fraction is None or 0 < s.sde_fraction <= 1, "sampling.sde_fraction", s.sde_fraction,
-            "a number in (0, 1]",
-        )  # fmt: skip
         require(
             s.sde_fraction is None or s.sde_steps is None, "sampling.sde_fraction", s.sde_fraction,
             "none where sampling.sde_steps names the steps",
@@ -432,70 +399,7 @@ class FlowDPPOConfig:
             for name in ("clip_low", "clip_high"):
                 value = getattr(o, name)
                 require(value is None, f"objective.{name}", value, f"none: {o.name!r} does not clip")
-        require(o.kl_weight >= 0, "objective.kl_weight", o.kl_weight, "a number >= 0")
         if self.model.train == "full":
             for name in ("lora_rank", "lora_alpha", "lora_targets"):
                 value = getattr(self.model, name)
                 require(value is None, f"model.{name}", value, "none with model.train='full'")
-        try:
-            o.build()
-        except ValueError as error:
-            raise ValueError(f"objective.{error}") from None
-
-
-def build_section(section: type, name: str, entries: Any) -> Any:
-    if not isinstance(entries, Mapping):
-        raise TypeError(f"{name}: got {type(entries).__name__}, expected settings of that section")
-    check_known(name, entries, typing.get_type_hints(section))
-    return section(**entries)
-
-
-def check_known(where: str, keys: Iterable[str], known: Iterable[str]) -> None:
-    unknown = [key for key in keys if key not in known]
-    if unknown:
-        raise ValueError(f"{where}: got unknown {', '.join(map(repr, unknown))}, expected some of {', '.join(known)}")
-
-
-def require(condition: bool, name: str, value: Any, expected: str) -> None:
-    if not condition:
-        raise ValueError(f"{name}: got {value!r}, expected {expected}")
-
-
-def convert(value: Any, hint: Any, name: str) -> Any:
-    """``value`` as the annotated type: ints become floats, lists tuples, and ``1e-5`` (text for YAML) a number."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        if value is None:
-            return None
-        return convert(value, next(a for a in arguments if a is not type(None)), name)
-    if origin is Literal:
-        # YAML reads a bare no as False
-        value = "no" if value is False and "no" in arguments else value
-        require(value in arguments, name, value, f"one of {', '.join(map(repr, arguments))}")
-        return value
-    if origin is tuple and isinstance(value, (list, tuple)):
-        if arguments[-1] is not Ellipsis:
-            require(len(value) == len(arguments), name, value, f"{len(arguments)} values")
-        return tuple(convert(entry, arguments[0], name) for entry in value)
-    if origin is dict and isinstance(value, Mapping):
-        return {key: convert(entry, arguments[1], f"{name}.{key}") for key, entry in value.items()}
-    if hint is Any:
-        return value
-    if hint is float:
-        if isinstance(value, str):
-            try:
-                return float(value)
-            except ValueError:
-                raise TypeError(f"{name}: got {value!r}, expected a number") from None
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
-    elif isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
-        return value
-    expected = getattr(hint, "__name__", str(hint)) if origin is None else str(hint)
-    raise TypeError(f"{name}: got {value!r}, expected {expected}")
-
-
-def plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: plain(entry) for key, entry in value.items()}
-    return [plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -187,6 +191,30 @@ def test_cuda_by_name_says_what_is_missing(monkeypatch, tmp_path):
     monkeypatch.setattr(backends, "_CUDA_LIBRARY", tmp_path / "broken.so")
     (tmp_path / "broken.so").write_bytes(b"not a library")
     assert "cannot be loaded under torch" in backends._load_cuda_library()
+
+
+def test_kernels_of_another_checkout_are_refused(tmp_path):
+    """A checkout on the path, while another one is installed for development, must not run the other one's kernels."""
+    package = Path(backends.__file__).parent
+    (tmp_path / package.name).mkdir()
+    for file in package.glob("*.py"):
+        shutil.copy(file, tmp_path / package.name)
+    code = "from flowdppo_fast import backend; print(backend.__file__, backend.problem('triton', 'cuda'))"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, cwd="/", capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    own = tmp_path / package.name
+    assert run.stdout.startswith(f"{own / 'backend.py'} the package is in {own} and its kernels are those of ")
+    assert run.stdout.endswith(f"; pip install -e {tmp_path}\n")
+    assert backends._kernels_problem() is None
+
+
+def test_kernels_that_are_not_installed_are_missed(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name.endswith("kernels") else find(name))
+    monkeypatch.setattr(backends, "_TRITON_PROBLEM", backends._kernels_problem())
+    with pytest.raises(RuntimeError, match="cannot run: its kernels are not installed; pip install -e"):
+        fast.resolve("triton", "cuda")
 
 
 def test_both_gpu_backends_have_operators_of_their_own():

@@ -59,6 +59,7 @@ def test_any_number_of_rows(gpu_backend, rows, single_pass, objective):
     check_backend(call, gpu_backend.name)
 
 
+@pytest.mark.bits(across="again")
 @pytest.mark.parametrize("seeded", [False, True], ids=["stored", "seeded"])
 @pytest.mark.parametrize("single_pass", [False, True], ids=["two passes", "single pass"])
 def test_the_same_bits_from_call_to_call(gpu_backend, single_pass, seeded):

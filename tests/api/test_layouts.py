@@ -177,6 +177,7 @@ def test_dims_of_size_one(backend, shape):
     check_backend(call, backend.name)
 
 
+@pytest.mark.bits(across="layout")
 def test_seeded_noise_keeps_the_layout_of_the_gradient(backend):
     """Draws belong to logical positions, so channels-last velocities are read through a copy; the gradient is not."""
     device = backend.device

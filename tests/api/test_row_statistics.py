@@ -92,6 +92,7 @@ def test_seeded_noise_with_stacked_rows(backend):
     torch.testing.assert_close(seeded[1], from_tensor[1], rtol=1e-6, atol=0)
 
 
+@pytest.mark.bits(across="again")
 def test_results_are_bitwise_repeatable(backend):
     call = bounded_call(make_problem((8,), (3, 33, 35)), "velocity", "dppo", dtypes=BF16, device=backend.device)
     first, second = library(call, backend.name), library(call, backend.name)
@@ -101,6 +102,7 @@ def test_results_are_bitwise_repeatable(backend):
         assert torch.equal(value, second.rows[name])
 
 
+@pytest.mark.bits(across="rows")
 def test_a_row_does_not_depend_on_its_neighbours(backend):
     """Bitwise: rows reordered, or taken alone, give the numbers they gave in the batch."""
     problem = make_problem((8,), (3, 11, 13))

@@ -21,7 +21,7 @@ LAYERS = {
     "public losses": ("losses", "sampling"),
     "front door": ("",),
     "users of the losses": ("integrations", "runs"),
-    "settings": ("trainer.config", "trainer.seeds", "trainer.prompts"),
+    "settings": ("trainer.settings", "trainer.config", "trainer.seeds", "trainer.prompts"),
     "wings of the trainer": ("trainer.record", "trainer.weights", "trainer.rewards"),
     "its loop": (
         "trainer.advantages", "trainer.checkpoint", "trainer.evaluation", "trainer.metrics", "trainer.pipeline_calls",

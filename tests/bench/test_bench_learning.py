@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from bench.learning import plan, quick, requests, results, runs, sweep
 from bench.learning.__main__ import main
 from bench.learning.methods import METHODS, objective_settings
 from bench.learning.requests import Cell
+from bench.learning.results import Run
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +30,14 @@ def short_run(settings):
     return runs.run(requests.request(Cell("digits", "flow_dppo", 0.01), settings))
 
 
+@pytest.mark.bits(across="again")
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_and_gives_finite_numbers(method, settings):
     cell = plan.tuned("digits", method, settings)
     quick.check_result(runs.run(requests.request(cell, settings)))
 
 
+@pytest.mark.bits(across="again")
 @pytest.mark.parametrize("entries", [{"kl_weight": 0.1}, {"guidance": 2.0}, {"rewards": 3, "inner_epochs": 1}])
 def test_every_study_runs(entries, settings):
     result = runs.run(requests.request(Cell("digits", "flow_dppo", 0.01, **entries), settings))
@@ -42,6 +46,7 @@ def test_every_study_runs(entries, settings):
         assert result["history"]["kl_ref_mean"][-1] > 0
 
 
+@pytest.mark.bits(across="again")
 def test_the_larger_task_runs(settings):
     result = runs.run(requests.request(Cell("shapes", "flow_grpo", 0.1), settings))
     quick.check_result(result)
@@ -52,6 +57,7 @@ def test_kernel_gives_the_references_kl(task):
     quick.kernel_difference(task)
 
 
+@pytest.mark.bits(across="again")
 def test_a_run_is_repeated_bit_for_bit_from_its_file_alone(short_run, tmp_path, capsys):
     path = tmp_path / "run.json"
     results.write(short_run, path)
@@ -65,6 +71,7 @@ def test_a_run_is_repeated_bit_for_bit_from_its_file_alone(short_run, tmp_path, 
     assert "history.reward[1]" in capsys.readouterr().out
 
 
+@pytest.mark.bits(across="again")
 def test_another_seed_is_another_run(short_run, settings):
     other = runs.run(requests.request(Cell("digits", "flow_dppo", 0.01, seed=1), settings))
     assert short_run["history"]["reward"] != other["history"]["reward"]
@@ -86,6 +93,57 @@ def test_run_files_are_small_and_load_again(short_run, tmp_path):
         results.load_file(path)
 
 
+def test_runs_are_folded_into_a_table_while_others_end(short_run, tmp_path, monkeypatch):
+    folder = tmp_path / "results"
+
+    def leave(seed):
+        result = copy.deepcopy(short_run)
+        result["request"]["cell"]["seed"] = seed
+        results.write(result, results.file_of(Run(result).cell.name, folder))
+        return Run(result).cell.name
+
+    names = [leave(seed) for seed in (3, 12, 1)]
+    before = [run.result for run in results.load(folder)]
+    # one ends while the table is being written: it is read by the next fold
+    late, replace = [], results._replace
+
+    def slow(path, content):
+        late.append(leave(2))
+        replace(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(results, "_replace", slow)
+        # a run file is written by the same function
+        patch.setattr(results, "write", lambda result, path: path.write_text(json.dumps(result)))
+        assert main(["fold", "--results", str(folder)]) == 0
+    assert [path.stem for path in folder.glob("*.json")] == late
+    assert [name for name in names + late if not results.exists(name, folder)] == []
+    assert [run.cell.seed for run in results.load(folder)] == [1, 12, 2, 3]
+    assert [run.result for run in results.load(folder) if run.cell.seed != 2] == before
+    assert results.fold(folder) == 1
+    assert results.fold(folder) == 0
+    assert not list(folder.glob("*.json"))
+    assert results.find(folder, late[0]).cell.seed == 2
+    # the same runs are the same bytes, in whatever order they came
+    content = results.table_of(folder).read_bytes()
+    for run in reversed(results.load(folder)):
+        results.write(run.result, results.file_of(run.cell.name, tmp_path / "again"))
+    results.fold(tmp_path / "again")
+    assert results.table_of(tmp_path / "again").read_bytes() == content
+    # killed before its files were removed, it is repeated; another result of that name is an error
+    leave(1)
+    assert len(results.load(folder)) == 4
+    results.fold(folder)
+    assert results.table_of(folder).read_bytes() == content
+    path = results.file_of(leave(1), folder)
+    path.write_text(path.read_text().replace('"failed": null', '"failed": "lost"'))
+    with pytest.raises(ValueError, match="is there already, with other results"):
+        results.fold(folder)
+    assert path.exists()
+    with pytest.raises(ValueError, match="no such run"):
+        results.find(tmp_path / "nowhere", "digits")
+
+
 def test_a_bound_in_nats_is_the_same_sum_in_both_tasks():
     for elements in (256, 12_288):
         assert objective_settings(METHODS["flow_dppo"], 0.66, elements)["threshold"] * elements == pytest.approx(0.66)
@@ -97,6 +155,7 @@ def test_a_bound_in_nats_is_the_same_sum_in_both_tasks():
         objective_settings(METHODS["unclipped"], 0.1, 256)
 
 
+@pytest.mark.bits(across="again")
 def test_the_drift_is_the_kl_of_the_path(settings):
     """Against a closed form: a constant change of the velocity is a known Gaussian shift on each step."""
     from bench.learning.evaluate import Pretrained, drift_nats
@@ -154,10 +213,10 @@ def test_the_sweep_skips_what_is_there_and_says_what_is_missing(settings, tmp_pa
 
     monkeypatch.setattr(sweep, "run", pretend)
     cells = [Cell("digits", "flow_dppo", 0.01, seed=seed) for seed in range(5)]
-    sweep.path_of(cells[1], tmp_path).write_text("{}")
+    results.file_of(cells[1].name, tmp_path).write_text("{}")
     # claimed by a process that is there, and by one that is gone
-    sweep.path_of(cells[2], tmp_path).with_suffix(".lock").write_text("1")
-    sweep.path_of(cells[3], tmp_path).with_suffix(".lock").write_text("999999999")
+    results.file_of(cells[2].name, tmp_path).with_suffix(".lock").write_text("1")
+    results.file_of(cells[3].name, tmp_path).with_suffix(".lock").write_text("999999999")
     assert sweep.run_all(cells, settings, tmp_path) == 3
     assert done == [0, 3, 4]
     assert "4 of    5 runs" in sweep.status({"digits frontier": cells}, tmp_path)
@@ -168,11 +227,36 @@ def test_the_sweep_skips_what_is_there_and_says_what_is_missing(settings, tmp_pa
     assert sweep.run_all(cells, settings, tmp_path / "late", until=0.0) == 0
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e200])
+def test_no_number_that_is_not_finite_reaches_lapack(value, monkeypatch):
+    """There it is a crash on some processors; 1e200 is finite, its square is not."""
+    from bench.learning import judges, measures
+
+    def refuse(matrix, **options):
+        assert matrix.isfinite().all(), "LAPACK was given a number that is not finite"
+        raise AssertionError("LAPACK was called")
+
+    monkeypatch.setattr(torch.linalg, "eigvals", refuse)
+    monkeypatch.setattr(torch.linalg, "svd", refuse)
+    features = torch.randn(12, 3, dtype=torch.float64)
+    centre, covariance = torch.zeros(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64)
+    spoilt = features.clone()
+    spoilt[4, 1] = value
+    assert math.isnan(measures.frechet(spoilt, centre, covariance))
+    with pytest.raises(AssertionError, match="LAPACK was called"):
+        measures.frechet(features, centre, covariance)
+    if not math.isfinite(value):
+        monkeypatch.setattr(judges, "_hidden", lambda judge, ink: spoilt)
+        with pytest.raises(ValueError, match="features of these pages are not finite"):
+            judges.FeatureSpace.fit(None, None)
+
+
 def test_a_run_that_lost_its_numbers_is_a_result_and_other_errors_are_not(settings, monkeypatch):
     request = requests.request(Cell("digits", "flow_dppo", 0.01), settings)
     request["trainer"]["optimizer"] |= {"learning_rate": 1e30, "max_grad_norm": None}
     result = runs.run(request)
     assert result["failed"]
+    assert "not finite" in result["failed"]
     assert [place["iteration"] for place in result["evaluations"]] == [0]
     json.dumps(result, allow_nan=False)
 

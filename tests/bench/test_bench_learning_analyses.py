@@ -18,7 +18,7 @@ from bench.learning.__main__ import main
 from bench.learning.figures import TASKS
 from bench.learning.methods import METHODS
 from bench.learning.requests import Cell
-from bench.learning.results import Run, load_file
+from bench.learning.results import Run, find
 from flowdppo_fast.runs import figures
 
 
@@ -209,7 +209,7 @@ def test_runs_without_numbers_are_counted_and_not_averaged(settings):
 
 def test_the_figure_of_the_readme_is_drawn_from_rows_of_its_run_file(tmp_path):
     held = json.loads(paths.ROWS.read_text())
-    recorded = load_file(paths.RESULTS / held["run"]).result
+    recorded = find(paths.RESULTS, held["run"]).result
     (decision,) = [entry for entry in recorded["rows"]["decisions"] if entry["clip"] == recorded["request"]["bound"]]
     assert {key: held[key] for key in decision} == decision, "run `python -m bench.learning rows` on that file"
     assert held["moved_rows"] == recorded["rows"]["moved_rows"]
@@ -222,7 +222,7 @@ def test_the_figure_of_the_readme_is_drawn_from_rows_of_its_run_file(tmp_path):
     assert first.read_bytes() == again.read_bytes()
 
 
-def test_only_a_clipped_run_is_asked_for_its_rows(tmp_path):
-    (file,) = paths.RESULTS.glob("digits-flow_dppo-b0.066-s0.json")
+def test_only_a_clipped_run_is_asked_for_its_rows():
+    name = "digits-flow_dppo-b0.066-s0"
     with pytest.raises(ValueError, match="got method 'flow_dppo', expected one that clips"):
-        mask_and_clip.record(load_file(file).result, file.name)
+        mask_and_clip.record(find(paths.RESULTS, name).result, name)

@@ -122,6 +122,7 @@ def test_stored_bytes_are_those_of_the_storage_habit(trainer, name):
     assert other - ours == pytest.approx(more, abs=4)
 
 
+@pytest.mark.bits(across="again")
 def test_every_iteration_begins_with_the_same_weights_and_rollout(trainer):
     found = []
     for _ in range(2):

@@ -81,6 +81,14 @@ class Page:
         """The text without fenced blocks."""
         return _FENCE.sub("", self.text)
 
+    @property
+    def sentences(self) -> str:
+        """The prose without tables, code spans, formulas, comments and the names of API pages."""
+        text = re.sub(
+            r"<!--.*?-->|^::: [^\n]*(\n    [^\n]*)*|^[ ]*\|[^\n]*$", "", self.prose, flags=re.MULTILINE | re.DOTALL
+        )
+        return re.sub(r"``.+?``|`[^`]+`|\$\$.+?\$\$|\$[^$\n]+\$", "x", text, flags=re.DOTALL)
+
     def commands(self) -> list[tuple[str, list[str]]]:
         """Where a command stands, and its words: lines of shell blocks, and commands that prose names."""
         found = []

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import html
 import importlib.util
 import logging
+import re
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
 from .pages import ROOT
-
-griffe = pytest.importorskip("griffe")
 
 
 def load(name: str) -> ModuleType:
@@ -20,7 +20,7 @@ def load(name: str) -> ModuleType:
     return module
 
 
-hooks, roles = load("hooks"), load("roles")
+hooks = load("hooks")
 
 
 def page(name: str) -> SimpleNamespace:
@@ -53,27 +53,41 @@ def test_a_block_that_is_not_run_says_so():
 
 
 @pytest.mark.parametrize(
-    ("html", "word"),
+    ("built", "word"),
     [
         ('<script src="https://cdn.example/x.js"></script>', "fetches"),
         ('<link rel="stylesheet" href="//fonts.example/x.css">', "fetches"),
         ("<article><p>a\n| b |\n|---|</p></article>", "markup"),
         ("<article><p>a list:\n- one</p></article>", "markup"),
         ("<article><p>[text](page.md)</p></article>", "markup"),
+        ("<article><p>$x$s</p></article>", "markup"),
     ],
 )
-def test_what_a_built_page_may_not_have(html, word, caplog):
-    assert hooks.on_post_page(html, page("a.md"), None) == html
+def test_what_a_built_page_may_not_have(built, word, caplog):
+    assert hooks.on_post_page(built, page("a.md"), None) == built
     assert word in caplog.text
 
 
 def test_what_a_built_page_may_have(caplog):
-    html = '<a href="https://arxiv.org"></a><img src="a.svg"><article><pre>- one\n|---|</pre><li>one</li></article>'
-    hooks.on_post_page(html, page("a.md"), None)
+    built = '<a href="https://arxiv.org"></a><img src="a.svg"><article><pre>- one\n|---|</pre><li>one</li></article>'
+    hooks.on_post_page(built, page("a.md"), None)
     assert not caplog.records
 
 
+def test_formulas_become_mathml(caplog):
+    pytest.importorskip("latex2mathml", reason="formulas are drawn with latex2mathml")
+    content = r"""<span class="arithmatex">\(x' &lt; \frac{a}{b}\)</span><div class="arithmatex">\[y\]</div>"""
+    shown = hooks.on_page_content(content, page("a.md"), None, None)
+    assert html.unescape(re.sub(r"<[^>]+>", "", shown)) == "x\N{PRIME}<aby"
+    assert [shown.count(part) for part in ("<mfrac>", 'display="block"', "<msup>", "arithmatex")] == [1, 1, 0, 0]
+    assert not caplog.records
+    hooks.on_page_content(r'<span class="arithmatex">\(\nosuchthing{x}\)</span>', page("a.md"), None, None)
+    assert "cannot be drawn" in caplog.text
+
+
 def test_roles_become_links():
+    griffe = pytest.importorskip("griffe", reason="cross-references are those of griffe")
+    roles = load("roles")
     source = '''
 class Other:
     """Text."""

@@ -29,18 +29,17 @@ def test_the_committed_notebook_is_valid_and_has_no_outputs(notebook):
     assert max(len(cell.source.splitlines()) for cell in code) <= 10
 
 
-def test_the_notebook_shows_its_figures_and_what_was_learned(notebook, tmp_path, monkeypatch):
+def test_the_notebook_shows_its_figures_and_what_was_learned(notebook, tmp_path, monkeypatch, learning):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     # of this interpreter, whatever kernels are installed
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
     settings = next(cell for cell in notebook.cells if "OVERRIDES = " in cell.source)
-    settings.source = re.sub(
-        r"^OVERRIDES = .*$", f"OVERRIDES = {[f'run.output_dir={tmp_path}', *SHORT]}", settings.source, flags=re.M
-    )
+    overrides = [f"run.output_dir={tmp_path}", f"run.seed={learning.seed}", *SHORT]
+    settings.source = re.sub(r"^OVERRIDES = .*$", f"OVERRIDES = {overrides}", settings.source, flags=re.M)
     NotebookClient(notebook, timeout=200, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     figures = [output for output in outputs if "image/png" in output.get("data", {})]
     assert len(figures) == 2
     rewards = eval(outputs[-1].data["text/plain"])
-    assert sum(rewards["after"].values()) > sum(rewards["before"].values()) + 0.02
+    learning.check(sum(rewards["after"].values()) - sum(rewards["before"].values()), 0.02)
     assert any("trained rows" in output.get("text", "") for output in outputs)

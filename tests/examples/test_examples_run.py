@@ -30,27 +30,31 @@ def run_again(module, folder: Path, *arguments: str) -> list[dict[str, float]]:
     return history
 
 
-@pytest.mark.parametrize("architecture", ["sd3", "flux", "wan"])
-def test_finetune_makes_what_a_tiny_model_draws_brighter(architecture, tmp_path, capsys):
+def test_finetune_makes_what_tiny_models_draw_brighter(tmp_path, capsys, learning):
+    # on held-out prompts and seeds; one model alone is too near to its noise
+    learning.check(sum(finetuned(name, tmp_path / name, capsys) for name in ("sd3", "flux", "wan")), 0)
+
+
+def finetuned(architecture: str, folder: Path, capsys) -> float:
+    """Runs the example on a tiny model, looks at all that it leaves, and returns what it gained."""
     finetune = importlib.import_module("finetune")
-    history = finetune.main(["--architecture", architecture, "--iterations", "8", "--output", str(tmp_path)])
-    assert lines(tmp_path) == history
+    history = finetune.main(["--architecture", architecture, "--iterations", "8", "--output", str(folder)])
+    assert lines(folder) == history
     assert all(math.isfinite(m["loss"]) and m["nonfinite_rows"] == 0 for m in history)
-    # held-out prompts and seeds, which differ by some thousandths of their brightness
-    assert history[-1]["eval_final/reward"] > history[0]["eval/reward"] + 2e-3
     # half of the updates begin where the rollout was drawn
     assert all(m["ratio_moved_fraction"] >= 0.5 for m in history)
     said = capsys.readouterr().out
     for name in ("metrics.png", "images", "final"):
-        assert str(tmp_path / name) in said
-        assert (tmp_path / name).exists()
+        assert str(folder / name) in said
+        assert (folder / name).exists()
     pipeline = getattr(importlib.import_module("tiny_models"), architecture)()
     # diffusers reads what was trained
-    adapter = str(tmp_path / "final" / "transformer")
+    adapter = str(folder / "final" / "transformer")
     pipeline.transformer.load_lora_adapter(adapter, prefix=None, use_safetensors=True)
     trained = [p for name, p in pipeline.transformer.named_parameters() if "lora_B" in name]
     assert trained
     assert all(weight.any() for weight in trained)
+    return history[-1]["eval_final/reward"] - history[0]["eval/reward"]
 
 
 def test_finetune_takes_released_weights_from_a_folder(tmp_path, capsys):
@@ -89,7 +93,7 @@ def test_finetune_on_two_processes_does_what_one_does(tmp_path):
         assert b["rows"] == a["rows"]
 
 
-def test_custom_reward_logs_every_name_and_trains_on_the_weighted_ones(tmp_path, capsys):
+def test_custom_reward_logs_every_name_and_trains_on_the_weighted_ones(tmp_path, capsys, learning):
     example = importlib.import_module("custom_reward")
     history = example.main(["--iterations", "8", "--output", str(tmp_path)])
     assert {f"reward/{name}" for name in example.WEIGHTS} == {n for n in history[0] if n.startswith("reward/")}
@@ -101,7 +105,7 @@ def test_custom_reward_logs_every_name_and_trains_on_the_weighted_ones(tmp_path,
         assert m["reward"] == pytest.approx(total(m, "reward"), abs=1e-5)
     # before the first iteration, every fifth, and after the last
     assert ["eval/warm" in m for m in history] == [True, False, False, False, False, True, False, False]
-    assert total(history[-1], "eval_final") > total(history[0], "eval") + 2e-3
+    learning.check(total(history[-1], "eval_final") - total(history[0], "eval"), 2e-3)
     assert "as bright as asked" in capsys.readouterr().out
 
 
@@ -146,25 +150,28 @@ def test_the_flow_that_the_toy_starts_from_draws_standard_normal_numbers(toy):
 
 
 @pytest.mark.parametrize("door", ["velocity", "means"])
-def test_a_loop_of_ones_own_learns_through_either_door(toy, door, capsys):
+def test_a_loop_of_ones_own_learns_through_either_door(toy, door, capsys, learning, monkeypatch):
+    monkeypatch.setattr(toy, "SEED", learning.seed)
     history = toy.main(["--door", door, "--iterations", "20"])
-    assert history[-1]["reward"] > history[0]["reward"] + 0.5
+    learning.check(history[-1]["reward"] - history[0]["reward"], 0.5)
     assert max(m["masked_fraction"] for m in history) > 0
     assert "iteration  20" in capsys.readouterr().out
 
 
-def test_custom_objective_has_a_right_gradient_and_learns_beside_the_built_in_one(capsys):
+def test_custom_objective_has_a_right_gradient_and_learns_beside_the_built_in_one(toy, capsys, learning, monkeypatch):
+    monkeypatch.setattr(toy, "SEED", learning.seed)
     example = importlib.import_module("custom_objective")
     assert example.check_gradient() < 1e-7
     histories = example.main(["--iterations", "20"])
-    for history in histories.values():
-        assert history[-1]["reward"] > history[0]["reward"] + 0.5
+    for name, history in histories.items():
+        learning.check(history[-1]["reward"] - history[0]["reward"], 0.5, name)
     assert "gradient against finite differences" in capsys.readouterr().out
     # a stronger pull keeps the policy closer
     kl = {s: example.main(["--iterations", "4", "--strength", str(s)])["smooth KL"][-1] for s in (0.1, 100.0)}
     assert kl[100.0]["kl_new_old_mean"] < kl[0.1]["kl_new_old_mean"]
 
 
+@pytest.mark.bits(across="again")
 def test_a_tiny_model_hears_its_prompt_and_survives_a_folder(tmp_path):
     """What the examples rely on: another prompt is another picture, and the latents decide most of it."""
     pipeline = importlib.import_module("tiny_models").sd3()

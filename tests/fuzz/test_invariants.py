@@ -19,6 +19,7 @@ from flowdppo_fast.objectives import RowField
 from .invariants import INVARIANTS, hold
 
 
+@pytest.mark.bits(across="rows")
 @pytest.mark.parametrize("backend", [REFERENCE, CPU], ids=lambda backend: backend.name)
 @pytest.mark.parametrize("name", INVARIANTS)
 def test_it_holds(backend: Backend, name: str):

@@ -293,6 +293,7 @@ def test_wan_step(wan_scheduler, determistic):
     assert std.shape == (8, 1, 1, 1, 1)
 
 
+@pytest.mark.bits(across="again")
 def test_wan_step_takes_one_source_of_noise(wan_scheduler):
     x = torch.randn(1, 2, 3)
     with pytest.raises(ValueError, match="generator: got one together with prev_sample"):

@@ -141,6 +141,7 @@ def test_loss_gradient_and_metrics(unirl, sampler, shape, log_ratio):
     assert all(type(value) is float for value in result.metrics.values())
 
 
+@pytest.mark.bits(across="again")
 @pytest.mark.parametrize("log_ratio", ["log_probs", "means"])
 def test_on_policy_is_exact(unirl, log_ratio):
     """Nothing moved: every ratio is 1 and every KL 0, bit for bit, in float32 with bfloat16 trajectories."""
@@ -309,6 +310,7 @@ def test_replayed_transition(unirl, sampler, shape):
     check(actual, convention(torch.float64), convention(torch.float32))
 
 
+@pytest.mark.bits(across="again")
 @pytest.mark.parametrize("sampler", STRATEGIES)
 def test_drawn_transition_is_scored_as_it_is_stored(unirl, sampler):
     """A bfloat16 trajectory: the state is rounded before its log-prob; deterministic steps have none."""

@@ -146,6 +146,7 @@ def test_unirl_496_sigma_is_broadcast_to_rows_and_never_into_latents(backend, ba
     torch.testing.assert_close(out.rows.kl.cpu().double(), textbook_kl(problem), rtol=2e-4, atol=0)
 
 
+@pytest.mark.bits(across="rows")
 def test_unirl_144_steps_replayed_in_one_batch_equal_steps_replayed_alone(backend):
     """Batched replay: rows ``[B, S]`` in one call are the S calls of ``[B]``, to the bit, and so is ratio 1."""
     problem = make_problem((3, 2), (3, 5, 7), index=[3, 6])

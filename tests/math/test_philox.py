@@ -78,6 +78,7 @@ def test_streams_and_seeds_are_independent():
     assert float((correlation - torch.eye(16)).abs().max()) < 5 / math.sqrt(4096)
 
 
+@pytest.mark.bits(across="rows")
 def test_an_int_stream_counts_rows():
     counted = PhiloxNoise(3, 40).materialize((4, 2, 5))
     listed = PhiloxNoise(3, torch.tensor([40, 41, 42, 43])).materialize((4, 2, 5))
@@ -94,6 +95,7 @@ def test_seeds_are_64_bits():
     assert torch.equal(PhiloxNoise(-1).materialize((1, 64)), PhiloxNoise(2**64 - 1).materialize((1, 64)))
 
 
+@pytest.mark.bits(across="rows")
 def test_a_prefix_does_not_depend_on_the_length():
     long = PhiloxNoise(5, 1).materialize((2, 103))
     for length in (1, 2, 3, 4, 5, 100):
@@ -116,6 +118,7 @@ def test_every_backend_draws_the_same_normals(backend, numel):
         assert bool(((p.cpu().double() - expected).abs() <= bound).all())
 
 
+@pytest.mark.bits(across="rows")
 def test_shuffled_rows_keep_their_draws(backend):
     g = torch.Generator().manual_seed(0)
     velocity, old = (torch.randn(6, 3, 7, generator=g).to(backend.device) for _ in range(2))

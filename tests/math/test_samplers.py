@@ -186,6 +186,7 @@ def test_next_state_in_another_dtype(backend):
         assert torch.equal(half, full.to(dtype)), "rounded once, to nearest even"
 
 
+@pytest.mark.bits(across="rows")
 def test_noise_that_was_drawn_is_returned(backend):
     x, v = (torch.randn(4, 3, 5, device=backend.device) for _ in range(2))
     step = fast.SDEStep.from_sigmas("dance", 0.7, 0.6)

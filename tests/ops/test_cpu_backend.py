@@ -180,6 +180,7 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.mark.bits(across="threads")
 @pytest.mark.parametrize("seeded", [False, True])
 @pytest.mark.parametrize(("rows", "numel"), [(5, 3 * CHUNK + 5), (8, CHUNK), (1, 20 * CHUNK + 1), (300, 700)])
 @pytest.mark.parametrize("objective", [DPPO(threshold=1e-3), GRPOGuard(low=0.05, high=0.05, bias="batch")])
@@ -376,6 +377,7 @@ def test_no_rows(shape, dtype):
         assert [tuple(x.shape) for x in step] == [(*shape, 33), (*shape, 33), (0,)]
 
 
+@pytest.mark.bits(across="layout")
 def test_row_strides_and_alignment():
     numel = 1500
     trajectory = torch.randn(3, 9, numel + 1).to(BF16)

@@ -56,6 +56,7 @@ def test_draws_are_within_ulps(seed, first_stream):
     torch.testing.assert_close(draws(seed, first_stream, rows, 1001, dtype=F64), want[:, :1001], rtol=1e-14, atol=1e-15)
 
 
+@pytest.mark.bits(across="rows")
 @needs_library
 def test_draws_depend_on_the_stream_alone():
     streams = torch.tensor([7, -1, 7, 1 << 50])

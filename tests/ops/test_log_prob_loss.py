@@ -95,6 +95,7 @@ def test_the_gradient_lines_are_those_of_the_loss(bias):
             assert float(slope) == pytest.approx(float(rows[field, row] * chain[row]), rel=1e-6, abs=1e-9)
 
 
+@pytest.mark.bits(across="again")
 def test_repeats_bit_by_bit(backend):
     call = given_rows.draw("grpo_guard_batch", 200, columns=3)
     first, second = (on(backend)(*call.args()) for _ in range(2))

@@ -17,6 +17,7 @@ import inspect
 import json
 import re
 import sys
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -176,10 +177,18 @@ def config_keys() -> Names:
     }
     found: Names = {"config rewards": "list"}
     for section, kind in sections.items():
-        values = kind()
+        values, hints = kind(), typing.get_type_hints(kind)
         for field in dataclasses.fields(kind):
-            found[f"config {section}.{field.name}"] = f"{field.type} = {getattr(values, field.name)!r}"
+            found[f"config {section}.{field.name}"] = (
+                f"{type_text(hints[field.name])} = {getattr(values, field.name)!r}"
+            )
     return found
+
+
+def type_text(hint: Any) -> str:
+    """A type as it is written, without the range of a number: a wider one breaks nobody."""
+    text = hint.__name__ if isinstance(hint, type) else re.sub(r"\w[\w.]*\.(\w+)", r"\1", str(hint))
+    return re.sub(r"^Optional\[(.*)\]$", r"\1 | None", text)
 
 
 def metrics() -> Names:

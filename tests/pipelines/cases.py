@@ -109,16 +109,17 @@ CASES = {
         HALF,
     ),
     "z-image": Case("ZImage", {"guidance_scale": 0.0}, ("-b0",), steps=(0, 1, 3)),
-    "z-image-guided": Case("ZImage", {"guidance_scale": 5.0}, ("-(b0 + 5*(b0 - b1))",)),
+    # not 5: b1 + 6*(b0 - b1) then differs in one number of 256 or, on some processors, in none; with 4.3 in about ten
+    "z-image-guided": Case("ZImage", {"guidance_scale": 4.3}, ("-(b0 + 4.3*(b0 - b1))",)),
     "z-image-capped": Case(
         "ZImage",
-        {"guidance_scale": 5.0, "cfg_normalization": 0.9},
-        ("-sample_norm_capped(b0 + 5*(b0 - b1), like b0, 0.9)",),
+        {"guidance_scale": 4.3, "cfg_normalization": 0.9},
+        ("-sample_norm_capped(b0 + 4.3*(b0 - b1), like b0, 0.9)",),
     ),
     "z-image-truncated": Case(
         "ZImage",
-        {"guidance_scale": 5.0, "cfg_truncation": 0.2},
-        ("-(b0 + 5*(b0 - b1))", "-(b0 + 5*(b0 - b1))", "-b0"),
+        {"guidance_scale": 4.3, "cfg_truncation": 0.2},
+        ("-(b0 + 4.3*(b0 - b1))", "-(b0 + 4.3*(b0 - b1))", "-b0"),
         HALF,
     ),
     "cogview4": Case("CogView4", OFF, ("b0",)),

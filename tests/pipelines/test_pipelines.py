@@ -24,6 +24,7 @@ pytestmark = pytest.mark.filterwarnings(
 EPS = torch.finfo(torch.float32).eps
 
 
+@pytest.mark.bits(across="again")
 @pytest.mark.parametrize("name", CASES)
 def test_the_recorded_velocity_comes_back(recorded, name):
     case, recording = CASES[name], recorded(name)
@@ -146,6 +147,7 @@ def test_adapters_are_trained_through_the_replay(name):
     assert not torch.equal(recorder.replay(trajectory), trajectory.velocity)
 
 
+@pytest.mark.bits(across="again")
 @pytest.mark.parametrize(
     "name", ["flux", "sd3-guided", "wan-guided", "z-image-guided", "lumina2-guided", "ltx-rescaled"]
 )

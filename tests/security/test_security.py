@@ -14,8 +14,8 @@ import pytest
 import torch
 import yaml
 
-from flowdppo_fast.trainer import FlowDPPOConfig, FlowDPPOTrainer
-from flowdppo_fast.trainer.recipe import Recipe, recipe
+from flowdppo_fast.trainer import FlowDPPOConfig, FlowDPPOTrainer, settings
+from flowdppo_fast.trainer.recipe import Recipe
 from flowdppo_fast.trainer.recipe.preflight import inspect_pipeline
 from flowdppo_fast.trainer.rewards import build_rewards
 
@@ -106,7 +106,7 @@ def test_sources_unpickle_nothing_run_nothing_and_fetch_nothing(source):
 
 
 def test_the_loader_of_yaml_is_a_safe_one():
-    assert issubclass(recipe._UniqueKeyLoader, yaml.SafeLoader)
+    assert issubclass(settings._UniqueKeyLoader, yaml.SafeLoader)
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_a_config_cannot_run_code(tmp_path, reader, tag):
     with pytest.raises((yaml.YAMLError, ValueError, TypeError)):
         reader.from_yaml(path)
     with pytest.raises((yaml.YAMLError, ValueError, TypeError)):
-        FlowDPPOConfig.from_yaml(ROOT / "examples/digits/config.yaml", [f"run.output_dir={tag} ['{marker}']"])
+        Recipe.from_yaml(ROOT / "examples/configs/digits.yaml", [f"run.output_dir={tag} ['{marker}']"])
     assert not marker.exists()
 
 

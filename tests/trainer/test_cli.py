@@ -215,7 +215,7 @@ def test_what_is_wrong_is_said_before_weights_are_loaded(tmp_path, capsys, monke
     def too_late(*args, **kwargs):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("flowdppo_fast.trainer.recipe.loading.load_pipeline", too_late)
+    monkeypatch.setattr("flowdppo_fast.trainer.recipe.training.load_pipeline", too_late)
     said = refused(capsys, "train", CONFIG, f"run.output_dir={tmp_path / 'run'}", *overrides)
     assert message in said
     assert not (tmp_path / "run").exists()

@@ -256,6 +256,7 @@ def test_a_step_that_is_not_finite_is_left_out_by_all_and_the_run_continued_by_o
     assert_same_tensors(tensors(one, 3), tensors(split, 3), tolerance=256 * EPS, but="kept")
 
 
+@pytest.mark.bits(across="process")
 def test_a_killed_run_is_continued_with_weights_that_are_split_otherwise(alone, tmp_path):
     name = "full, groups split"
     arguments = (str(tmp_path / "run"), sections_of(name), SETTINGS[name]["pipeline"], SETTINGS[name]["reward"])
@@ -285,6 +286,7 @@ def test_what_processes_would_decide_alone_is_refused_in_sharded_runs(tmp_path, 
     processes.run(distributed_runs.fail, str(tmp_path), sections, message, count=2, sharding="fsdp2")
 
 
+@pytest.mark.bits(across="process")
 @pytest.mark.parametrize(
     ("before", "after"), [((2, "whole"), (2, "whole")), ((2, "fsdp2"), (1, "whole")), ((1, "whole"), (2, "fsdp2"))]
 )
@@ -407,6 +409,7 @@ def test_accelerate_launches_a_sharded_run(alone, tmp_path):
     assert [(tmp_path / "run" / f"group-{rank}").read_text() for rank in (0, 1)] == ["False"] * 2
 
 
+@pytest.mark.bits(across="process")
 def test_a_killed_process_ends_the_launch_and_the_run_can_be_continued(alone, tmp_path):
     started = time.monotonic()
     done = launch("ddp", tmp_path / "run", "process 1 dies in its second iteration")

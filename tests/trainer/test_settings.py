@@ -134,16 +134,16 @@ def rows_mean(trainer, update: int) -> float:
     return float(torch.stack(values).mean())
 
 
-def test_held_out_prompts_are_evaluated_with_the_same_seeds_and_the_average(run):
+def test_held_out_prompts_are_evaluated_with_the_same_seeds_and_the_average(run, learning):
     sections = {
-        "model": {"ema_decay": 0.5}, "optimizer": {"learning_rate": 5e-3}, "sampling": {"batch_size": 4},
+        "model": {"ema_decay": 0.5}, "optimizer": {"learning_rate": 2e-3}, "sampling": {"batch_size": 4},
         "evaluation": {"every": 2, "images_per_prompt": 3, "num_steps": 4}, "run": {"iterations": 4},
     }  # fmt: skip
     trainer, history = run(eval_prompts=["3", "8"], **sections)
     assert ["eval/reward" in m for m in history] == [True, False, True, False]
     assert [name for name in history[-1] if name.startswith("eval")] == ["eval_final/reward"]
     # the reward is one that these updates raise
-    assert history[0]["eval/reward"] < history[2]["eval/reward"] < history[-1]["eval_final/reward"]
+    learning.check(history[-1]["eval_final/reward"] - history[0]["eval/reward"], 0)
     metrics, images, captions = trainer.evaluate()
     assert metrics["reward"] == history[-1]["eval_final/reward"]
     assert [text.partition("\nreward ")[0] for text in captions] == ["3"] * 3 + ["8"] * 3
@@ -205,6 +205,7 @@ def test_idle_components_are_on_the_host_while_the_transformer_is_trained(pipes,
     assert moves == (["cpu"] * 2 + ["update"] * 4) * 2
 
 
+@pytest.mark.bits(across="process")
 def test_reward_history_survives_a_resume(pipes, small_config, tmp_path):
     def make(folder, iterations):
         config = small_config(
@@ -223,6 +224,7 @@ def test_reward_history_survives_a_resume(pipes, small_config, tmp_path):
     assert (~tables[0].isnan()).sum() >= 4 * 6
 
 
+@pytest.mark.bits(across="again")
 def test_rewards_in_the_background_are_those_of_the_foreground(run, monkeypatch):
     import threading
 
@@ -244,6 +246,7 @@ def test_rewards_in_the_background_are_those_of_the_foreground(run, monkeypatch)
     assert [m["reward"] for m in history] == [m["reward"] for m in expected]
 
 
+@pytest.mark.bits(across="process")
 @pytest.mark.parametrize("batch_size", [None, 4])
 def test_a_failing_reward_saves_what_was_trained(pipes, small_config, tmp_path, batch_size):
     def make(folder, reward):

@@ -71,6 +71,7 @@ def uninterrupted(tmp_path_factory) -> tuple[dict[str, object], dict[str, int], 
     return result(folder), json.loads(counts.read_text()), time.monotonic() - started
 
 
+@pytest.mark.bits(across="process")
 def test_a_run_that_is_killed_at_random_moments_ends_where_it_would_have(uninterrupted, tmp_path, capsys):
     expected, counts, seconds = uninterrupted
     seed = os.environ.get("FLOWDPPO_KILL_SEED", "0")

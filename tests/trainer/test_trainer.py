@@ -25,7 +25,7 @@ def without_times(history: list[dict]) -> list[dict]:
 
 @pytest.mark.parametrize("objective", ["dppo", "dppo_symmetric", "ratio_clip", "grpo_guard", "unclipped"])
 @pytest.mark.parametrize("train", ["lora", "full"])
-def test_every_objective_raises_the_reward(pipes, small_config, objective, train):
+def test_every_objective_raises_the_reward(pipes, small_config, learning, objective, train):
     # bounds wide enough that a few iterations on 64 pixels can move
     bounds = {
         "ratio_clip": {"clip_low": 0.2, "clip_high": 0.2},
@@ -35,7 +35,8 @@ def test_every_objective_raises_the_reward(pipes, small_config, objective, train
     config = small_config(
         model={"train": train},
         objective={"name": objective, **bounds.get(objective, {"threshold": 1e-2})},
-        optimizer={"learning_rate": 0.02 if train == "lora" else 0.005, "micro_batch_size": 16},
+        # adapters at 0.02 often lose what they have gained
+        optimizer={"learning_rate": 0.005 if train == "lora" else 0.002, "micro_batch_size": 16},
         sampling={"prompts_per_rollout": 4, "group_size": 8},
         run={"iterations": 12},
     )
@@ -43,8 +44,7 @@ def test_every_objective_raises_the_reward(pipes, small_config, objective, train
     before = weights_of(trainer)
     history = trainer.train()
     first, last = (sum(m["reward"] for m in part) / 3 for part in (history[:3], history[-3:]))
-    spread = history[0]["reward_std"]
-    assert last > first + spread, (first, last, spread)
+    learning.check((last - first) / history[0]["reward_std"], 1.0 if train == "lora" else 5.0)
     changed = {name for name, value in weights_of(trainer).items() if not torch.equal(value, before[name])}
     assert changed == {name for name in before if ("lora" in name) == (train == "lora") and name in changed}
     assert len(changed) >= 8
@@ -122,6 +122,7 @@ def test_autocast_trains_float32_weights(pipes, small_config, precision, dtype):
     assert all(m["grad_norm"] > 0 and m["skipped_updates"] == 0 for m in history)
 
 
+@pytest.mark.bits(across="process")
 @pytest.mark.parametrize("killed_in", ["reward", "checkpoint"])
 def test_a_killed_run_ends_where_an_uninterrupted_one_ends(pipes, small_config, monkeypatch, killed_in, tmp_path):
     settings = {"model": {"train": "lora", "ema_decay": 0.8}, "sampling": {"sde_steps_per_rollout": 2}}
@@ -282,6 +283,7 @@ def test_updates_do_not_wait_for_the_device(pipes, small_config, name):
     assert counter.found == ["_local_scalar_dense"] * 2
 
 
+@pytest.mark.bits(across="again")
 def test_a_backward_without_gradient_is_skipped_and_changes_nothing(pipes, small_config, monkeypatch):
     results = []
     for free in (True, False):

@@ -14,8 +14,8 @@ import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from torch import nn
 
-from ..config import require
 from ..prompts import REWARD_KEYS
+from ..settings import require
 from ..weights.adapters import ATTENTION_TARGETS
 from .recipe import PipelineConfig, QuantizationConfig, Recipe, resolve_callable
 

@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from pydantic import StrictBool
 
-from ..config import FlowDPPOConfig, build_section, check_known, convert, plain, require
+from ..config import RECIPE_SECTIONS, SECTION, FlowDPPOConfig
+from ..settings import build, check, check_known, plain, read_yaml, require
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _CALLABLE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
@@ -37,6 +39,8 @@ class QuantizationConfig:
         options: arguments of diffusers' ``BitsAndBytesConfig`` (``bnb_4bit_quant_type: nf4``), or for torchao ``type``,
             the name of a class in ``torchao.quantization`` (``Int8WeightOnlyConfig``), with that class's arguments.
     """
+
+    __pydantic_config__ = SECTION
 
     backend: Literal["bitsandbytes_4bit", "bitsandbytes_8bit", "torchao"] = "bitsandbytes_4bit"
     components: tuple[str, ...] = ("transformer",)
@@ -60,6 +64,8 @@ class PipelineConfig:
         attention_backend: one of diffusers' attention backends for the transformer(s); None leaves its default.
     """
 
+    __pydantic_config__ = SECTION
+
     pretrained: str = ""
     class_name: str | None = None
     callable: str | None = None
@@ -67,11 +73,11 @@ class PipelineConfig:
     vae_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     revision: str | None = None
     variant: str | None = None
-    local_files_only: bool = False
+    local_files_only: StrictBool = False
     without: tuple[str, ...] = ()
     quantization: QuantizationConfig | None = None
-    vae_tiling: bool = False
-    vae_slicing: bool = False
+    vae_tiling: StrictBool = False
+    vae_slicing: StrictBool = False
     attention_backend: str | None = None
 
     @property
@@ -106,6 +112,8 @@ class PromptsConfig:
         eval: the same for evaluation, None for none.
     """
 
+    __pydantic_config__ = SECTION
+
     train: Any = None
     eval: Any = None
 
@@ -137,32 +145,26 @@ class Recipe:
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
         """Sections as nested mappings, as in the YAML file."""
         trainer = typing.get_type_hints(FlowDPPOConfig)
-        check_known("section", values, [*trainer, "pipeline", "prompts", "rewards"])
-        pipeline = dict(values.get("pipeline") or {})
-        if isinstance(pipeline.get("quantization"), Mapping):
-            pipeline["quantization"] = _section(QuantizationConfig, "pipeline.quantization", pipeline["quantization"])
+        if values and not any(name in values for name in RECIPE_SECTIONS):
+            raise ValueError(
+                f"section: got {', '.join(map(str, values))}, expected {', '.join(RECIPE_SECTIONS)} as well; "
+                "FlowDPPOConfig.from_yaml and FlowDPPOConfig.from_dict read the trainer's sections alone"
+            )
+        check_known("section", values, [*trainer, *RECIPE_SECTIONS])
         rewards = values.get("rewards")
         if not isinstance(rewards, (list, tuple)) or not all(isinstance(entry, Mapping) for entry in rewards):
             raise TypeError(f"rewards: got {rewards!r}, expected a list of mappings such as {{name: pickscore}}")
         return cls(
             FlowDPPOConfig.from_dict({name: values[name] for name in values if name in trainer}),
-            _section(PipelineConfig, "pipeline", pipeline),
-            _section(PromptsConfig, "prompts", values.get("prompts") or {}),
+            build(PipelineConfig, "pipeline", values.get("pipeline") or {}),
+            build(PromptsConfig, "prompts", values.get("prompts") or {}),
             tuple(dict(entry) for entry in rewards),
         )
 
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         """A YAML file with ``section.key=value`` overrides on top, at any depth; values are read as YAML."""
-        path = Path(path)
-        if not path.is_file():
-            raise ValueError(f"config: {path} does not exist, expected a YAML file")
-        values = _load_yaml(path.read_text(encoding="utf-8"), str(path))
-        if not isinstance(values, dict):
-            raise ValueError(f"{path}: got {type(values).__name__}, expected sections with settings")
-        for override in overrides:
-            _override(values, override)
-        return cls.from_dict(values)
+        return cls.from_dict(read_yaml(path, overrides))
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dictionaries of plain values; :meth:`from_dict` is the inverse."""
@@ -186,6 +188,9 @@ class Recipe:
 
     def validate(self) -> None:
         """Checks everything that needs neither files nor packages; called at construction."""
+        self.config.validate()
+        check(self.pipeline, "pipeline")
+        check(self.prompts, "prompts")
         self._check_pipeline()
         self._check_precision()
         self._check_prompts_and_rewards()
@@ -331,13 +336,6 @@ def search_working_directory() -> None:
         sys.path.insert(0, os.getcwd())
 
 
-def _section(kind: type, name: str, entries: Any) -> Any:
-    built = build_section(kind, name, entries)
-    for key, hint in typing.get_type_hints(kind).items():
-        setattr(built, key, convert(getattr(built, key), hint, f"{name}.{key}"))
-    return built
-
-
 def _check_callable(value: Any, where: str) -> None:
     if not (isinstance(value, str) and _CALLABLE.fullmatch(value)):
         raise ValueError(f"{where}: got {value!r}, expected package.module:attribute")
@@ -378,46 +376,3 @@ def _image(value: Any, place: str) -> Any:
 
 def _full_name(path: str) -> str:
     return str(Path(path).expanduser().resolve())
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """The safe loader, for which a key that is given twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key_node.value!r} is given twice", key_node.start_mark
-                )
-            seen.add(key_node.value if isinstance(key_node.value, str) else str(key_node.value))
-        return super().construct_mapping(node, deep)
-
-
-def _load_yaml(text: str, where: str) -> Any:
-    try:
-        # a subclass of the safe loader
-        return yaml.load(text, Loader=_UniqueKeyLoader) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{where}: no valid YAML: {' '.join(str(error).split())}") from None
-
-
-def _override(values: dict[str, Any], override: str) -> None:
-    name, equals, text = override.partition("=")
-    keys = name.strip().split(".")
-    if not (equals and all(keys) and (len(keys) > 1 or keys == ["rewards"])):
-        raise ValueError(f"override: got {override!r}, expected section.key=value, as in sampling.eta=0.5")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ValueError(f"override: got {override!r}, whose value is no valid YAML") from None
-    place = values
-    for depth, key in enumerate(keys[:-1]):
-        inner = place.get(key)
-        if inner is None:
-            inner = {}
-        if not isinstance(inner, dict):
-            raise ValueError(f"override: got {override!r}, but {'.'.join(keys[: depth + 1])} has no keys: {inner!r}")
-        place[key] = inner = dict(inner)
-        place = inner
-    place[keys[-1]] = value

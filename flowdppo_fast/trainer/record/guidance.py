@@ -139,7 +139,8 @@ def find_rule(
         The rule and the largest difference that it leaves, 0.0 where it is bitwise.
 
     Raises:
-        ValueError: no rule fits; the message has the largest difference of the closest one.
+        ValueError: no rule fits; the message has the largest difference of the closest one. Or the velocity is not
+            finite.
     """
     count, latent = len(branches), velocity.shape[1:]
     for first, second in itertools.combinations(range(count), 2):
@@ -165,6 +166,8 @@ def find_rule(
         scales = sum(abs(scale) for *_, scale in closest.terms)
         if difference <= 8 * eps * (1 + 2 * scales) * largest:
             return closest, difference
+    if not velocity.isfinite().all():
+        raise ValueError("the velocity has numbers that are not finite: the model has diverged")
     shapes = ", ".join(str(list(x.shape)) for x in branches)
     raise ValueError(
         f"no rule gives the velocity {list(velocity.shape)} from the transformer's outputs ({shapes}); the closest one "
@@ -231,6 +234,9 @@ def _solve_weights(outputs: list[Tensor], target: Tensor, factor_of: str | None)
     rest = (target - outputs[0]).flatten()
     # a matrix of a few numbers
     normal, right = (directions @ directions.T).cpu(), (directions @ rest).cpu()
+    if not (normal.isfinite().all() and right.isfinite().all()):
+        # LAPACK may crash on such a matrix, error or none; a model that lost its numbers has no rule
+        return
     solution = torch.linalg.pinv(normal, hermitian=True) @ right
     left = torch.linalg.vector_norm(rest - solution.to(rest.device) @ directions)
     if float(left / torch.linalg.vector_norm(outputs[0]).clamp_min(1e-300)) < 0.1:

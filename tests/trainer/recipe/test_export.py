@@ -59,6 +59,7 @@ def trained(pipes, small_config):
 LORA = {"train": "lora", "lora_rank": 4, "lora_alpha": 3.0}
 
 
+@pytest.mark.bits(across="again")
 @pytest.mark.parametrize("name", ["sd3", "flux"])
 def test_lora_is_what_load_lora_weights_loads(pipes, trained, tmp_path, name):
     trainer, draw = trained(name, model={**LORA, "lora_targets": ["to_q", "to_v", "to_out.0"]})
@@ -90,6 +91,7 @@ def test_folded_alpha_needs_no_metadata(pipes, trained, tmp_path):
     assert torch.allclose(draw(fresh), draw(trainer.pipeline), rtol=0, atol=64 * torch.finfo(torch.float32).eps)
 
 
+@pytest.mark.bits(across="again")
 def test_default_alpha_is_twice_the_rank(pipes, trained, tmp_path):
     trainer, draw = trained("sd3", model={"train": "lora"})
     export_run(SavedRun.open(trainer.output), tmp_path / "out")
@@ -100,6 +102,7 @@ def test_default_alpha_is_twice_the_rank(pipes, trained, tmp_path):
     assert torch.equal(draw(fresh), draw(trainer.pipeline))
 
 
+@pytest.mark.bits(across="again")
 def test_the_moving_average_is_taken_unless_the_weights_are_wanted(pipes, trained, tmp_path):
     trainer, draw = trained("sd3", model={**LORA, "ema_decay": 0.9})
     images = {}
@@ -123,6 +126,7 @@ def test_written_weights_have_the_format_that_is_asked_for(trained, tmp_path):
     assert all(key.startswith("transformer.transformer_blocks.") for key in tensors)
 
 
+@pytest.mark.bits(across="again")
 @pytest.mark.parametrize("train", ["lora", "full"])
 def test_weights_go_into_a_fresh_pipeline(pipes, trained, train):
     trainer, draw = trained("sd3", model=LORA if train == "lora" else {"train": "full"})
@@ -202,6 +206,7 @@ def make_wan() -> WanPipeline:
     )  # fmt: skip
 
 
+@pytest.mark.bits(across="again")
 def test_two_transformers_get_a_file_each(small_config, tmp_path):
     config = small_config(model={**LORA, "lora_targets": ["to_q", "to_v"]})
     pipeline = make_wan()

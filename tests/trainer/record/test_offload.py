@@ -57,6 +57,7 @@ class FakeDevice:
         return tensor.clone()
 
 
+@pytest.mark.bits(across="again")
 @pytest.mark.parametrize("noise", ["seeded", "stored"])
 def test_trajectories_on_the_host_give_the_same_weights_and_leave_nothing_behind(
     pipes, small_config, monkeypatch, noise

@@ -61,6 +61,7 @@ def nudge(module: torch.nn.Module, size: float) -> None:
             parameter += size * torch.randn_like(parameter)
 
 
+@pytest.mark.bits(across="again")
 @pytest.mark.parametrize("case", CASES)
 def test_replay_gives_the_recorded_velocity_and_gradients(pipes, case):
     pipeline, recorder, trajectory = record(pipes, case)
@@ -222,6 +223,7 @@ RULES = {
 }
 
 
+@pytest.mark.bits(across="again")
 @pytest.mark.parametrize("name", RULES)
 def test_rules_are_found_from_the_numbers(pipes, name):
     calls, reference, combine, expected = RULES[name]
@@ -241,6 +243,22 @@ def test_rules_in_half_precision_know_where_the_cast_is(upcast):
     )
     rule, error = find_rule([uncond, cond], velocity)
     assert (rule, error) == (guided(1, 5.0, upcast=upcast), 0.0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_that_lost_its_numbers_is_told_and_lapack_is_spared(value, monkeypatch):
+    """LAPACK crashes on such numbers on some processors."""
+
+    def refuse(matrix, **options):
+        assert matrix.isfinite().all(), "LAPACK was given a number that is not finite"
+        return inverse(matrix, **options)
+
+    inverse = torch.linalg.pinv
+    monkeypatch.setattr(torch.linalg, "pinv", refuse)
+    cond, uncond = torch.randn(2, 3, 4, 8, 8)
+    cond[1, 2, 0, 0] = value
+    with pytest.raises(ValueError, match="not finite: the model has diverged"):
+        find_rule([uncond, cond], uncond + 5.0 * (cond - uncond))
 
 
 def _std(x: torch.Tensor) -> torch.Tensor:
@@ -292,6 +310,7 @@ MANY = {
 }  # fmt: skip
 
 
+@pytest.mark.bits(across="again")
 @pytest.mark.parametrize("name", MANY)
 def test_guidance_from_any_outputs_is_found(pipes, name):
     calls, combine, expected = MANY[name]
@@ -325,6 +344,7 @@ def test_a_pipeline_without_a_rule_stops_with_its_name_and_the_difference(pipes,
         pipeline(combine, calls=calls)
 
 
+@pytest.mark.bits(across="again")
 def test_guidance_that_changes_on_the_way_is_followed(pipes):
     scales = iter([2.0, 2.0, 2.0, 5.0, 5.0, 5.0])
 

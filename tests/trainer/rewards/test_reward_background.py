@@ -59,6 +59,7 @@ def test_the_numbers_of_the_foreground_in_order(max_pending):
         assert all(torch.equal(actual[seed][name], expected[seed][name]) for name in expected[seed])
 
 
+@pytest.mark.bits(across="again")
 def test_networks_give_bitwise_the_foregrounds_numbers(clip_folder, pictures):
     reward = CLIPScore(clip_folder)
     prompts = ["a", "b", "c", "d", "e", "f"]

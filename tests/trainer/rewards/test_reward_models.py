@@ -121,6 +121,7 @@ def test_reduced_precision(clip_folder, pictures, dtype, eps):
     )
 
 
+@pytest.mark.bits(across="again")
 def test_nothing_is_loaded_before_it_is_needed_and_to_moves_it(clip_folder, pictures):
     reward = CLIPScore(clip_folder).to("meta")
     assert reward._model is None
@@ -189,6 +190,7 @@ def head_file(head, tmp_path_factory):
     return path
 
 
+@pytest.mark.bits(across="again")
 def test_aesthetic_score(clip, clip_folder, head, head_file, pictures, as_pil, tmp_path):
     with torch.no_grad():
         pixels = clip[2](as_pil(pictures), return_tensors="pt")["pixel_values"]

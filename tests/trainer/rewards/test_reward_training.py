@@ -49,6 +49,7 @@ def hangs(values):
     return values
 
 
+@pytest.mark.bits(across="process")
 @pytest.mark.parametrize("failure", [dies, gives_nan, gives_too_few, hangs])
 def test_a_failing_server_stops_the_run_and_a_resume_ends_where_it_would_have(pipes, small_config, tmp_path, failure):
     def make(folder, url):

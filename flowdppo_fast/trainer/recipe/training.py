@@ -1,0 +1,117 @@
+"""From a recipe to a trained run: everything is checked before weights are loaded, and the folder keeps the recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import PartialState
+
+from .. import checkpoint
+from ..resume import FREE_SETTINGS
+from ..rewards import Reward, build_rewards
+from ..trainer import FlowDPPOTrainer
+from .export import RECIPE_FILE
+from .loading import load_pipeline
+from .preflight import PipelinePlan, check_environment, inspect_pipeline
+from .recipe import Recipe, search_working_directory
+
+INPUTS_FILE = "inputs.json"
+# settings of the pipeline that do not change what it computes
+_FREE_PIPELINE_SETTINGS = ("local_files_only",)
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """A recipe of which everything is known that can be known without weights.
+
+    >>> PreparedRun.of(Recipe.from_yaml("recipe.yaml")).train()  # as `flowdppo train recipe.yaml`
+
+    Attributes:
+        recipe: what is trained.
+        plan: its pipeline.
+        reward: its rewards, whose networks are loaded at first use.
+        weights: of the rewards, by name.
+        resume: whether the run that the folder holds is continued.
+    """
+
+    recipe: Recipe
+    plan: PipelinePlan
+    reward: Reward
+    weights: dict[str, float]
+    resume: bool
+
+    @classmethod
+    def of(cls, recipe: Recipe, *, resume: bool = False, devices: bool = True) -> PreparedRun:
+        """Checks files, packages, rewards, the pipeline's configs, and that the output folder may be written to.
+
+        Args:
+            recipe: what is to be trained.
+            resume: continue the run that the folder holds.
+            devices: also look for a GPU where one is needed.
+
+        Raises:
+            ValueError, TypeError: whatever is missing, does not fit, or cannot be imported.
+        """
+        check_environment(recipe, devices=devices)
+        _check_folder(recipe, resume=resume)
+        plan = inspect_pipeline(recipe)
+        if any("callable" in entry for entry in recipe.rewards):
+            search_working_directory()
+        return cls(recipe, plan, *build_rewards(list(recipe.rewards)), resume)
+
+    def train(self) -> list[dict[str, float]]:
+        """Loads what the recipe names and trains; returns the metrics by iteration."""
+        recipe, config = self.recipe, self.recipe.config
+        # each process has to be on its own device before quantised weights are put there
+        state = PartialState(cpu=config.run.device == "cpu")
+        prompts, evaluation = recipe.load_prompts()
+        if not config.advantage.reward_weights:
+            advantage = dataclasses.replace(config.advantage, reward_weights=dict(self.weights))
+            config = dataclasses.replace(config, advantage=advantage)
+        pipeline = load_pipeline(recipe, self.plan)
+        trainer = FlowDPPOTrainer(pipeline, self.reward, prompts, config, eval_prompts=evaluation)
+        if state.is_main_process:
+            _save_recipe(recipe)
+        return trainer.train(resume=self.resume)
+
+
+def _check_folder(recipe: Recipe, *, resume: bool) -> None:
+    """A run is neither overwritten nor continued with other settings."""
+    folder = Path(recipe.config.run.output_dir)
+    saved = checkpoint.checkpoints(folder / "checkpoints")
+    if not resume and (saved or (folder / "metrics.jsonl").exists()):
+        raise ValueError(f"run.output_dir: {folder} holds a run already; --resume continues it (resume=True in Python)")
+    if not (saved and (folder / RECIPE_FILE).is_file()):
+        return
+    before, now = Recipe.from_yaml(folder / RECIPE_FILE).portable(), recipe.portable()
+    free = {"run": FREE_SETTINGS, "pipeline": _FREE_PIPELINE_SETTINGS}
+    differing = [
+        f"{section}.{key}"
+        for section in (section for section in now if section != "rewards")
+        for key, value in now[section].items()
+        if key not in free.get(section, ()) and before[section].get(key) != value
+    ]
+    differing += ["rewards"] * (before["rewards"] != now["rewards"])
+    read_before = json.loads((folder / INPUTS_FILE).read_text())
+    differing += [f"the contents of {name}" for name, digest in recipe.inputs().items() if read_before[name] != digest]
+    if differing:
+        raise ValueError(
+            f"config: the run in {folder} was started with other {', '.join(differing)}; expected the same"
+        )
+
+
+def _save_recipe(recipe: Recipe) -> None:
+    """Leaves the recipe and the digests of its prompt files in the output folder."""
+    folder = Path(recipe.config.run.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, write in (
+        (INPUTS_FILE, lambda path: path.write_text(json.dumps(recipe.inputs(), indent=2) + "\n")),
+        (RECIPE_FILE, recipe.save),
+    ):
+        temporary = folder / f".{name}.writing"
+        write(temporary)
+        os.replace(temporary, folder / name)
