@@ -39,7 +39,7 @@ def draw_sheet(
     """The first seed of evenly spaced prompts: what was asked, what was drawn, what the second reader read."""
     count = len(next(iter(pages.values())))
     chosen = range(0, count, max(1, count // shown // SEEDS) * SEEDS)[:shown]
-    figure, axes = figures.panels(2, height=9.0)
+    figure, axes = figures.panels(2, height=6.2)
     for axis, (title, images) in zip(axes, pages.items()):
         asked, read = numbers[title]["asked"], numbers[title][f"{SECOND_NAME} read"]
         height, width = images.shape[-2:]
@@ -52,7 +52,7 @@ def draw_sheet(
             right = read[number] == asked[number]
             axis.text(left, top + height / 2, asked[number], va="center", fontsize=8)
             axis.imshow(
-                images[number, 0].numpy(), cmap="gray", vmin=0, vmax=1, aspect="auto",
+                images[number, 0].numpy(), cmap="gray", vmin=0, vmax=1, aspect="equal",
                 extent=(left + 0.75 * width, left + 1.75 * width, top + height, top),
             )  # fmt: skip
             axis.text(
@@ -78,6 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     parser.add_argument("--checkpoint", type=Path, default=HERE / "checkpoint", help="the pre-trained pipeline")
     parser.add_argument("--words", choices=SPLITS, default="held_out", help="what is drawn before and after")
     parser.add_argument("--prompts", type=int, help="only the first that many of them")
+    parser.add_argument("--train-prompts", type=int, help="train on only the first that many prompts")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings other than the recipe's")
     args = parser.parse_args(arguments)
     started = time.perf_counter()
@@ -97,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     pipeline = WordsPipeline.from_pretrained(args.checkpoint)
     pages = {"before": draw(pipeline, prompts, SEEDS, steps)}
     numbers = {"before": measure(pages["before"], prompts, SEEDS)}
-    trainer = FlowDPPOTrainer(pipeline, reward, train_prompts(), config)
+    trainer = FlowDPPOTrainer(pipeline, reward, train_prompts()[: args.train_prompts], config)
 
     def tell(metrics: dict[str, float]) -> None:
         tqdm.write(
