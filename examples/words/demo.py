@@ -78,7 +78,6 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     parser.add_argument("--checkpoint", type=Path, default=HERE / "checkpoint", help="the pre-trained pipeline")
     parser.add_argument("--words", choices=SPLITS, default="held_out", help="what is drawn before and after")
     parser.add_argument("--prompts", type=int, help="only the first that many of them")
-    parser.add_argument("--train-prompts", type=int, help="train on only the first that many prompts")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings other than the recipe's")
     args = parser.parse_args(arguments)
     started = time.perf_counter()
@@ -98,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     pipeline = WordsPipeline.from_pretrained(args.checkpoint)
     pages = {"before": draw(pipeline, prompts, SEEDS, steps)}
     numbers = {"before": measure(pages["before"], prompts, SEEDS)}
-    trainer = FlowDPPOTrainer(pipeline, reward, train_prompts()[: args.train_prompts], config)
+    trainer = FlowDPPOTrainer(pipeline, reward, train_prompts(), config)
 
     def tell(metrics: dict[str, float]) -> None:
         tqdm.write(

@@ -113,30 +113,29 @@ def test_intervals_are_those_of_paired_differences(words):
 
 
 @pytest.mark.slow
-def test_the_demo_in_short_raises_what_the_first_reader_gives(tmp_path):
+def test_the_demo_in_short_trains_masks_reads_and_leaves_what_it_says(tmp_path):
     folder = tmp_path / "demo"
-    # four prompts again and again, which is learned within seconds
     short = [
-        "run.iterations=8", "run.progress=false", "sampling.prompts_per_rollout=4", "sampling.batch_size=64",
-        "optimizer.learning_rate=4e-4", "optimizer.updates_per_rollout=2", "optimizer.micro_batch_size=32",
-        "objective.threshold=2e-5", "model.ema_decay=null",
+        "run.iterations=2", "run.progress=false", "sampling.prompts_per_rollout=2", "sampling.batch_size=32",
+        "optimizer.updates_per_rollout=2", "optimizer.micro_batch_size=16", "objective.threshold=1e-6",
     ]  # fmt: skip
-    command = [sys.executable, str(EXAMPLE / "demo.py"), "--output", str(folder), "--prompts", "10", *short]
+    command = [sys.executable, str(EXAMPLE / "demo.py"), "--output", str(folder), "--prompts", "6", *short]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command += ["--train-prompts", "4"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
     history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    first, last = (sum(m["reward"] for m in part) / 2 for part in (history[:2], history[-2:]))
-    assert last > first + 0.05, [m["reward"] for m in history]
+    assert len(history) == 2
+    assert all(0 < m["reward/ocr/likelihood"] == m["reward"] < m["reward/ocr/edit"] < 1 for m in history)
+    assert all(m["ratio_moved_fraction"] >= 0.4 for m in history)
     result = json.loads((folder / "result.json").read_text())
-    assert result["rows"] == 8 * 4 * 16 * 5
-    assert 0 < result["masked_fraction"] < 0.5
+    assert result["rows"] == 2 * 2 * 16 * 5
+    assert 0 < result["masked_fraction"] < 0.8
     change, low, high = result["change"]["PP-OCRv6 likelihood"]
     assert result["after"]["PP-OCRv6 likelihood"] == pytest.approx(result["before"]["PP-OCRv6 likelihood"] + change)
     assert low < change < high
+    assert change != 0
     for name in ("sheet.png", "metrics.png", "metrics.jsonl", "config.yaml", "final"):
         assert (folder / name).exists()
         assert str(folder / name) in done.stdout
     assert "PP-OCRv4 had no part in training" in done.stdout
-    assert "20 images, held_out words" in done.stdout
+    assert "12 images, held_out words" in done.stdout
