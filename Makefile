@@ -6,14 +6,14 @@ PIP := $(PY) -m pip --disable-pip-version-check -q
 export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 0
 
-.PHONY: help demo demo-digits test pytest test-cpus lint audit check-tables docs bench bench-quick bench-train bench-learning bench-learning-quick gpu build clean
+.PHONY: help demo demo-digits test pytest test-cpus lint audit check-tables docs bench bench-quick bench-train bench-learning bench-learning-quick ptx gpu gpu-matrix build clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo         teach a small flow model to spell, with Flow-DPPO and a reader as reward (about 4 minutes)"
 	@echo "make demo-digits  teach another one to draw bold digits (about a minute)"
 	@echo "make test         lint, types and all tests"
-	@echo "make test-cpus    tests that compare bits or learn, on every x86 processor this one can play (half an hour)"
+	@echo "make test-cpus    tests that compare bits or learn, on every x86 processor this one can play"
 	@echo "make docs         the documentation site, into build/site; warnings are errors"
 	@echo "make audit        look for known vulnerabilities in what constraints.txt pins (needs a network)"
 	@echo "make bench        op benchmark against every contender on this CPU"
@@ -21,7 +21,9 @@ help:
 	@echo "make bench-train  one training iteration against the habits of other trainers on this CPU"
 	@echo "make bench-learning        Flow-DPPO against ratio clipping: whatever is missing of the sweep (hours)"
 	@echo "make bench-learning-quick  one short run of every method (about a minute)"
-	@echo "make gpu          everything a GPU is needed for, into one result folder"
+	@echo "make ptx          all tests of the GPU kernels as compiled, on an emulator, with a tally (about an hour)"
+	@echo "make gpu          everything a GPU is needed for, into one result folder (6 minutes; bench/gpu.sh --quick: 2)"
+	@echo "make gpu-matrix   the GPU backends with every supported Triton and torch, without a GPU (downloads gigabytes)"
 	@echo "make clean        remove .venv and build products"
 
 # the words demo's second reader: only the weights inside are used, so it is no part of the environment
@@ -108,8 +110,16 @@ bench-learning-quick: build
 bench-train: build
 	$(PY) -m bench.train run --device cpu
 
+# resumable: files of tests that the tally has are skipped
+ptx: build
+	OMP_NUM_THREADS=1 $(PY) -m tests.ptx
+
 gpu:
 	bench/gpu.sh
+
+# wheels are unpacked below build/, not installed; a result file for the release
+gpu-matrix: build
+	$(PY) tests/packaging/gpu_matrix.py
 
 clean:
 	rm -rf .venv build *.egg-info flowdppo_fast/*.so flowdppo_fast/_build_info.json

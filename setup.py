@@ -1,8 +1,9 @@
 """Builds the optional C++ and CUDA backends; all metadata is in pyproject.toml.
 
 FLOWDPPO_BUILD_CPU and FLOWDPPO_BUILD_CUDA: 0 skips a backend, 1 makes a build that cannot be done an error. By default
-(auto) a build environment without torch, a C++ compiler or, for CUDA, nvcc gives an install without it and says so. No
-GPU is needed. FLOWDPPO_CUDA_ARCHS (default: 80;90a;100, those that nvcc knows) names the GPUs, the newest also as PTX.
+(auto) a build environment without torch, a C++ compiler or, for CUDA, nvcc gives an install without it and says so, and
+so does a build that fails: one backend never takes the other, or the install, down with it. No GPU is needed.
+FLOWDPPO_CUDA_ARCHS (default: 80;90a;100, those that nvcc knows) names the GPUs, the newest also as PTX.
 Build with ``--no-build-isolation``: the extensions are compiled against the torch that is installed (any torch >= 2.10
 can then load them).
 """
@@ -164,15 +165,19 @@ BUILD_CPU, NO_CPU_REASON = decide("FLOWDPPO_BUILD_CPU", why_no_extension)
 BUILD_CUDA, NO_CUDA_REASON = decide("FLOWDPPO_BUILD_CUDA", why_no_cuda)
 
 
+def say_missing(library: str, reason: str | None) -> None:
+    kind, name = ("warning", "C++") if library == "_C_cpu" else ("note", "CUDA")
+    print(f"{kind}: flowdppo_fast is installed without its {name} backend: {reason}", file=sys.stderr)
+
+
 class PureBuild(build_py):
     """Says which backends are missing and why, once."""
 
     def run(self) -> None:
         super().run()
-        if not BUILD_CPU:
-            print(f"warning: flowdppo_fast is installed without its C++ backend: {NO_CPU_REASON}", file=sys.stderr)
-        if not BUILD_CUDA:
-            print(f"note: flowdppo_fast is installed without its CUDA backend: {NO_CUDA_REASON}", file=sys.stderr)
+        for library, built, reason in (("_C_cpu", BUILD_CPU, NO_CPU_REASON), ("_C_cuda", BUILD_CUDA, NO_CUDA_REASON)):
+            if not built:
+                say_missing(library, reason)
 
 
 class PlatformWheel(bdist_wheel):
@@ -271,6 +276,9 @@ def extension_builder() -> type[build_ext]:
     import torch
     from torch.utils.cpp_extension import BuildExtension
 
+    reasons = {"_C_cpu": NO_CPU_REASON, "_C_cuda": NO_CUDA_REASON}
+    missing = {library: reason for library, reason in reasons.items() if reason is not None}
+
     class BuildBackends(BuildExtension):
         """Compiles the CPU's streaming kernels once per instruction set and the CUDA kernels with nvcc; each backend
         is one library."""
@@ -279,11 +287,24 @@ def extension_builder() -> type[build_ext]:
             super().__init__(*args, no_python_abi_suffix=True, **kwargs)
 
         def build_extension(self, extension: Extension) -> None:
-            if extension.name.endswith("_C_cuda"):
-                extension.extra_objects += compile_cuda(Path(self.build_temp, "cuda"), extension.depends)
-            else:
-                self.compile_isas(extension)
-            super().build_extension(extension)
+            try:
+                if extension.name.endswith("_C_cuda"):
+                    extension.extra_objects += compile_cuda(Path(self.build_temp, "cuda"), extension.depends)
+                else:
+                    self.compile_isas(extension)
+                super().build_extension(extension)
+            except Exception as error:
+                # asked for by name
+                if not extension.optional:
+                    raise
+                library = extension.name.rpartition(".")[2]
+                # the compilers have said the rest
+                failed = isinstance(error, subprocess.CalledProcessError)
+                why = (
+                    f"{Path(error.cmd[0]).name} ended with {error.returncode}" if failed else str(error).splitlines()[0]
+                )
+                missing[library] = f"its build failed: {why}"
+                say_missing(library, missing[library])
 
         def compile_isas(self, extension: Extension) -> None:
             """Objects of the streaming kernels, compiled side by side."""
@@ -310,14 +331,18 @@ def extension_builder() -> type[build_ext]:
                 "torch_target": TORCH_TARGET,
                 "compiler": version.stdout.splitlines()[0],
                 "flags": [*COMMON_FLAGS, *KERNEL_FLAGS],
-                "isas": ISA_FLAGS if BUILD_CPU else {},
+                "isas": {} if "_C_cpu" in missing else ISA_FLAGS,
+                "missing": missing,
             }
-            if BUILD_CUDA:
+            if "_C_cuda" not in missing:
                 info["nvcc"] = nvcc_says("--version").splitlines()[-2]
                 info["nvcc_flags"] = NVCC_FLAGS
                 info["cuda_architectures"] = cuda_architectures()
                 info["cuda_sources"] = cuda_source_digest()
             folder = Path(PACKAGE) if self.inplace else Path(self.build_lib, PACKAGE)
+            for library in missing:
+                # of an earlier build, from other sources
+                (folder / f"{library}.so").unlink(missing_ok=True)
             (folder / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n")
 
     return BuildBackends
@@ -329,6 +354,9 @@ if BUILD_CPU:
     extensions.append(cpu_extension())
 if BUILD_CUDA:
     extensions.append(cuda_extension())
+for built in extensions:
+    variable = "FLOWDPPO_BUILD_CUDA" if built.name.endswith("_C_cuda") else "FLOWDPPO_BUILD_CPU"
+    built.optional = os.environ.get(variable, "auto") != "1"
 if extensions:
     commands["build_ext"] = extension_builder()
 

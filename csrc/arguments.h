@@ -98,7 +98,7 @@ const T* row_values(const OptionalTensor& tensor, int64_t count, const char* nam
 
 inline NoiseStreams streams_of(const OptionalTensor& streams, int64_t rows, int64_t seed, int64_t first) {
   NoiseStreams out;
-  out.seed = static_cast<uint64_t>(seed);
+  out.key = philox_key(static_cast<uint64_t>(seed));
   out.first = first;
   if (streams.has_value()) {
     check_device(*streams, "streams");

@@ -1,5 +1,6 @@
-// Counter-based Gaussian noise: Philox4x32-10 (Salmon et al., SC 2011), 24-bit uniforms, Box-Muller. The definition is
-// in flowdppo_fast/noise.py; this is its twin for scalars (CUDA, host) and, through `Lanes`, for CPU vectors.
+// Counter-based Gaussian noise: Philox4x32-7 (Salmon et al., SC 2011) and Box-Muller. The definition is in
+// flowdppo_fast/noise.py; this is its twin for scalars and, through `Lanes`, for CPU vectors. GPUs share the words and
+// have a Box-Muller of their own (kernels/cuda/normals.cuh).
 #pragma once
 
 #include <math.h>
@@ -10,16 +11,24 @@
 
 namespace flowdppo {
 
+constexpr float kUnit = 0x1p-32f, kHalfUnit = 0x1p-33f;
+
 // The few operations the arithmetic below is written in; cpu/simd.h has the same for vectors.
 struct ScalarLanes {
   using Float = float;
   using Uint = uint32_t;
-  // Philox words live in the low halves of 64-bit lanes; what the high halves hold is never read
-  using Word = uint64_t;
+  // of Philox
+  using Word = uint32_t;
+  using Key = uint32_t;
 
-  FLOWDPPO_HD Word multiply_low(Word a, uint32_t b) { return static_cast<uint64_t>(static_cast<uint32_t>(a)) * b; }
-  // of an integer below 2^31
-  FLOWDPPO_HD Float to_float(Uint x) { return static_cast<float>(static_cast<int32_t>(x)); }
+  FLOWDPPO_HD void multiply(Word a, uint32_t b, Word& high, Word& low) {
+    const uint64_t product = static_cast<uint64_t>(a) * b;
+    high = static_cast<uint32_t>(product >> 32);
+    low = static_cast<uint32_t>(product);
+  }
+  FLOWDPPO_HD Float to_float(Uint x) { return static_cast<float>(x); }
+  // of the bits of a signed integer
+  FLOWDPPO_HD Float signed_to_float(Uint x) { return static_cast<float>(static_cast<int32_t>(x)); }
   FLOWDPPO_HD Uint bits(Float x) {
     Uint out;
     memcpy(&out, &x, sizeof out);
@@ -35,6 +44,25 @@ struct ScalarLanes {
   FLOWDPPO_HD Float select(Uint condition, Float yes, Float no) { return condition != 0 ? yes : no; }
 };
 
+constexpr int kPhiloxRounds = 7;
+
+// The keys of all rounds, which follow from the seed: made once, so that no generator does it per counter.
+struct PhiloxKey {
+  uint32_t low[kPhiloxRounds], high[kPhiloxRounds];
+};
+
+FLOWDPPO_HD PhiloxKey philox_key(uint64_t seed) {
+  PhiloxKey out = {};
+  uint32_t low = static_cast<uint32_t>(seed), high = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    out.low[round] = low;
+    out.high[round] = high;
+    low += 0x9E3779B9u;
+    high += 0xBB67AE85u;
+  }
+  return out;
+}
+
 template <class Word>
 struct PhiloxWords {
   Word w0, w1, w2, w3;
@@ -42,31 +70,29 @@ struct PhiloxWords {
 
 template <class Lanes>
 FLOWDPPO_HD PhiloxWords<typename Lanes::Word> philox4x32(
-    PhiloxWords<typename Lanes::Word> counter, uint64_t seed) {
+    PhiloxWords<typename Lanes::Word> counter, const PhiloxKey& key) {
   using Word = typename Lanes::Word;
-  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  using Key = typename Lanes::Key;
   FLOWDPPO_UNROLL
-  for (int round = 0; round < 10; ++round) {
-    const Word p0 = Lanes::multiply_low(counter.w0, 0xD2511F53u);
-    const Word p1 = Lanes::multiply_low(counter.w2, 0xCD9E8D57u);
-    counter.w0 = (p1 >> 32) ^ counter.w1 ^ static_cast<uint64_t>(k0);
-    counter.w1 = p1;
-    counter.w2 = (p0 >> 32) ^ counter.w3 ^ static_cast<uint64_t>(k1);
-    counter.w3 = p0;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    Word high0, high1, low0, low1;
+    Lanes::multiply(counter.w0, 0xD2511F53u, high0, low0);
+    Lanes::multiply(counter.w2, 0xCD9E8D57u, high1, low1);
+    counter = {
+        high1 ^ counter.w1 ^ static_cast<Key>(key.low[round]), low1,
+        high0 ^ counter.w3 ^ static_cast<Key>(key.high[round]), low0};
   }
   return counter;
 }
 
-// -2*log(u), u in [2^-24, 1]: accurate to a few ulp also next to u = 1, where radii are small. Polynomials here are
+// -2*log(u), u in [2^-33, 1]: accurate to a few ulp also next to u = 1, where radii are small. Polynomials here are
 // minimax fits whose coefficients were rounded to float32.
 template <class Lanes>
 FLOWDPPO_HD typename Lanes::Float minus_two_log(typename Lanes::Float u) {
   using Float = typename Lanes::Float;
   // u = 2^exponent * (1 + f), 1 + f in [sqrt(1/2), sqrt(2))
   const typename Lanes::Uint biased = Lanes::bits(u) + (0x3f800000u - 0x3f3504f3u);
-  const Float exponent = Lanes::to_float((biased >> 23) - 127u);
+  const Float exponent = Lanes::signed_to_float((biased >> 23) - 127u);
   const Float f = Lanes::from_bits((biased & 0x007fffffu) + 0x3f3504f3u) - 1.0f;
   Float tail = Lanes::multiply_add(f, 0.15268987f, -0.2552315f);
   tail = Lanes::multiply_add(tail, f, 0.26320365f);
@@ -80,20 +106,22 @@ FLOWDPPO_HD typename Lanes::Float minus_two_log(typename Lanes::Float u) {
   return Lanes::multiply_add(exponent, -1.38629436f, Lanes::multiply_add(f, -2.0f, curved));
 }
 
-// Normals from 24-bit integers: radius from (radius_bits + 1) * 2^-24, angle from angle_bits * 2^-24 turns.
+// Two normals: radius sqrt(-2*log(u)) for u = radius_word * 2^-32 + 2^-33, where the word and the sum are rounded to
+// float32, and angle_word * 2^-32 turns.
 template <class Lanes>
 FLOWDPPO_HD void box_muller(
-    typename Lanes::Uint radius_bits,
-    typename Lanes::Uint angle_bits,
+    typename Lanes::Uint radius_word,
+    typename Lanes::Uint angle_word,
     typename Lanes::Float& cosine,
     typename Lanes::Float& sine) {
   using Float = typename Lanes::Float;
   using Uint = typename Lanes::Uint;
-  const Float uniform = Lanes::to_float(radius_bits + 1u) * 5.9604644775390625e-8f;
+  const Float uniform = Lanes::multiply_add(Lanes::to_float(radius_word), kUnit, kHalfUnit);
   const Float radius = Lanes::square_root(minus_two_log<Lanes>(uniform));
-  // nearest quarter turn, and what is left in quarter turns, [-1/2, 1/2): exact in integers
-  const Uint quarter = (angle_bits + 0x200000u) >> 22;
-  const Float r = Lanes::to_float(angle_bits - (quarter << 22)) * 2.384185791015625e-7f;
+  // with an eighth of a turn added, the two top bits number the nearest quarter turn, and the rest is what is left of
+  // it in quarter turns, [-1/2, 1/2): exact in integers
+  const Uint shifted = angle_word + 0x20000000u;
+  const Float r = Lanes::signed_to_float((shifted << 2) ^ 0x80000000u) * kUnit;
   const Float z = r * r;
   Float s = Lanes::multiply_add(z, -0.0046859714f, 0.079712525f);
   s = Lanes::multiply_add(s, z, -0.64596665f);
@@ -102,31 +130,38 @@ FLOWDPPO_HD void box_muller(
   c = Lanes::multiply_add(c, z, 0.25366855f);
   c = Lanes::multiply_add(c, z, -1.2337005f);
   c = Lanes::multiply_add(c, z, 1.0f);
-  const Uint odd = quarter & 1u;
-  const Uint sign_of_cosine = ((quarter + 1u) << 30) & 0x80000000u, sign_of_sine = (quarter << 30) & 0x80000000u;
+  const Uint odd = shifted & 0x40000000u;
+  const Uint sign_of_cosine = (shifted + 0x40000000u) & 0x80000000u, sign_of_sine = shifted & 0x80000000u;
   const Float unsigned_cosine = Lanes::select(odd, s, c), unsigned_sine = Lanes::select(odd, c, s);
   cosine = radius * Lanes::from_bits(Lanes::bits(unsigned_cosine) ^ sign_of_cosine);
   sine = radius * Lanes::from_bits(Lanes::bits(unsigned_sine) ^ sign_of_sine);
 }
 
 FLOWDPPO_HD void box_muller_words(uint32_t radius_word, uint32_t angle_word, float& cosine, float& sine) {
-  box_muller<ScalarLanes>(radius_word >> 8, angle_word >> 8, cosine, sine);
+  box_muller<ScalarLanes>(radius_word, angle_word, cosine, sine);
 }
 
 // For float64 latents; speed does not matter there.
 FLOWDPPO_HD void box_muller_words(uint32_t radius_word, uint32_t angle_word, double& cosine, double& sine) {
-  const double radius = sqrt(-2.0 * log(((radius_word >> 8) + 1u) * 0x1p-24));
-  const double angle = (angle_word >> 8) * (0x1p-24 * 6.283185307179586476925286766559);
+  const float uniform = fmaf(static_cast<float>(radius_word), kUnit, kHalfUnit);
+  const double radius = sqrt(-2.0 * log(static_cast<double>(uniform)));
+  const double angle = angle_word * (0x1p-32 * 6.283185307179586476925286766559);
   cosine = radius * cos(angle);
   sine = radius * sin(angle);
 }
 
+FLOWDPPO_HD PhiloxWords<uint32_t> philox_words(const PhiloxKey& key, uint64_t stream, uint64_t block) {
+  const uint32_t block_low = static_cast<uint32_t>(block), block_high = static_cast<uint32_t>(block >> 32);
+  const uint32_t stream_low = static_cast<uint32_t>(stream), stream_high = static_cast<uint32_t>(stream >> 32);
+  return philox4x32<ScalarLanes>({block_low, block_high, stream_low, stream_high}, key);
+}
+
 // The four normals of one counter: elements 4*block .. 4*block+3 of the row that reads `stream`.
 template <class T>
-FLOWDPPO_HD void philox_normals(uint64_t seed, uint64_t stream, uint64_t block, T (&z)[4]) {
-  const auto w = philox4x32<ScalarLanes>({block, block >> 32, stream, stream >> 32}, seed);
-  box_muller_words(static_cast<uint32_t>(w.w0), static_cast<uint32_t>(w.w1), z[0], z[1]);
-  box_muller_words(static_cast<uint32_t>(w.w2), static_cast<uint32_t>(w.w3), z[2], z[3]);
+FLOWDPPO_HD void philox_normals(const PhiloxKey& key, uint64_t stream, uint64_t block, T (&z)[4]) {
+  const PhiloxWords<uint32_t> w = philox_words(key, stream, block);
+  box_muller_words(w.w0, w.w1, z[0], z[1]);
+  box_muller_words(w.w2, w.w3, z[2], z[3]);
 }
 
 }  // namespace flowdppo

@@ -5,6 +5,7 @@
 #include <stdint.h>
 
 #include "macros.h"
+#include "philox.h"
 #include "row_math.h"
 
 namespace flowdppo {
@@ -33,7 +34,7 @@ struct StepTable {
 struct NoiseStreams {
   // null: consecutive from `first`
   const int64_t* streams = nullptr;
-  uint64_t seed = 0;
+  PhiloxKey key = {};
   int64_t first = 0;
 };
 

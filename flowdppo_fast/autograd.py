@@ -3,7 +3,9 @@ trainer's own log-probs and drifts."""
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -11,60 +13,61 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .backend import operator
-from .layout import from_rows, latent_order, to_rows, with_order
+from .layout import to_rows
 from .objectives import RowField
-from .reference import Form
+from .rows import Form, RowPlan, RowSource
 
 
-class RowSource(NamedTuple):
-    """What describes the rows besides tensors: the step's numbers, the noise's seed, the form, and who computes."""
+class ObjectiveInputs(NamedTuple):
+    """What an objective takes besides the rows, in the order of the schemas; twin of C++'s ``ObjectiveArguments``.
 
+    Attributes:
+        advantages, row_weights, old_log_prob: ``[R]``.
+        ints, floats: of :class:`~flowdppo_fast.objectives.EpilogueOptions`.
+    """
+
+    advantages: Tensor
+    row_weights: Tensor | None
+    old_log_prob: Tensor | None
+    ints: list[int]
+    floats: list[float]
+
+
+def _first_order(backward: Callable) -> Callable:
+    """A backward that cannot be differentiated again, like ``once_differentiable``, and costs nothing where nobody
+    asks for that (``create_graph``)."""
+    refuses = once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def either(ctx, *grads):
+        return (refuses if torch.is_grad_enabled() else backward)(ctx, *grads)
+
+    return either
+
+
+class RowCall(NamedTuple):
+    """Rows of a call on their way through autograd: ``new`` goes beside them.
+
+    Attributes:
+        rows: as the operators take them but for ``rows.new``, which is as the caller has it.
+        plan: what is known of the latents.
+        backend: who computes.
+    """
+
+    rows: RowSource
+    plan: RowPlan
     backend: str
-    form: int
-    row_dims: int
-    step_values: list[float]
-    seed: int
-    first_stream: int
+
+    def keep(self, ctx, new: Tensor, *results: Tensor) -> None:
+        """Saves what :func:`_row_grad` takes up again; ``new`` is ``[R0, R1, N]``."""
+        ctx.save_for_backward(new, *self.rows[1:6], *results)
+        ctx.call = self
 
 
-class _Canonical(NamedTuple):
-    """Latents as ``[R0, R1, N]``, the memory order they are in, and that of the original ``new``."""
-
-    new: Tensor
-    old: Tensor
-    noise: Tensor | None
-    reference: Tensor | None
-    order: tuple[int, ...] | None
-    layout: tuple[int, ...] | None
-
-
-def gradient_like(
-    rows: Tensor,
-    shape: torch.Size,
-    row_dims: int,
-    order: tuple[int, ...] | None,
-    layout: tuple[int, ...] | None,
-) -> Tensor:
-    """A ``[R0, R1, N]`` gradient in the shape and memory layout of the tensor it belongs to."""
-    grad = from_rows(rows, shape, row_dims, order)
-    return grad if order == layout else with_order(grad, row_dims, layout)
-
-
-def canonical(
-    new: Tensor, old: Tensor, noise: Tensor | None, reference: Tensor | None, source: RowSource
-) -> _Canonical:
-    """All latents in the memory order of ``new``; seeded noise is defined on logical order, so there it is kept."""
-    dims = source.row_dims
-    layout = latent_order(new, dims)
-    order = None if noise is None else layout
-    return _Canonical(
-        to_rows(new, dims, order),
-        to_rows(old, dims, order),
-        None if noise is None else to_rows(noise, dims, order),
-        None if reference is None else to_rows(reference, dims, order),
-        order,
-        layout,
-    )
+def _row_grad(ctx, saved: tuple, coefficients: Tensor, upstream: Tensor, factor: float) -> Tensor:
+    rows, plan, backend = ctx.call
+    grad = operator("row_grad", backend, plan.device.type)(*saved[:6], *rows[6:], coefficients, upstream, factor)
+    return plan.gradient(grad)
 
 
 class PolicyLoss(torch.autograd.Function):
@@ -74,46 +77,34 @@ class PolicyLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx, new, old, noise, reference, streams, step, advantages, row_weights, old_log_prob,
-        source, ints, floats, reduction,
-    ):  # fmt: skip
-        c = canonical(new, old, noise, reference, source)
-        loss, rows, summary = operator("policy_loss", source.backend, new.device.type)(
-            c.new, c.old, c.noise, c.reference, streams, step,
-            source.step_values, source.seed, source.first_stream, source.form,
-            advantages, row_weights, old_log_prob, ints, floats,
-        )  # fmt: skip
+    def forward(ctx, new, call: RowCall, inputs: ObjectiveInputs, reduction: str):
+        source, plan, backend = call
+        new = plan.to_rows(new)
+        loss, rows, summary = operator("policy_loss", backend, plan.device.type)(new, *source[1:], *inputs)
         if reduction == "none":
             loss = rows[RowField.LOSS].clone()
         elif reduction == "sum":
             loss = rows[RowField.LOSS].sum()
-        ctx.save_for_backward(c.new, c.old, c.noise, c.reference, streams, step, rows)
-        ctx.source, ctx.shape, ctx.orders = source, new.shape, (c.order, c.layout)
+        call.keep(ctx, new, rows)
         ctx.averages = reduction == "mean" and rows.shape[1] > 0
         ctx.mark_non_differentiable(rows, summary)
         ctx.set_materialize_grads(False)
         return loss, rows, summary
 
     @staticmethod
-    @once_differentiable
+    @_first_order
     def backward(ctx, grad_loss, grad_rows, grad_summary):
-        nothing = (None,) * 12
         if grad_loss is None:
-            return None, *nothing
-        new, old, noise, reference, streams, step, rows = ctx.saved_tensors
-        source, upstream, factor = ctx.source, grad_loss.reshape(-1), 1.0
-        if ctx.averages and torch.compiler.is_compiling():
-            # an operator's float argument would make the number of rows a constant of the graph
-            upstream = upstream / rows.shape[1]
-        elif ctx.averages:
-            factor = 1.0 / rows.shape[1]
-        grad = operator("row_grad", source.backend, new.device.type)(
-            new, old, noise, reference, streams, step,
-            source.step_values, source.seed, source.first_stream, source.form,
-            rows[RowField.GRAD_P :], upstream, factor,
-        )  # fmt: skip
-        return gradient_like(grad, ctx.shape, source.row_dims, *ctx.orders), *nothing
+            return None, None, None, None
+        saved = ctx.saved_tensors
+        rows, factor = saved[-1], 1.0
+        if ctx.averages:
+            if torch.compiler.is_compiling():
+                # an operator's float argument would make the number of rows a constant of the graph
+                grad_loss = grad_loss / rows.shape[1]
+            else:
+                factor = 1.0 / rows.shape[1]
+        return _row_grad(ctx, saved, rows[RowField.GRAD_P :], grad_loss, factor), None, None, None
 
 
 class LogProbLoss(torch.autograd.Function):
@@ -137,7 +128,7 @@ class LogProbLoss(torch.autograd.Function):
         return loss, rows, summary
 
     @staticmethod
-    @once_differentiable
+    @_first_order
     def backward(ctx, grad_loss, grad_rows, grad_summary):
         if grad_loss is None:
             return (None,) * 11
@@ -157,29 +148,19 @@ class RowStatistics(torch.autograd.Function):
     """``[4, R]`` of ``P, Q, E, R``, differentiable in ``new`` through ``P``, ``Q`` and ``R``."""
 
     @staticmethod
-    def forward(ctx, new, old, noise, reference, streams, step, source, second_moment):
-        c = canonical(new, old, noise, reference, source)
-        stats = operator("row_stats", source.backend, new.device.type)(
-            c.new, c.old, c.noise, c.reference, streams, step,
-            source.step_values, source.seed, source.first_stream, source.form, second_moment,
-        )  # fmt: skip
-        ctx.save_for_backward(c.new, c.old, c.noise, c.reference, streams, step)
-        ctx.source, ctx.shape, ctx.orders = source, new.shape, (c.order, c.layout)
+    def forward(ctx, new, call: RowCall, second_moment: bool):
+        source, plan, backend = call
+        new = plan.to_rows(new)
+        stats = operator("row_stats", backend, plan.device.type)(new, *source[1:], second_moment)
+        call.keep(ctx, new)
         return stats
 
     @staticmethod
-    @once_differentiable
+    @_first_order
     def backward(ctx, grad_stats):
-        new, old, noise, reference, streams, step = ctx.saved_tensors
-        source = ctx.source
         # E does not depend on the new policy
         coefficients = torch.cat((grad_stats[:2], grad_stats[3:]))
-        grad = operator("row_grad", source.backend, new.device.type)(
-            new, old, noise, reference, streams, step,
-            source.step_values, source.seed, source.first_stream, source.form,
-            coefficients, grad_stats.new_ones(1), 1.0,
-        )  # fmt: skip
-        return gradient_like(grad, ctx.shape, source.row_dims, *ctx.orders), *(None,) * 7
+        return _row_grad(ctx, ctx.saved_tensors, coefficients, grad_stats.new_ones(1), 1.0), None, None
 
 
 class SamplerStep(torch.autograd.Function):
@@ -191,58 +172,60 @@ class SamplerStep(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, velocity, sample, noise, prev_sample, streams, step, source, dtype, flags):
+    def forward(
+        ctx, velocity, sample, noise, prev_sample, streams, step, step_values, seed, first_stream,
+        plan: RowPlan, backend: str, dtype, flags,
+    ):  # fmt: skip
         with_mean, with_log_prob, unnormalized = flags
-        dims = source.row_dims
-        order = latent_order(sample, dims) if noise is not None or prev_sample is not None else None
-        drift = to_rows(velocity, dims, order)
-        drawn = None if noise is None else to_rows(noise, dims, order)
-        given = None if prev_sample is None else to_rows(prev_sample, dims, order)
+        centre = plan.to_rows(velocity)
+        drawn = None if noise is None else plan.to_rows(noise)
+        given = None if prev_sample is None else plan.to_rows(prev_sample)
         scores_given = with_log_prob and given is not None and ctx.needs_input_grad[0]
-        next_sample, mean, log_prob = operator("sde_step", source.backend, velocity.device.type)(
-            to_rows(sample, dims, order), drift, drawn, given, streams, step,
-            source.step_values, source.seed, source.first_stream,
+        next_sample, mean, log_prob = operator("sde_step", backend, velocity.device.type)(
+            plan.to_rows(sample), centre, drawn, given, streams, step, step_values, seed, first_stream,
             dtype, with_mean or scores_given, with_log_prob, unnormalized,
         )  # fmt: skip
-        ctx.save_for_backward(drift if given is None else mean, drawn if given is None else given, streams, step)
-        ctx.form = Form.VELOCITY if given is None else Form.MEAN
-        ctx.source, ctx.order, ctx.shape, ctx.dtype = source, order, velocity.shape, velocity.dtype
-        ctx.unnormalized = unnormalized
+        form = Form.VELOCITY
+        if given is not None:
+            form, centre, drawn = Form.MEAN, mean, given
+        ctx.save_for_backward(centre, drawn, streams, step)
+        ctx.numbers = (step_values, seed, first_stream, int(form))
+        ctx.plan, ctx.backend, ctx.dtype, ctx.unnormalized = plan, backend, velocity.dtype, unnormalized
         ctx.set_materialize_grads(False)
         if given is None:
-            next_sample = from_rows(next_sample, velocity.shape, dims, order)
+            next_sample = plan.from_rows(next_sample)
         ctx.mark_non_differentiable(next_sample)
         if with_mean or scores_given:
-            mean = from_rows(mean, velocity.shape, dims, order)
+            mean = plan.from_rows(mean)
         return next_sample, mean, log_prob
 
     @staticmethod
-    @once_differentiable
+    @_first_order
     def backward(ctx, grad_next, grad_mean, grad_log_prob):
-        centre, draw, streams, step = ctx.saved_tensors
-        source = ctx.source
+        nothing = (None,) * 12
         like = grad_mean if grad_log_prob is None else grad_log_prob
         if like is None:
-            return (None,) * 9
-        rows = math.prod(ctx.shape[: source.row_dims])
+            return None, *nothing
+        centre, draw, streams, step = ctx.saved_tensors
+        step_values, seed, first_stream, form = ctx.numbers
+        rows = math.prod(ctx.plan.rows)
         if step is None:
-            _, b, std = (like.new_full((rows,), value) for value in source.step_values)
+            _, b, std = (like.new_full((rows,), value) for value in step_values)
         else:
             _, b, std = step.unbind(1)
         grad: Tensor | None = None
         if grad_log_prob is not None:
             grad_p = grad_log_prob * (2.0 * std**2 if ctx.unnormalized else 1.0)
-            if ctx.form == Form.MEAN:
+            if form == Form.MEAN:
                 grad_p = grad_p * b
             zeros = torch.zeros_like(grad_p)
-            grad = operator("row_grad", source.backend, like.device.type)(
+            grad = operator("row_grad", ctx.backend, like.device.type)(
                 centre, centre, draw, None, streams, torch.stack((std, b / std, zeros), dim=1),
-                [], source.seed, source.first_stream, ctx.form,
-                torch.stack((grad_p, zeros, zeros)), grad_p.new_ones(1), 1.0,
+                [], seed, first_stream, form, torch.stack((grad_p, zeros, zeros)), grad_p.new_ones(1), 1.0,
             )  # fmt: skip
         if grad_mean is not None:
-            latents = to_rows(grad_mean, source.row_dims, ctx.order)
+            latents = to_rows(grad_mean, ctx.plan.row_dims, ctx.plan.order)
             through_mean = b.reshape(*latents.shape[:2], 1) * latents
             grad = through_mean if grad is None else grad + through_mean
         assert grad is not None
-        return from_rows(grad.to(ctx.dtype), ctx.shape, source.row_dims, ctx.order), *(None,) * 8
+        return ctx.plan.from_rows(grad.to(ctx.dtype)), *nothing

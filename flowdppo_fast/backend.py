@@ -16,6 +16,7 @@ cuda        ``kernels/cuda``, loaded as ``_C_cuda.so``     CUDA tensors but floa
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import json
@@ -41,6 +42,7 @@ def _load_cpu_library() -> str | None:
         return (
             "the C++ library is not built; install with a C++ compiler present "
             "(FLOWDPPO_BUILD_CPU=1 pip install --no-build-isolation . turns a failed build into an error)"
+            + _last_build("_C_cpu")
         )
     try:
         torch.ops.load_library(str(_LIBRARY))
@@ -63,6 +65,7 @@ def _load_cuda_library() -> str | None:
         return (
             "the CUDA library is not built; install with CUDA's compiler nvcc present "
             "(FLOWDPPO_BUILD_CUDA=1 pip install --no-build-isolation . turns a failed build into an error)"
+            + _last_build("_C_cuda")
         )
     try:
         torch.ops.load_library(str(_CUDA_LIBRARY))
@@ -70,6 +73,11 @@ def _load_cuda_library() -> str | None:
         built = build_info().get("torch", "an unknown version")
         return f"the CUDA library built for torch {built} cannot be loaded under torch {torch.__version__}: {error}"
     return None
+
+
+def _last_build(library: str) -> str:
+    reason = build_info().get("missing", {}).get(library)
+    return "" if reason is None else f"; the last build went without it: {reason}"
 
 
 def build_info() -> dict[str, Any]:
@@ -185,8 +193,8 @@ def operator(op: str, backend: str, device_type: str) -> Callable:
     """The callable behind operator ``op`` of a resolved backend, all with the signatures of ``reference.py``."""
     if backend == "reference":
         return getattr(reference, op)
-    if backend == "triton" and device_type == "cpu":
-        return getattr(importlib.import_module("flowdppo_fast.kernels"), op)
+    if backend == "triton" and (device_type == "cpu" or not _is_observed()):
+        return _triton_operator(op)
     return _CUDA_OPERATORS[op] if backend == "cuda" else _OPERATORS[op]
 
 
@@ -194,13 +202,27 @@ _OPERATORS: dict[str, Callable] = {op: getattr(torch.ops.flowdppo, op).default f
 _CUDA_OPERATORS: dict[str, Callable] = {op: getattr(torch.ops.flowdppo_cuda, op).default for op in ops.SCHEMAS}
 
 
-def _register_triton() -> None:
-    # the launchers are imported at the first call, so that importing the package stays light
-    def lazily(op: str) -> Callable:
-        def launch(*args):
-            return getattr(importlib.import_module("flowdppo_fast.kernels"), op)(*args)
+def _is_observed() -> bool:
+    """Whether anybody has to see operators: a compiler, a mode such as fake tensors', the profiler.
 
-        return launch
+    Else a launcher is called as it is, which saves the dispatcher's way into Python and back: more than its own work.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._autograd._profiler_enabled()
+    )
+
+
+@functools.cache
+def _triton_operator(op: str) -> Callable:
+    # imported at the first call, so that importing the package stays light
+    return getattr(importlib.import_module("flowdppo_fast.kernels"), op)
+
+
+def _register_triton() -> None:
+    def lazily(op: str) -> Callable:
+        return lambda *args: _triton_operator(op)(*args)
 
     for op in ops.SCHEMAS:
         ops.library.impl(op, lazily(op), "CUDA")

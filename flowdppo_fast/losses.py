@@ -11,14 +11,16 @@ without recompiling.
 
 from __future__ import annotations
 
-from typing import TypedDict
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
 from . import layout
-from .autograd import PolicyLoss, RowSource, RowStatistics, canonical, gradient_like
+from .autograd import ObjectiveInputs, PolicyLoss, RowCall, RowStatistics
 from .backend import operator, resolve
 from .noise import PhiloxNoise
 from .objectives import (
@@ -30,8 +32,8 @@ from .objectives import (
     Unclipped,
     is_number,
 )
-from .reference import Form, stats_dtype
 from .results import LossOutput
+from .rows import Form, RowPlan, RowSource, plan_of
 from .samplers import SDEStep
 from .step_arguments import mean_step, velocity_step
 
@@ -70,7 +72,30 @@ class LossOptions(TypedDict, total=False):
     backend: str
 
 
+_T = TypeVar("_T")
+_VELOCITY, _MEAN = int(Form.VELOCITY), int(Form.MEAN)
 _OPTION_NAMES = tuple(LossOptions.__annotations__)
+
+
+def _kept(function: Callable[..., _T]) -> Callable[..., _T]:
+    """``function`` of hashable arguments, computed once for each; what raises is not kept."""
+    # typed: 1 and True are equal, and only one of them is a number
+    looked_up = functools.lru_cache(maxsize=256, typed=True)(function)
+
+    @functools.wraps(function)
+    def kept(*arguments: Any) -> _T:
+        if torch.compiler.is_compiling():
+            return function(*arguments)
+        try:
+            return looked_up(*arguments)
+        except TypeError:
+            # also where an argument has no hash
+            return function(*arguments)
+
+    return kept
+
+
+_dppo = _kept(DPPO)
 
 
 def fused_policy_loss(
@@ -118,15 +143,14 @@ def fused_policy_loss(
     }
     if reference_prev_sample_mean is not None:
         named["reference_prev_sample_mean"] = reference_prev_sample_mean
-    rows, dtype = _check_call(objective, named, advantages)
+    plan = _check_call(objective, named, advantages)
     without_dt = options.get("reference_kl") == "without_dt" and reference_prev_sample_mean is not None
     if dt is None and (isinstance(objective, GRPOGuard) or without_dt):
         raise ValueError("dt: got None, expected sigma_next - sigma; GRPO-Guard and reference_kl='without_dt' need it")
-    device = prev_sample_mean.device
-    step, values = mean_step(std, dt, rows, device, dtype)
-    numbers = (int(Form.MEAN), len(rows), values, 0, 0)
-    tensors = (prev_sample_mean, old_prev_sample_mean, prev_sample, reference_prev_sample_mean, None, step)
-    return _run(objective, tensors, numbers, advantages, dtype, **options)
+    table, values = mean_step(std, dt, plan.rows, plan.device, plan.dtype)
+    latents = (prev_sample_mean, old_prev_sample_mean, prev_sample, reference_prev_sample_mean)
+    source = plan.source(latents, None, table, values, 0, 0, _MEAN)
+    return _run(objective, plan, source, advantages, **options)
 
 
 def fused_velocity_policy_loss(
@@ -164,13 +188,12 @@ def fused_velocity_policy_loss(
     stored = _stored_noise(noise, named)
     if reference_velocity is not None:
         named["reference_velocity"] = reference_velocity
-    rows, dtype = _check_call(objective, named, advantages)
-    device = velocity.device
-    table, values = velocity_step(step, rows, device, dtype)
-    streams, seed, first_stream = noise.kernel_source(rows, device) if isinstance(noise, PhiloxNoise) else (None, 0, 0)
-    numbers = (int(Form.VELOCITY), len(rows), values, seed, first_stream)
-    tensors = (velocity, old_velocity, stored, reference_velocity, streams, table)
-    return _run(objective, tensors, numbers, advantages, dtype, **options)
+    plan = _check_call(objective, named, advantages)
+    table, values = velocity_step(step, plan.rows, plan.device, plan.dtype)
+    streams, seed, first_stream = _seeded_noise(noise, plan)
+    latents = (velocity, old_velocity, stored, reference_velocity)
+    source = plan.source(latents, streams, table, values, seed, first_stream, _VELOCITY)
+    return _run(objective, plan, source, advantages, **options)
 
 
 def fused_dppo_loss(
@@ -195,7 +218,7 @@ def fused_dppo_loss(
         symmetric, trust_region: see :class:`DPPO`; ``"velocity_drift"`` needs velocities.
         options: see :class:`LossOptions`.
     """
-    objective = DPPO(threshold, symmetric, trust_region)
+    objective = _dppo(threshold, symmetric, trust_region)
     return fused_policy_loss(objective, prev_sample_mean, old_prev_sample_mean, prev_sample, std, advantages, **options)
 
 
@@ -220,7 +243,7 @@ def fused_dppo_velocity_loss(
         symmetric, trust_region: see :class:`DPPO`.
         options: see :class:`LossOptions`.
     """
-    objective = DPPO(threshold, symmetric, trust_region)
+    objective = _dppo(threshold, symmetric, trust_region)
     return fused_velocity_policy_loss(objective, velocity, old_velocity, noise, step, advantages, **options)
 
 
@@ -350,14 +373,13 @@ def row_statistics(
     shape = tuple(velocity.shape[:row_dims])
     named = {"velocity": velocity, "old_velocity": old_velocity}
     stored = _stored_noise(noise, named)
-    layout.check_latents(named, "velocity", shape)
-    layout.check_no_grad(named, "velocity")
-    dtype, device = stats_dtype(velocity), velocity.device
-    table, values = velocity_step(step, shape, device, dtype)
-    streams, seed, first_stream = noise.kernel_source(shape, device) if isinstance(noise, PhiloxNoise) else (None, 0, 0)
-    name = resolve(backend, device.type, dtype)
-    source = RowSource(name, int(Form.VELOCITY), row_dims, values, seed, first_stream)
-    stats = RowStatistics.apply(velocity, old_velocity, stored, None, streams, table, source, False)
+    plan = plan_of(named, shape, "velocity")
+    table, values = velocity_step(step, shape, plan.device, plan.dtype)
+    streams, seed, first_stream = _seeded_noise(noise, plan)
+    name = resolve(backend, plan.device.type, plan.dtype)
+    latents = (velocity, old_velocity, stored, None)
+    source = plan.source(latents, streams, table, values, seed, first_stream, _VELOCITY)
+    stats = RowStatistics.apply(velocity, RowCall(source, plan, name), False)
     return stats[0].reshape(shape), stats[1].reshape(shape)
 
 
@@ -394,10 +416,13 @@ def _stored_noise(noise: Tensor | PhiloxNoise, named: dict[str, Tensor]) -> Tens
     return noise
 
 
-def _check_call(
-    objective: Objective, named: dict[str, Tensor], advantages: Tensor
-) -> tuple[tuple[int, ...], torch.dtype]:
-    """Objective, and shapes, dtypes and gradients of all latents; returns the row shape and the accumulation dtype."""
+def _seeded_noise(noise: Tensor | PhiloxNoise, plan: RowPlan) -> tuple[Tensor | None, int, int]:
+    """Streams, seed and first stream as the operators take them; not looked at where noise is stored."""
+    return noise.kernel_source(plan.rows, plan.device) if isinstance(noise, PhiloxNoise) else (None, 0, 0)
+
+
+def _check_call(objective: Objective, named: dict[str, Tensor], advantages: Tensor) -> RowPlan:
+    """Objective, and shapes, dtypes and gradients of all latents; the first one gets the gradient."""
     if not isinstance(objective, (DPPO, RatioClip, GRPOGuard, Unclipped)):
         got = objective.__name__ if isinstance(objective, type) else type(objective).__name__
         raise TypeError(
@@ -406,19 +431,56 @@ def _check_call(
         )
     if not isinstance(advantages, torch.Tensor):
         raise TypeError(f"advantages: got {type(advantages).__name__}, expected a tensor shaped [B] or [B, S]")
-    first = next(iter(named))
-    rows = tuple(advantages.shape)
-    layout.check_latents(named, first, rows)
-    layout.check_no_grad(named, first)
-    return rows, stats_dtype(named[first])
+    return plan_of(named, advantages.shape, next(iter(named)))
+
+
+class _Settings(NamedTuple):
+    """What an objective and the options come to."""
+
+    ints: list[int]
+    floats: list[float]
+    metrics: tuple[str, ...]
+
+
+@_kept
+def _settings(
+    objective: Objective,
+    with_reference: bool,
+    single_pass: bool,
+    reduction: str,
+    reduce: str,
+    log_prob: str,
+    advantage_clip: float | None,
+    kl_weight: float,
+    reference_kl: str,
+) -> _Settings:
+    options = EpilogueOptions.make(
+        objective,
+        reduce=reduce,
+        log_prob=log_prob,
+        advantage_clip=advantage_clip,
+        kl_weight=kl_weight,
+        reference_kl=reference_kl,
+    )
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction: got {reduction!r}, expected 'mean', 'sum' or 'none'")
+    if options.batch_bias and reduction == "none":
+        raise ValueError("reduction: bias='batch' couples all rows, so 'none' has no per-row gradient; use 'mean'")
+    if options.kl_weight > 0.0 and not with_reference:
+        raise ValueError("kl_weight: got a positive weight without a reference, expected the reference policy's output")
+    if single_pass and reduction == "none":
+        raise ValueError(
+            "reduction: got 'none', expected 'mean' or 'sum' in the single-pass form (one loss, one gradient)"
+        )
+    metrics = objective.metrics + (("kl_ref_mean",) if with_reference else ())
+    return _Settings(options.ints, options.floats, metrics)
 
 
 def _run(
     objective: Objective,
-    tensors: tuple,
-    numbers: tuple[int, int, list[float], int, int],
+    plan: RowPlan,
+    source: RowSource,
     advantages: Tensor,
-    dtype: torch.dtype,
     *,
     advantage_clip: float | None = None,
     old_log_prob: Tensor | None = None,
@@ -432,54 +494,31 @@ def _run(
     backend: str = "auto",
 ) -> LossOutput:
     """Checks what both forms share, then calls the operator; defaults of :class:`LossOptions` live here."""
-    options = EpilogueOptions.make(
-        objective,
-        reduce=reduce,
-        log_prob=log_prob,
-        advantage_clip=advantage_clip,
-        kl_weight=kl_weight,
-        reference_kl=reference_kl,
-    )
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction: got {reduction!r}, expected 'mean', 'sum' or 'none'")
-    if options.batch_bias and reduction == "none":
-        raise ValueError("reduction: bias='batch' couples all rows, so 'none' has no per-row gradient; use 'mean'")
-    new, reference = tensors[0], tensors[3]
-    if options.kl_weight > 0.0 and reference is None:
-        raise ValueError("kl_weight: got a positive weight without a reference, expected the reference policy's output")
-    row_shape, device = tuple(advantages.shape), new.device
-    source = RowSource(resolve(backend, device.type, stats_dtype(new)), *numbers)
+    ints, floats, metrics = _settings(
+        objective, source.reference is not None, single_pass, reduction, reduce, log_prob, advantage_clip, kl_weight,
+        reference_kl,
+    )  # fmt: skip
+    name = resolve(backend, plan.device.type, plan.dtype)
 
-    def vector(value: Tensor | None, name: str) -> Tensor | None:
-        if value is None:
-            return None
-        return layout.row_vector(value, name, row_shape, device, dtype)
-
-    row_tensors = (
-        vector(advantages, "advantages"),
-        vector(row_weights, "row_weights"),
-        vector(old_log_prob, "old_log_prob"),
+    kind = (plan.rows, plan.device, plan.dtype)
+    inputs = ObjectiveInputs(
+        layout.row_vector(advantages, "advantages", *kind),
+        None if row_weights is None else layout.row_vector(row_weights, "row_weights", *kind),
+        None if old_log_prob is None else layout.row_vector(old_log_prob, "old_log_prob", *kind),
+        ints,
+        floats,
     )
-    names = objective.metrics + (("kl_ref_mean",) if reference is not None else ())
     if not single_pass:
-        loss, rows, summary = PolicyLoss.apply(*tensors, *row_tensors, source, options.ints, options.floats, reduction)
+        loss, rows, summary = PolicyLoss.apply(source.new, RowCall(source, plan, name), inputs, reduction)
         if reduction == "none":
-            loss = loss.reshape(row_shape)
-        return LossOutput(loss, rows, summary, row_shape, names, source.backend)
-    if reduction == "none":
-        raise ValueError(
-            "reduction: got 'none', expected 'mean' or 'sum' in the single-pass form (one loss, one gradient)"
-        )
+            loss = loss.reshape(plan.rows)
+        return LossOutput(loss, rows, summary, plan.rows, metrics, name)
     with torch.no_grad():
-        c = canonical(new, tensors[1], tensors[2], reference, source)
         count = advantages.numel()
         factor = 1.0 / count if reduction == "mean" and count > 0 else 1.0
-        loss, rows, summary, grad = operator("policy_loss_and_grad", source.backend, device.type)(
-            c.new, c.old, c.noise, c.reference, *tensors[4:],
-            source.step_values, source.seed, source.first_stream, source.form,
-            *row_tensors, options.ints, options.floats, factor,
-        )  # fmt: skip
+        loss, rows, summary, grad = operator("policy_loss_and_grad", name, plan.device.type)(
+            plan.to_rows(source.new), *source[1:], *inputs, factor
+        )
         if reduction == "sum":
             loss = loss * count
-        grad = gradient_like(grad, new.shape, source.row_dims, c.order, c.layout)
-    return LossOutput(loss, rows, summary, row_shape, names, source.backend, grad)
+    return LossOutput(loss, rows, summary, plan.rows, metrics, name, plan.gradient(grad))

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import reference
 from .objectives import SUMMARY, RowField
+from .rows import stats_dtype
 
 _SOURCE = (
     "Tensor new, Tensor old, Tensor? noise, Tensor? reference, Tensor? streams, Tensor? step, "
@@ -47,7 +48,7 @@ SCHEMAS = {
 
 
 def _row_stats_fake(new: Tensor, *args) -> Tensor:
-    return new.new_empty((4, new.shape[0] * new.shape[1]), dtype=reference.stats_dtype(new))
+    return new.new_empty((4, new.shape[0] * new.shape[1]), dtype=stats_dtype(new))
 
 
 def _row_grad_fake(new: Tensor, *args) -> Tensor:
@@ -56,7 +57,7 @@ def _row_grad_fake(new: Tensor, *args) -> Tensor:
 
 def _loss_results(like: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, row results and summary, in the accumulation dtype of ``like``."""
-    dtype = reference.stats_dtype(like)
+    dtype = stats_dtype(like)
     shapes = ((), (len(RowField), rows), (len(SUMMARY),))
     loss, row_results, summary = (like.new_empty(shape, dtype=dtype) for shape in shapes)
     return loss, row_results, summary
@@ -78,7 +79,7 @@ def _sde_step_fake(
     sample, velocity, noise, prev_sample, streams, step, step_values, seed, first_stream,
     dtype, with_mean, with_log_prob, unnormalized,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    compute = reference.stats_dtype(sample)
+    compute = stats_dtype(sample)
     rows = sample.shape[0] * sample.shape[1]
     return (
         sample.new_empty(0 if prev_sample is not None else sample.shape, dtype=dtype),

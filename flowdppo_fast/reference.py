@@ -7,25 +7,12 @@ from ``step_values``. The schemas are in ``ops.py``.
 
 from __future__ import annotations
 
-import enum
-
 import torch
 from torch import Tensor
 
 from .noise import philox_normal
 from .objectives import LOG_SQRT_2PI, EpilogueOptions, RowField, epilogue
-
-
-class Form(enum.IntEnum):
-    """What the first two tensors and ``noise`` are.
-
-    VELOCITY: ``new``/``old`` are velocities, ``noise`` is ``e`` (or None: regenerated from seed and streams), ``k =
-        b/S``.
-    MEAN: ``new``/``old`` are step means, ``noise`` is the next state ``x'``, ``k = 1/S`` and ``e = k*(x'-old)``.
-    """
-
-    VELOCITY = 0
-    MEAN = 1
+from .rows import Form, RowSource, stats_dtype, takes_rows
 
 
 def row_numbers(
@@ -51,13 +38,9 @@ def row_streams(streams: Tensor | None, first_stream: int, rows: int, like: Tens
     return torch.arange(first_stream, first_stream + rows, dtype=torch.int64, device=like.device)
 
 
-def stats_dtype(new: Tensor) -> torch.dtype:
-    """Accumulation and result dtype: float64 for float64 latents, else float32."""
-    return torch.float64 if new.dtype == torch.float64 else torch.float32
-
-
-def _differences(new, old, noise, reference, streams, step, step_values, seed, first_stream, form):
+def _differences(source: RowSource) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """``u, e, w, k`` of all rows, latents flattened to ``[R, N]`` in the accumulation dtype."""
+    new, old, noise, reference, streams, step, step_values, seed, first_stream, form = source
     dtype = stats_dtype(new)
     rows, numel = new.shape[0] * new.shape[1], new.shape[2]
 
@@ -76,38 +59,22 @@ def _differences(new, old, noise, reference, streams, step, step_values, seed, f
     return u, e, w, k
 
 
+@takes_rows
 def row_stats(
-    new: Tensor,
-    old: Tensor,
-    noise: Tensor | None,
-    reference: Tensor | None,
-    streams: Tensor | None,
-    step: Tensor | None,
-    step_values: list[float],
-    seed: int,
-    first_stream: int,
-    form: int,
+    source: RowSource,
     second_moment: bool,
 ) -> Tensor:
     """``[4, R]``: ``P = mean(e*u)``, ``Q = mean(u*u)``, where asked ``E = mean(e*e)``, ``R = mean(w*w)`` (else 0)."""
-    u, e, w, _ = _differences(new, old, noise, reference, streams, step, step_values, seed, first_stream, form)
+    u, e, w, _ = _differences(source)
     p, q = (e * u).mean(1), u.square().mean(1)
     moment = e.square().mean(1) if second_moment else torch.zeros_like(p)
     drift = torch.zeros_like(p) if w is None else w.square().mean(1)
     return torch.stack((p, q, moment, drift))
 
 
+@takes_rows
 def row_grad(
-    new: Tensor,
-    old: Tensor,
-    noise: Tensor | None,
-    reference: Tensor | None,
-    streams: Tensor | None,
-    step: Tensor | None,
-    step_values: list[float],
-    seed: int,
-    first_stream: int,
-    form: int,
+    source: RowSource,
     coefficients: Tensor,
     upstream: Tensor,
     factor: float,
@@ -117,7 +84,8 @@ def row_grad(
     ``coefficients`` is ``[3, R]``; ``upstream`` holds one number or one per row. A row whose three coefficients are 0
     is written as zeros whatever its inputs hold.
     """
-    u, e, w, k = _differences(new, old, noise, reference, streams, step, step_values, seed, first_stream, form)
+    u, e, w, k = _differences(source)
+    new = source.new
     active = (coefficients != 0).any(0)
     outer = (factor / new.shape[2]) * upstream.to(u.dtype).expand(active.shape)
     grad_p, grad_q, grad_r = (outer * coefficients.to(u.dtype))[:, :, None]
@@ -128,17 +96,9 @@ def row_grad(
     return grad.to(new.dtype).reshape(new.shape)
 
 
+@takes_rows
 def policy_loss(
-    new: Tensor,
-    old: Tensor,
-    noise: Tensor | None,
-    reference: Tensor | None,
-    streams: Tensor | None,
-    step: Tensor | None,
-    step_values: list[float],
-    seed: int,
-    first_stream: int,
-    form: int,
+    source: RowSource,
     advantages: Tensor,
     row_weights: Tensor | None,
     old_log_prob: Tensor | None,
@@ -147,25 +107,19 @@ def policy_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean loss (0-d), row results ``[8, R]`` and summary vector of one objective (:mod:`flowdppo_fast.objectives`)."""
     second_moment = old_log_prob is not None
-    stats = row_stats(new, old, noise, reference, streams, step, step_values, seed, first_stream, form, second_moment)
-    std, scale, neg_dt = row_numbers(step, step_values, form, stats.shape[1], stats)
+    stats = row_stats(*source, second_moment)
+    std, scale, neg_dt = row_numbers(source.step, source.step_values, source.form, stats.shape[1], stats)
     options = EpilogueOptions.unpack(ints, floats)
-    rows, summary = epilogue(stats, std, scale, neg_dt, advantages, row_weights, old_log_prob, new.shape[2], options)
+    rows, summary = epilogue(
+        stats, std, scale, neg_dt, advantages, row_weights, old_log_prob, source.new.shape[2], options
+    )
     # a tensor of its own, so that it can be scaled in place by whoever gets it
     return summary[0].clone(), rows, summary
 
 
+@takes_rows
 def policy_loss_and_grad(
-    new: Tensor,
-    old: Tensor,
-    noise: Tensor | None,
-    reference: Tensor | None,
-    streams: Tensor | None,
-    step: Tensor | None,
-    step_values: list[float],
-    seed: int,
-    first_stream: int,
-    form: int,
+    source: RowSource,
     advantages: Tensor,
     row_weights: Tensor | None,
     old_log_prob: Tensor | None,
@@ -174,15 +128,8 @@ def policy_loss_and_grad(
     factor: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """:func:`policy_loss` and the gradient of ``factor * sum(row losses)`` in one call."""
-    loss, rows, summary = policy_loss(
-        new, old, noise, reference, streams, step, step_values, seed, first_stream, form,
-        advantages, row_weights, old_log_prob, ints, floats,
-    )  # fmt: skip
-    coefficients = rows[RowField.GRAD_P :]
-    grad = row_grad(
-        new, old, noise, reference, streams, step, step_values, seed, first_stream, form,
-        coefficients, rows.new_ones(1), factor,
-    )  # fmt: skip
+    loss, rows, summary = policy_loss(*source, advantages, row_weights, old_log_prob, ints, floats)
+    grad = row_grad(*source, rows[RowField.GRAD_P :], rows.new_ones(1), factor)
     return loss, rows, summary, grad
 
 

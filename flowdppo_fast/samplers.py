@@ -117,6 +117,11 @@ SAMPLERS: dict[str, Sampler] = {
 }
 
 
+def on_host(value: float | Tensor) -> Tensor:
+    """A number as a float64 tensor on the CPU, whatever dtype and device are the default; a tensor as it is."""
+    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device="cpu")
+
+
 def _sampler(name: str) -> Sampler:
     if name not in SAMPLERS:
         raise ValueError(f"sampler: got {name!r}, expected one of {', '.join(map(repr, SAMPLERS))}")
@@ -129,7 +134,7 @@ def diffusion(sampler: str, sigma: Tensor, sigma_next: Tensor, *, eta: float, sc
     Raises:
         ValueError: unknown sampler.
     """
-    return torch.as_tensor(_sampler(sampler).diffusion(sigma.double(), sigma_next.double(), eta, _double(schedule)))
+    return on_host(_sampler(sampler).diffusion(sigma.double(), sigma_next.double(), eta, _double(schedule)))
 
 
 def _double(schedule: Schedule) -> Schedule:
@@ -163,6 +168,7 @@ class SDEStep:
     sigma_next: Level = math.nan
     _tables: dict = field(default_factory=dict, init=False, repr=False, compare=False)
     _silent: int | None = field(default=None, init=False, repr=False, compare=False)
+    _values: list[float] | None = field(default=None, init=False, repr=False, compare=False)
 
     @classmethod
     def from_sigmas(
@@ -180,7 +186,7 @@ class SDEStep:
         """
         formulas = _sampler(sampler)
         # schedulers hold float32 tensors; everything is computed in float64 from their values
-        sigma, sigma_next = float(sigma), float(sigma_next)
+        sigma, sigma_next, eta = float(sigma), float(sigma_next), float(eta)
         if not 0.0 <= sigma_next < sigma <= 1.0:
             raise ValueError(
                 f"sigma, sigma_next: got {sigma:g} -> {sigma_next:g}, expected 0 <= sigma_next < sigma <= 1"
@@ -200,7 +206,7 @@ class SDEStep:
 
     def __getitem__(self, part: slice) -> SDEStep:
         """Some of the steps stacked to ``[S]``; asked again, the same object with what it keeps on devices."""
-        start, stop, _ = part.indices(len(torch.as_tensor(self.std)))
+        start, stop, _ = part.indices(len(on_host(self.std)))
         key = ("part", start, stop)
         if key not in self._tables:
             levels = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
@@ -241,7 +247,7 @@ class SDEStep:
         names = {step.sampler for step in steps}
 
         def column(name: str) -> Tensor:
-            return torch.tensor([float(getattr(step, name)) for step in steps], dtype=torch.float64)
+            return torch.tensor([float(getattr(step, name)) for step in steps], dtype=torch.float64, device="cpu")
 
         return cls(
             column("sample_coef"),
@@ -270,7 +276,8 @@ class SDEStep:
             ValueError: the step has no density (``S == 0``).
         """
         self._check_density()
-        return [self.std, self.kl_scale, -self.dt]  # type: ignore[list-item]
+        assert self._values is not None
+        return self._values
 
     def row_table(self, rows: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
         """``[R, 3]`` table of ``S, k, -dt`` per row on ``device``; built once per (rows, device, dtype) and kept.
@@ -283,7 +290,7 @@ class SDEStep:
 
     def step_values(self) -> list[float]:
         """``[a, b, S]`` of a scalar step, for the sampler."""
-        return [self.sample_coef, self.velocity_coef, self.std]  # type: ignore[list-item]
+        return [float(self.sample_coef), float(self.velocity_coef), float(self.std)]
 
     def step_table(self, rows: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
         """``[R, 3]`` table of ``a, b, S`` per row on ``device``, kept like :meth:`row_table`."""
@@ -295,7 +302,7 @@ class SDEStep:
                 columns = (self.std, self.kl_scale, -self.dt)
             else:
                 columns = (self.sample_coef, self.velocity_coef, self.std)
-            expanded = [expand_to_rows(torch.as_tensor(x, dtype=torch.float64), "step", rows) for x in columns]
+            expanded = [expand_to_rows(on_host(x).double(), "step", rows) for x in columns]
             return torch.stack(expanded, dim=-1).reshape(-1, 3).to(device=device, dtype=dtype)
 
         if torch.compiler.is_compiling():
@@ -303,25 +310,30 @@ class SDEStep:
             return build()
         key = (kind, rows, device, dtype)
         if key not in self._tables:
-            self._tables[key] = build()
+            # kept, so it must not become a tensor that no backward may save
+            with torch.inference_mode(False):
+                self._tables[key] = build()
         return self._tables[key]
 
     def __post_init__(self) -> None:
-        std = torch.as_tensor(self.std)
+        std = on_host(self.std)
         if std.device.type != "cpu":
             return
         # looked up on the host once: no training call has to read a tensor for it
         if not bool((std >= 0.0).all()):
             raise ValueError(f"std: got {self.std}, expected standard deviations >= 0")
-        if bool((torch.as_tensor(self.dt) >= 0.0).any()):
+        if bool((on_host(self.dt) >= 0.0).any()):
             raise ValueError(f"dt: got {self.dt}, expected sigma_next - sigma < 0")
         zero = (std == 0.0).flatten().tolist()
         object.__setattr__(self, "_silent", zero.index(True) if True in zero else None)
+        if self.is_scalar and self._silent is None:
+            # floats whatever was given: Triton compiles kernels for the type
+            object.__setattr__(self, "_values", [float(self.std), float(self.kl_scale), -float(self.dt)])
 
     def _check_density(self) -> None:
         if self._silent is None:
             return
-        levels = (torch.as_tensor(level).flatten() for level in (self.sigma, self.sigma_next))
+        levels = (on_host(level).flatten() for level in (self.sigma, self.sigma_next))
         sigma, sigma_next = (float(level[min(self._silent, level.numel() - 1)]) for level in levels)
         raise ValueError(
             f"step: step {self._silent} of sampler {self.sampler!r} from sigma={sigma:g} to sigma_next={sigma_next:g} "

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from . import layout
-from .autograd import RowSource, SamplerStep
+from .autograd import SamplerStep
 from .backend import resolve
 from .noise import PhiloxNoise
-from .reference import Form, stats_dtype
-from .samplers import SDEStep
+from .rows import plan_of
+from .samplers import SDEStep, on_host
 from .schedule import HostSchedule, per_row
 
 
@@ -86,9 +86,8 @@ def sde_step(
     stored = None if isinstance(noise, PhiloxNoise) else noise
     named = {"sample": sample, "velocity": velocity}
     named |= {name: x for name, x in (("noise", stored), ("prev_sample", prev_sample)) if x is not None}
-    layout.check_latents(named, "sample", shape)
-    layout.check_no_grad(named, "velocity")
-    device, compute = sample.device, stats_dtype(sample)
+    plan = plan_of(named, shape, "velocity")
+    device, compute = plan.device, plan.dtype
     dtype = sample.dtype if dtype is None else dtype
     if dtype not in layout.LATENT_DTYPES or (dtype == torch.float64) != (sample.dtype == torch.float64):
         raise TypeError(
@@ -102,11 +101,11 @@ def sde_step(
     streams, seed, first_stream = noise.kernel_source(shape, device) if isinstance(noise, PhiloxNoise) else (None, 0, 0)
     if prev_sample is None and noise is None:
         noise = stored = _draw(sample.shape, generator, device, compute)
-    source = RowSource(resolve(backend, device.type, compute), int(Form.VELOCITY), rows, values, seed, first_stream)
     flags = (return_mean, log_prob is not None, log_prob == "unnormalized")
     next_sample, mean, density = SamplerStep.apply(
-        velocity, sample, stored, prev_sample, streams, table, source, dtype, flags
-    )
+        velocity, sample, stored, prev_sample, streams, table, values, seed, first_stream,
+        plan, resolve(backend, device.type, compute), dtype, flags,
+    )  # fmt: skip
     return SampledStep(
         next_sample if prev_sample is None else prev_sample,
         mean if return_mean else None,
@@ -159,7 +158,7 @@ def sde_step_with_logprob(
         return_mean=True,
         log_prob="gaussian" if sde_type == "sde" else "unnormalized",
     )
-    sqrt_dt = torch.sqrt(-torch.as_tensor(step.dt))
+    sqrt_dt = torch.sqrt(-on_host(step.dt))
     # one number per row even where all rows share a step, as flow_grpo returns it
     shape = (timestep.numel(),) + (1,) * (sample.ndim - 1)
     std_dev_t = per_row(step.std / sqrt_dt if sde_type == "sde" else step.std, sample).expand(shape)

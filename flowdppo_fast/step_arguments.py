@@ -30,7 +30,7 @@ def mean_step(
     if dt is not None and not isinstance(dt, torch.Tensor) and not (is_number(dt) and -math.inf < dt < 0.0):
         raise ValueError(f"dt: got {dt!r}, expected sigma_next - sigma < 0")
     if not isinstance(std, torch.Tensor) and not isinstance(dt, torch.Tensor):
-        return None, [float(std), 1.0 / std, float("nan") if dt is None else -dt]
+        return None, [float(std), 1.0 / std, float("nan") if dt is None else -float(dt)]
     if not isinstance(std, torch.Tensor):
         std = torch.full((), std, device=device, dtype=dtype)
     column = layout.row_vector(std, "std", rows, device, dtype)

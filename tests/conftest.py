@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
-import re
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from support import gpu_report
 from support import learning as learning_support
 from support.backends import BACKENDS, GPU_BACKENDS, Backend, require
 from support.bits import ACROSS
@@ -58,6 +57,19 @@ def gpu_backend(request) -> Backend:
     return require(request.param)
 
 
+def pytest_configure(config):
+    # workers of pytest-xdist tell the process that has started them
+    path = os.environ.get("FLOWDPPO_GPU_TESTS_REPORT")
+    if path and not hasattr(config, "workerinput"):
+        backends = tuple(name for name in gpu_report.BACKENDS if tests_of() in (None, name))
+        config.pluginmanager.register(gpu_report.GpuReport(Path(path), "not slow" in config.getoption("-m"), backends))
+
+
+def tests_of() -> str | None:
+    """The backend whose tests alone are wanted, ``"others"`` for those of none, None for all."""
+    return os.environ.get("FLOWDPPO_GPU_TESTS_OF")
+
+
 @pytest.fixture
 def learning(request, monkeypatch) -> learning_support.Learning:
     """The run's seed, which a trainer that is made in this test takes, and the check of what was gained."""
@@ -89,6 +101,10 @@ def pytest_collection_modifyitems(config, items):
         for mark in item.iter_markers("bits"):
             if mark.args or mark.kwargs.keys() != {"across"} or mark.kwargs["across"] not in ACROSS:
                 raise pytest.UsageError(f"{item.nodeid}: got {mark}, expected bits(across=...) of {', '.join(ACROSS)}")
+    if wanted := tests_of():
+        kept = [item for item in items if (gpu_report.backend_of(item.nodeid) or "others") == wanted]
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+        items[:] = kept
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device and torch.cuda.is_available() is False")
@@ -97,38 +113,13 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(skip)
 
 
-def pytest_terminal_summary(terminalreporter, config):
-    reports = {
-        outcome: [
-            report for report in terminalreporter.stats.get(outcome, []) if "gpu" in getattr(report, "keywords", ())
-        ]
-        for outcome in ("passed", "failed", "error", "skipped")
-    }
-    if reports["skipped"] and not torch.cuda.is_available():
-        count = len(reports["skipped"])
+def pytest_terminal_summary(terminalreporter):
+    skipped = [report for report in terminalreporter.stats.get("skipped", []) if "gpu" in report.keywords]
+    if skipped and not torch.cuda.is_available():
+        count = len(skipped)
         terminalreporter.write_line(f"{count} GPU tests NOT RUN: no CUDA device on this machine", yellow=True)
     if learning_support.SEEDS > 1:
         ended = [report for found in terminalreporter.stats.values() for report in found]
         ended = [report for report in ended if getattr(report, "when", None) == "call"]
         for line in learning_support.lines(learning_support.gains(ended)):
             terminalreporter.write_line(line)
-    # for `python -m bench.ops evidence`: what each GPU backend passed
-    if path := os.environ.get("FLOWDPPO_GPU_TESTS_REPORT"):
-        found = {"quick": "not slow" in config.getoption("-m"), "backends": outcomes_by_backend(reports)}
-        Path(path).write_text(json.dumps(found, indent=1) + "\n")
-
-
-def outcomes_by_backend(reports: dict[str, list]) -> dict[str, dict[str, int]]:
-    """How many tests of each GPU backend ended how; a test belongs to the backend that its parameters name.
-
-    Tests of what a backend does not promise (float64) are nobody's.
-    """
-    counts = {param.values[0].name: dict.fromkeys(reports, 0) for param in GPU_BACKENDS}
-    for outcome, found in reports.items():
-        for report in found:
-            if outcome == "skipped" and "makes no promise" in str(report.longrepr):
-                continue
-            parameters = re.split(r"[-\[\]]", report.nodeid.rpartition("::")[2])
-            for name in counts.keys() & set(parameters):
-                counts[name][outcome] += 1
-    return counts

@@ -64,7 +64,7 @@ def read(report: Path) -> dict[str, Any]:
     return {**counts, "failures": failed, "gains": gains}
 
 
-def chosen(path: Path) -> bool:
+def has_such_tests(path: Path) -> bool:
     """Whether a file has such tests, so that all others need not be collected."""
     return any(text in path.read_text() for text in ("mark.bits(", "learning.check("))
 
@@ -77,14 +77,8 @@ def run(cpu: str, threads: int, tests: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "bits or learns", *tests]
-        command += [
-            f"--junit-xml={report}",
-            "-o",
-            "faulthandler_timeout=330",
-            "-o",
-            "faulthandler_exit_on_timeout=true",
-            f"--junit-xml={report}",
-        ]
+        limits = ["-o", "faulthandler_timeout=330", "-o", "faulthandler_exit_on_timeout=true"]
+        command += [f"--junit-xml={report}", *limits]
         variables = {**environment, **own, "FLOWDPPO_REQUIRE_CPU": "1"}
         done = subprocess.run(command, env=variables, cwd=ROOT, capture_output=True, text=True)
         if not report.exists():
@@ -93,28 +87,33 @@ def run(cpu: str, threads: int, tests: list[str]) -> dict[str, Any]:
             found: dict[str, Any] = {"passed": 0, "failed": 1, "skipped": 0, "failures": {"the process died": tail}}
         else:
             found = read(report)
-    return {"cpu": cpu, "variables": own, "seconds": round(time.monotonic() - started), **found}
+    return {"cpu": cpu, "threads": threads, "variables": own, "seconds": round(time.monotonic() - started), **found}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.cpus", description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("tests", nargs="*", help="default: all files with such tests")
+    parser.add_argument("--output", type=Path, help="written after each processor; what it has is not run again")
+    parser.add_argument(
+        "--only", nargs="+", choices=CPUS, default=list(CPUS), metavar="CPU", help=f"of {', '.join(CPUS)}"
+    )
     args = parser.parse_args()
-    tests = args.tests or [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if chosen(path)]
-    runs = []
+    tests = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if has_such_tests(path)]
+    result: dict[str, Any] = {"command": "python -m tests.cpus", "environment": collect(open_device("cpu")), "runs": []}
+    if args.output is not None and args.output.exists():
+        result["runs"] = json.loads(args.output.read_text())["runs"]
     for cpu, threads in RUNS:
+        if cpu not in args.only or any((done["cpu"], done["threads"]) == (cpu, threads) for done in result["runs"]):
+            continue
         found = run(cpu, threads, tests)
-        runs.append(found)
+        result["runs"].append(found)
         counts = ", ".join(f"{found[kind]} {kind}" for kind in ("passed", "failed", "skipped"))
         print(f"{cpu}, {threads} threads: {counts}", file=sys.stderr, flush=True)
         for name, message in found["failures"].items():
             print(f"  {name}: {message}", file=sys.stderr, flush=True)
-    result = {"command": "python -m tests.cpus", "environment": collect(open_device("cpu")), "runs": runs}
-    if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
-    return 1 if any(found["failed"] or not found["passed"] for found in runs) else 0
+        if args.output is not None:
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            args.output.write_text(json.dumps(result, indent=1) + "\n")
+    return 1 if any(found["failed"] or not found["passed"] for found in result["runs"]) else 0
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """What ``auto`` takes for CUDA tensors, decided by result folders of ``bench/gpu.sh``: ``flowdppo_fast/evidence.py``.
 
 A backend has passed a folder if its ``gpu-tests.json`` counts tests of it that passed, and none that failed, ended in
-an error or were skipped, in a full run of the committed sources. A backend that passed at least one folder and failed
-none may be taken. Where several may, the faster comes first: by the geometric mean, over all cases that both were timed
-in, of the device time of forward and backward in the main form. ``triton`` is always there: it needs no build.
+an error or were skipped, in a full run of the committed sources that came to its end. A backend that passed at least
+one folder and failed none may be taken. Where several may, the faster comes first: by the geometric mean, over all
+cases that both were timed in, of the device time of forward and backward in the main form. ``triton`` is always there:
+it needs no build.
 """
 
 from __future__ import annotations
@@ -41,14 +42,15 @@ def outcomes(folder: Path) -> dict[str, dict[str, int]]:
         raise ValueError(
             f"{folder}: a quick run leaves tests out, which is no evidence; run bench/gpu.sh without --quick"
         )
-    return found["backends"]
+    unfinished = found.get("unfinished", [])
+    return {name: {**counts, "unfinished": int(name in unfinished)} for name, counts in found["backends"].items()}
 
 
 def passed(counts: dict[str, int] | None) -> bool:
     """Whether a backend's tests were all run and all passed."""
     if counts is None:
         return False
-    return counts["passed"] > 0 and counts["failed"] == counts["error"] == counts["skipped"] == 0
+    return counts["passed"] > 0 and not any(number for outcome, number in counts.items() if outcome != "passed")
 
 
 def time_ratio(found: Sequence[dict[str, Any]], backend: str, other: str) -> float | None:

@@ -108,7 +108,7 @@ FLOWDPPO_HD void write_block(const double* from, int count, void* out, DType dty
 
 // `count` normals from element `first` (a multiple of kBlock) of a stream, padded. Words first, normals second: two
 // short loops keep more independent iterations in flight than one long loop.
-__attribute__((noinline)) void fill_normals(uint64_t seed, uint64_t stream, int64_t first, int count, float* to) {
+__attribute__((noinline)) void fill_normals(const PhiloxKey& key, uint64_t stream, int64_t first, int count, float* to) {
   constexpr int lanes = kLanes<float>;
   alignas(64) uint32_t radius[kBlock / 2], angle[kBlock / 2];
   const uint64_t block = static_cast<uint64_t>(first) / 4;
@@ -118,7 +118,7 @@ __attribute__((noinline)) void fill_normals(uint64_t seed, uint64_t stream, int6
   // the counters of one block of elements share their upper half
   const WordV high = WordV{} + (block >> 32), stream_low = WordV{} + stream, stream_high = WordV{} + (stream >> 32);
   for (int i = 0; 2 * i < count; i += lanes) {
-    const PhiloxWords<WordV> w = philox4x32<VectorLanes>({lane, high, stream_low, stream_high}, seed);
+    const PhiloxWords<WordV> w = philox4x32<VectorLanes>({lane, high, stream_low, stream_high}, key);
     // both pairs of a counter side by side: 32-bit lanes (w0, w2) and (w1, w3)
     const UintV radius_words = (UintV)((w.w0 & 0xffffffffu) | (w.w2 << 32));
     const UintV angle_words = (UintV)((w.w1 & 0xffffffffu) | (w.w3 << 32));
@@ -129,16 +129,16 @@ __attribute__((noinline)) void fill_normals(uint64_t seed, uint64_t stream, int6
   for (int i = 0; i < count; i += 2 * lanes) {
     FloatV cosine, sine;
     box_muller<VectorLanes>(
-        load_unaligned<UintV>(radius + i / 2) >> 8, load_unaligned<UintV>(angle + i / 2) >> 8, cosine, sine);
+        load_unaligned<UintV>(radius + i / 2), load_unaligned<UintV>(angle + i / 2), cosine, sine);
     store_interleaved(to + i, cosine, sine);
   }
   pad<float>(to, count);
 }
 
-__attribute__((noinline)) void fill_normals(uint64_t seed, uint64_t stream, int64_t first, int count, double* to) {
+__attribute__((noinline)) void fill_normals(const PhiloxKey& key, uint64_t stream, int64_t first, int count, double* to) {
   for (int i = 0; i < count; i += 4) {
     double z[4];
-    philox_normals(seed, stream, static_cast<uint64_t>(first + i) / 4, z);
+    philox_normals(key, stream, static_cast<uint64_t>(first + i) / 4, z);
     memcpy(to + i, z, sizeof z);
   }
   pad<double>(to, count);
@@ -173,7 +173,7 @@ FLOWDPPO_HD const T* stage_noise(const Chunk& chunk, int64_t offset, int count, 
   // a path with 16-bit noise is taken only where noise is stored so
   if constexpr (sizeof(T) >= sizeof(float)) {
     if (chunk.noise.data == nullptr) {
-      fill_normals(chunk.seed, chunk.stream, chunk.first + offset, count, buffer);
+      fill_normals(chunk.key, chunk.stream, chunk.first + offset, count, buffer);
       return buffer;
     }
   }

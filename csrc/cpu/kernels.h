@@ -22,7 +22,8 @@ struct Operand {
 struct RowChunk {
   Operand current, old, noise, reference;
   // where noise is absent it is element first.. of this Philox stream
-  uint64_t seed = 0, stream = 0;
+  PhiloxKey key = {};
+  uint64_t stream = 0;
   int64_t first = 0, count = 0;
   Form form = Form::kVelocity;
   // where sums() leaves noise that it generates, room for kChunk elements of the accumulation dtype; null: nowhere
@@ -32,7 +33,8 @@ struct RowChunk {
 // The same of one sampler step mu = a*x + b*v, x' = mu + S*e.
 struct SampleChunk {
   Operand sample, velocity, noise, previous;
-  uint64_t seed = 0, stream = 0;
+  PhiloxKey key = {};
+  uint64_t stream = 0;
   int64_t first = 0, count = 0;
   double a = 0.0, b = 0.0, std = 0.0;
   // null: not wanted. mean has the accumulation dtype

@@ -51,7 +51,7 @@ RowChunk chunk_of(const RowSource<T>& source, int64_t row, int64_t chunk) {
   out.old = operand_at(source.old, source.shape, row, first);
   out.noise = operand_at(source.noise, source.shape, row, first);
   out.reference = operand_at(source.reference, source.shape, row, first);
-  out.seed = source.streams.seed;
+  out.key = source.streams.key;
   out.stream = stream_of(source.streams, row);
   out.first = first;
   out.count = chunk_count(source.shape, chunk);
@@ -366,7 +366,7 @@ void sde_step(const SampleSource<T>& source) {
       out.velocity = operand_at(source.velocity, shape, row, first);
       out.noise = operand_at(source.noise, shape, row, first);
       out.previous = operand_at(source.previous, shape, row, first);
-      out.seed = source.streams.seed;
+      out.key = source.streams.key;
       out.stream = stream_of(source.streams, row);
       out.first = first;
       out.count = chunk_count(shape, chunk);

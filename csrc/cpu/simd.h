@@ -224,21 +224,32 @@ FLOWDPPO_HD void store_interleaved(float* to, FloatV a, FloatV b) {
 struct VectorLanes {
   using Float = FloatV;
   using Uint = UintV;
+  // Philox words live in the low halves of 64-bit lanes; what the high halves hold is never read
   using Word = WordV;
+  using Key = uint64_t;
 
-  FLOWDPPO_HD Word multiply_low(Word a, uint32_t b) {
+  FLOWDPPO_HD void multiply(Word a, uint32_t b, Word& high, Word& low) {
     const WordV factor = WordV{} + b;
 #if defined(__AVX512F__)
-    return (WordV)_mm512_mul_epu32((__m512i)a, (__m512i)factor);
+    low = (WordV)_mm512_mul_epu32((__m512i)a, (__m512i)factor);
 #elif defined(__AVX2__)
-    return (WordV)_mm256_mul_epu32((__m256i)a, (__m256i)factor);
+    low = (WordV)_mm256_mul_epu32((__m256i)a, (__m256i)factor);
 #elif defined(__SSE2__)
-    return (WordV)_mm_mul_epu32((__m128i)a, (__m128i)factor);
+    low = (WordV)_mm_mul_epu32((__m128i)a, (__m128i)factor);
 #else
-    return (a & 0xffffffffu) * factor;
+    low = (a & 0xffffffffu) * factor;
+#endif
+    high = low >> 32;
+  }
+  FLOWDPPO_HD Float signed_to_float(Uint x) { return __builtin_convertvector((IntV)x, FloatV); }
+  FLOWDPPO_HD Float to_float(Uint x) {
+#if defined(__AVX512F__)
+    return (FloatV)_mm512_cvtepu32_ps((__m512i)x);
+#else
+    // both halves and their scaling are exact, so the sum rounds once, fused or not
+    return multiply_add(signed_to_float(x >> 16), 65536.0f, signed_to_float(x & 0xffffu));
 #endif
   }
-  FLOWDPPO_HD Float to_float(Uint x) { return __builtin_convertvector((IntV)x, FloatV); }
   FLOWDPPO_HD Uint bits(Float x) { return (UintV)x; }
   FLOWDPPO_HD Float from_bits(Uint x) { return (FloatV)x; }
   // one rounding where the instruction set has it; b and c may be scalars

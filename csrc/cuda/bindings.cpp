@@ -28,8 +28,7 @@ namespace cuda {
 namespace {
 
 using namespace binding;
-using gpu::StreamPlan;
-using gpu::Work;
+using gpu::Plan;
 
 void check(int code, const char* what) {
   STD_TORCH_CHECK(
@@ -47,7 +46,7 @@ cudaStream_t current_stream(int32_t device) {
   }();
   STD_TORCH_CHECK(function != nullptr, "flowdppo_cuda: this torch was built without CUDA; install one with it");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(function(device, &stream));
+  STD_TORCH_CHECK(function(device, &stream) == 0, "flowdppo_cuda: asking torch for the current stream failed");
   return static_cast<cudaStream_t>(stream);
 }
 
@@ -75,12 +74,13 @@ class Place {
 // beside anything, and for calls beyond that size, it is memory of the call's own, zeroed on the stream.
 class Scratch {
  public:
-  Scratch(const Place& place, const Tensor& like, int64_t tickets, int64_t bytes) {
+  Scratch(const Place& place, const Tensor& like, const Plan& plan, int64_t rows) {
+    const int64_t tickets = gpu::ticket_count(rows), bytes = gpu::scratch_bytes(plan, rows);
     cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
     check(cudaStreamIsCapturing(place.stream(), &capture), "asking whether a graph is captured");
     const bool kept = capture == cudaStreamCaptureStatusNone && tickets <= kKeptTickets && bytes <= kKeptBytes;
     const int64_t ticket_bytes = kept ? kKeptTickets * kTicket : gpu::ceil_div(tickets * kTicket, 16) * 16;
-    char* data = kept ? kept_memory(place, like) : own_memory(place, like, ticket_bytes, bytes);
+    char* data = kept ? kept_memory(place) : own_memory(place, like, ticket_bytes, bytes);
     workspace_.tickets = reinterpret_cast<unsigned*>(data);
     workspace_.scratch = reinterpret_cast<double*>(data + ticket_bytes);
   }
@@ -92,18 +92,29 @@ class Scratch {
   // rows, and 32 bytes for each row and each block, of the largest call that needs no memory of its own
   static constexpr int64_t kKeptTickets = 4096, kKeptBytes = 8192 * 32;
 
-  static char* kept_memory(const Place& place, const Tensor& like) {
+  // Not torch's memory: of its pools, those of graphs and of use_mem_pool must not keep anything alive.
+  static char* kept_memory(const Place& place) {
     // never freed: streams outlive whoever could do that
     static std::mutex& mutex = *new std::mutex;
-    static auto& all = *new std::map<std::pair<int32_t, cudaStream_t>, Tensor>;
+    static auto& all = *new std::map<std::pair<int32_t, unsigned long long>, char*>;
+    // not the handle: that of a stream that has ended, with work still under way, may come back as another's
+    unsigned long long stream = 0;
+    check(cudaStreamGetId(place.stream(), &stream), "asking for the stream's number");
     const std::lock_guard<std::mutex> lock(mutex);
-    const auto key = std::make_pair(place.device(), place.stream());
-    auto found = all.find(key);
-    if (found == all.end()) {
-      Tensor zeros = torch::stable::new_zeros(like, {kKeptTickets * kTicket + kKeptBytes}, ScalarType::Byte);
-      found = all.emplace(key, std::move(zeros)).first;
+    char*& data = all[std::make_pair(place.device(), stream)];
+    if (data == nullptr) {
+      const size_t size = kKeptTickets * kTicket + kKeptBytes;
+      void* made = nullptr;
+      // another thread may be capturing a graph, which is none of this allocation's business
+      cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+      check(cudaThreadExchangeStreamCaptureMode(&mode), "preparing an allocation");
+      const cudaError_t error = cudaMalloc(&made, size);
+      check(cudaThreadExchangeStreamCaptureMode(&mode), "finishing an allocation");
+      check(error, "allocating scratch memory");
+      check(cudaMemsetAsync(made, 0, size, place.stream()), "clearing scratch memory");
+      data = static_cast<char*>(made);
     }
-    return static_cast<char*>(found->second.mutable_data_ptr());
+    return data;
   }
 
   char* own_memory(const Place& place, const Tensor& like, int64_t ticket_bytes, int64_t bytes) {
@@ -117,34 +128,37 @@ class Scratch {
   gpu::Workspace workspace_;
 };
 
-// What a device can do, asked once.
-const gpu::DeviceLimits& limits_of(int32_t device) {
-  static std::mutex& mutex = *new std::mutex;
-  static auto& all = *new std::map<int32_t, gpu::DeviceLimits>;
-  const std::lock_guard<std::mutex> lock(mutex);
-  const auto found = all.find(device);
-  if (found != all.end()) return found->second;
-  gpu::DeviceLimits limits;
-  int major = 0;
-  check(cudaDeviceGetAttribute(&limits.processors, cudaDevAttrMultiProcessorCount, device), "a device query");
-  check(
-      cudaDeviceGetAttribute(&limits.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-      "a device query");
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "a device query");
-  // whether clusters above the portable size fit depends on how a GPU's processors are grouped
-  for (int cluster : {16, 8}) {
-    if (major < 9 || limits.max_cluster > 1) break;
-    int count = 0;
-    const gpu::LaunchShape shape = {cluster, gpu::kMostHoldingThreads, cluster, limits.shared_per_block};
-    if (gpu::holding_clusters(shape, &count) != cudaSuccess) {
-      // the answer is no; the error must not be found by whoever asks next
-      static_cast<void>(cudaGetLastError());
-      count = 0;
-    }
-    if (count > 0) limits.max_cluster = cluster;
+// Latents as the kernels take them: of one dtype, with noise of that or of float32. Other mixtures are cast in front, to
+// float32, which holds all of them exactly; the casts live as long as this.
+class OneDtype {
+ public:
+  OneDtype(const SourceArguments& arguments, RowSource<float>& source) {
+    if (!gpu::operands_of(source).mixed()) return;
+    cast(arguments.current, source.current);
+    cast(arguments.old, source.old);
+    cast(arguments.noise, source.noise);
+    cast(arguments.reference, source.reference);
   }
-  return all.emplace(device, limits).first->second;
-}
+
+  OneDtype(const SampleArguments& arguments, SampleSource<float>& source) {
+    if (!gpu::operands_of(source).mixed()) return;
+    cast(arguments.sample, source.sample);
+    cast(arguments.velocity, source.velocity);
+    cast(arguments.noise, source.noise);
+    cast(arguments.previous, source.previous);
+  }
+
+ private:
+  void cast(const OptionalTensor& tensor, Latents& latents) {
+    if (!tensor.has_value() || latents.dtype == DType::kFloat32) return;
+    Tensor wide = torch::stable::new_empty(*tensor, tensor->sizes(), ScalarType::Float);
+    torch::stable::copy_(wide, *tensor);
+    latents = {wide.const_data_ptr(), DType::kFloat32, wide.stride(0), wide.stride(1)};
+    casts_.push_back(std::move(wide));
+  }
+
+  std::vector<Tensor> casts_;
+};
 
 void refuse_double(bool is_double, const char* name) {
   STD_TORCH_CHECK(
@@ -188,13 +202,14 @@ struct Results {
 struct Cuda {
   static Tensor row_stats(const SourceArguments& arguments, bool second_moment) {
     refuse_double(arguments.is_double(), "new");
-    const RowSource<float> source = arguments.unpack<float>();
+    RowSource<float> source = arguments.unpack<float>();
     const int64_t rows = source.shape.rows();
     Tensor stats = torch::stable::new_empty(arguments.current, {4, rows}, ScalarType::Float);
     if (rows == 0) return stats;
     const Place place(arguments.current);
-    const StreamPlan plan = gpu::plan_forward(gpu::describe(source, nullptr), false);
-    const Scratch scratch(place, arguments.current, gpu::ticket_count(rows), gpu::scratch_bytes(plan, rows));
+    const OneDtype casts(arguments, source);
+    const Plan plan = plan_of(source, false);
+    const Scratch scratch(place, arguments.current, plan, rows);
     check(
         gpu::row_stats(
             source, second_moment, stats.mutable_data_ptr<float>(), plan, scratch.workspace(), place.stream()),
@@ -205,64 +220,40 @@ struct Cuda {
   static Tensor row_grad(
       const SourceArguments& arguments, const Tensor& coefficients, const Tensor& upstream, double factor) {
     refuse_double(arguments.is_double(), "new");
-    const RowSource<float> source = arguments.unpack<float>();
+    RowSource<float> source = arguments.unpack<float>();
     const int64_t rows = source.shape.rows();
     const float* slopes = row_values<float>(coefficients, 3 * rows, "coefficients");
     const Upstream<float> outer = upstream_of<float>(upstream, rows);
-    Tensor grad = torch::stable::new_empty(arguments.current, arguments.current.sizes());
-    if (rows == 0) return grad;
+    if (rows == 0) return torch::stable::new_empty(arguments.current, arguments.current.sizes());
     const Place place(arguments.current);
-    void* out = grad.mutable_data_ptr();
-    check(
-        gpu::row_grad(
-            source, slopes, outer.data, outer.stride, factor, out, gpu::plan_gradient(gpu::describe(source, out)),
-            place.stream()),
-        "the launch of row_grad");
-    return grad;
+    const OneDtype casts(arguments, source);
+    return gradient(arguments.current, source, slopes, outer, factor, place);
   }
 
   // `grad`: where the gradient goes, null if it is not asked for
   static LossTensors policy_loss(
       const SourceArguments& arguments, const ObjectiveArguments& objective, double factor, Tensor* grad) {
     refuse_double(arguments.is_double(), "new");
-    const RowSource<float> source = arguments.unpack<float>();
+    RowSource<float> source = arguments.unpack<float>();
     const int64_t count = source.shape.rows();
     const ObjectiveInputs<float> inputs = objective.unpack<float>(count);
     const EpilogueOptions options = objective.options();
     const Tensor& like = arguments.current;
     const Results made(like, count);
-    const gpu::ObjectiveResults& results = made.pointers;
-    if (grad != nullptr) *grad = torch::stable::new_empty(like, like.sizes());
     const Place place(like);
     if (count == 0) {
-      write_nothing(results, place.stream());
+      write_nothing(made.pointers, place.stream());
+      if (grad != nullptr) *grad = torch::stable::new_empty(like, like.sizes());
       return made.tensors;
     }
-
-    void* out = grad != nullptr ? grad->mutable_data_ptr() : nullptr;
-    const Work work = gpu::describe(source, out);
-    if (grad != nullptr) {
-      const gpu::HoldingPlan plan =
-          gpu::plan_single_pass(work, options.couples_rows(), limits_of(place.device()));
-      if (plan.possible) {
-        const Scratch scratch(place, like, gpu::ticket_count(count), gpu::scratch_bytes({}, count));
-        check(
-            gpu::policy_loss_and_grad(
-                source, inputs, options, results, factor, out, plan, scratch.workspace(), place.stream()),
-            "the launch of policy_loss_and_grad");
-        return made.tensors;
-      }
-    }
-    const StreamPlan plan = gpu::plan_forward(work, true);
-    const Scratch scratch(place, like, gpu::ticket_count(count), gpu::scratch_bytes(plan, count));
+    const OneDtype casts(arguments, source);
+    const Plan plan = plan_of(source, true);
+    const Scratch scratch(place, like, plan, count);
     check(
-        gpu::policy_loss(source, inputs, options, results, plan, scratch.workspace(), place.stream()),
+        gpu::policy_loss(source, inputs, options, made.pointers, plan, scratch.workspace(), place.stream()),
         "the launch of policy_loss");
     if (grad != nullptr) {
-      check(
-          gpu::row_grad(
-              source, results.rows + kGradP * count, nullptr, 0, factor, out, gpu::plan_gradient(work), place.stream()),
-          "the launch of row_grad");
+      *grad = gradient(like, source, made.pointers.rows + kGradP * count, {nullptr, 0}, factor, place);
     }
     return made.tensors;
   }
@@ -279,9 +270,7 @@ struct Cuda {
       write_nothing(made.pointers, place.stream());
       return made.tensors;
     }
-    check(
-        gpu::log_prob_loss(source, inputs, options, made.pointers, gpu::plan_log_prob(count), place.stream()),
-        "the launch of log_prob_loss");
+    check(gpu::log_prob_loss(source, inputs, options, made.pointers, place.stream()), "the launch of log_prob_loss");
     return made.tensors;
   }
 
@@ -303,13 +292,37 @@ struct Cuda {
     if (with_log_prob) source.log_prob = log_prob.mutable_data_ptr<float>();
 
     const Place place(like);
-    const StreamPlan plan = gpu::plan_step(gpu::describe(source));
+    const OneDtype casts(arguments, source);
+    const Plan plan = plan_of(source, false);
     std::optional<Scratch> scratch;
-    if (with_log_prob) scratch.emplace(place, like, gpu::ticket_count(rows), gpu::scratch_bytes(plan, rows));
+    if (with_log_prob) scratch.emplace(place, like, plan, rows);
     check(
         gpu::sde_step(source, plan, scratch.has_value() ? scratch->workspace() : gpu::Workspace(), place.stream()),
         "the launch of sde_step");
     return {next, mean, log_prob};
+  }
+
+ private:
+  template <class Source>
+  static Plan plan_of(const Source& source, bool finishes) {
+    const gpu::Version version = gpu::operands_of(source).version();
+    return gpu::plan_rows(source.shape.rows(), source.shape.numel, version.latents, finishes);
+  }
+
+  // In the dtype of `like`; that of cast latents is float32 before.
+  static Tensor gradient(
+      const Tensor& like, const RowSource<float>& source, const float* coefficients, const Upstream<float>& upstream,
+      double factor, const Place& place) {
+    const bool narrows = source.current.dtype != latent_dtype(like.scalar_type(), "new");
+    Tensor grad = torch::stable::new_empty(like, like.sizes(), narrows ? ScalarType::Float : like.scalar_type());
+    check(
+        gpu::row_grad(
+            source, coefficients, upstream.data, upstream.stride, factor, grad.mutable_data_ptr(), place.stream()),
+        "the launch of row_grad");
+    if (!narrows) return grad;
+    Tensor narrow = torch::stable::new_empty(like, like.sizes());
+    torch::stable::copy_(narrow, grad);
+    return narrow;
   }
 };
 

@@ -10,8 +10,13 @@ from typing import Any
 
 import torch
 
-from .. import backend
+from .. import backend, evidence
 
+# what is known of kernels that no GPU has run
+_EMULATED = {
+    "triton": "launched through Triton's real launcher, executed as compiled PTX on an emulator, never yet on a GPU",
+    "cuda": "launched through its real binding, executed as compiled PTX on an emulator, never yet on a GPU",
+}
 _OPTIONAL = ("triton", "diffusers", "transformers", "accelerate", "peft", "safetensors")
 
 
@@ -36,8 +41,15 @@ def doctor_report() -> dict[str, Any]:
         "cuda_kernels": _cuda_kernels(),
         "build": backend.build_info(),
         "backends": backends,
+        "proof": {name: _proof(name) for name in _EMULATED},
         "auto": {device: backend.resolve("auto", device) for device in devices},
     }
+
+
+def _proof(name: str) -> str:
+    """Where a GPU backend has passed its tests."""
+    folders = evidence.PASSED.get(name, ())
+    return f"passed the GPU tests of {', '.join(folders)}" if folders else _EMULATED[name]
 
 
 def _cuda_kernels() -> str | None:
@@ -75,6 +87,8 @@ def _print_doctor(report: dict[str, Any]) -> None:
     for name, state in report["backends"].items():
         serves = state.get("serves")
         print(f"  {name:<14} " + (f"serves {', '.join(serves)} tensors" if serves else f"no: {state['unusable']}"))
+        if name in report["proof"]:
+            print(f"  {'':<14} {report['proof'][name]}")
     for device, name in report["auto"].items():
         print(f"backend='auto' takes {name!r} for {device} tensors")
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..losses import clip_pair, fused_policy_loss
 from ..objectives import DPPO, Objective, RatioClip
-from ..reference import stats_dtype
 from ..results import LossOutput
+from ..rows import stats_dtype
 from ..samplers import SDEStep
 from ..sampling import sde_step
 from ._rows import log_prob_policy_loss

@@ -17,6 +17,7 @@ import numpy as np
 
 from . import figures
 from ..objectives import DPPO, GRPOGuard, RatioClip
+from .logs import from_json
 from .row_log import Rows, clip_against_mask, read_rows
 from ..samplers import sde_schedule
 
@@ -62,7 +63,7 @@ class RunFolder:
         for name in ("config.yaml", "metrics.jsonl"):
             if not (path / name).is_file():
                 raise ValueError(f"{path}: no {name} there, expected a run folder of FlowDPPOTrainer")
-        metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+        metrics = [from_json(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
         if not metrics:
             raise ValueError(f"{path}: metrics.jsonl is empty, expected a run of at least one iteration")
         config = yaml.safe_load((path / "config.yaml").read_text())

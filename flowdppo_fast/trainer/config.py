@@ -262,6 +262,8 @@ class RunConfig:
         project: name under which trackers file the run.
         plot_every: iterations between plots and pages of rollouts in the output folder; None means one plot at the
             end, 0 none. Evaluations leave their pages in any case.
+        strict_replay: the replay of a step in the batch it was recorded in must give the recorded velocities bitwise;
+            False accepts, with a warning, what kernels that are not deterministic round otherwise.
         row_log: write log-ratio, KL and mask of every row of every update to ``rows.jsonl`` in the output folder.
     """
 
@@ -277,6 +279,7 @@ class RunConfig:
     trackers: tuple[str, ...] = ()
     project: str = "flowdppo"
     plot_every: Annotated[int, Field(ge=0), Strict()] | None = 10
+    strict_replay: StrictBool = True
     row_log: StrictBool = True
 
 
@@ -329,7 +332,7 @@ class FlowDPPOConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dictionaries of plain values; :meth:`from_dict` is the inverse."""
-        return plain(dataclasses.asdict(self))
+        return plain(self)
 
     def save(self, path: str | Path) -> None:
         """Writes the settings as YAML."""

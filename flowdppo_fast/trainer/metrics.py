@@ -78,9 +78,20 @@ def read_iteration(
     total = weighted_reward(rollout.rewards, config.advantage.reward_weights)
     spread, flat = group_spread(total, config.sampling.group_size)
     steps = {name: torch.stack([step[name] for step in results["steps"]]) for name in results["steps"][0]}
-    shares = torch.tensor(results["shares"], device=total.device)
+    vectors = workers.gather(torch.stack(results["vectors"]))
+    # rows of different calls may have different sizes
+    sizes = torch.tensor([results["shares"], results["elements"]], dtype=torch.float64).T.to(total.device)
+    shares, elements = workers.gather(sizes).float().unbind(1)
+    reduced = reduce_micro(vectors, shares, names)
+    # the paper's KL is a sum over the latent: nats per denoising step
+    nats = {
+        name.replace("mean", "nats"): (vectors[:, METRICS.index(name)] * elements * shares).sum() / shares.sum()
+        for name in ("kl_new_old_mean", "kl_ref_mean")
+        if name in reduced
+    }
     values = {
-        **reduce_micro(workers.gather(torch.stack(results["vectors"])), workers.gather(shares), names),
+        **reduced,
+        **nats,
         "reward": total.nanmean(),
         "reward_std": spread.mean(),
         "zero_std_fraction": flat.float().mean(),
@@ -97,13 +108,8 @@ def read_iteration(
     read = torch.cat([scalars, rollout.advantages, numbers]).tolist()
     metrics = dict(zip(values, read))
     first = rollout.trajectories[0]
-    elements = first.velocity.shape[2:].numel()
-    for name in ("kl_new_old_mean", "kl_ref_mean"):
-        if name in metrics:
-            # the paper's KL is a sum over the latent: nats per denoising step
-            metrics[name.replace("mean", "nats")] = metrics[name] * elements
     rows = len(total) * len(first.steps) * config.optimizer.inner_epochs
     everywhere = workers.gather_objects([part.without_numbers() for part in parts])
     advantages, numbers_read = read[len(values) :][: len(total)], read[len(values) + len(total) :]
-    lines = list(row_lines(iteration, elements, everywhere, numbers_read, advantages))
+    lines = list(row_lines(iteration, everywhere, numbers_read, advantages))
     return {"iteration": iteration, **metrics, "rows": rows}, lines

@@ -22,11 +22,12 @@ from ..runs.logs import ROWS_FILE, append_lines
 from ..runs.row_log import row_part
 from ..runs.tracking import RunLog
 from .advantages import RewardHistory, advantages_of, group_spread, weighted_reward
+from .ambient import own_state
 from .checkpoint import load_random_state, random_state
 from .config import FlowDPPOConfig
 from .evaluation import Evaluation
 from .metrics import METRICS, micro_vector, read_iteration
-from .pipeline_calls import PipelineCalls
+from .pipeline_calls import PipelineCalls, check_guidance, join_rewards
 from .prompts import PromptSource
 from .record.arguments import row_index
 from .record.offload import on_device
@@ -37,6 +38,7 @@ from .rewards import BackgroundScorer, Reward
 from .rollout import Rollout, captions
 from .row_plan import check_processes, choose_steps, plan_calls, plan_updates
 from .seeds import derive_seed
+from .weights.arrival import check_arrival
 from .weights.distributed import Workers
 from .weights.optimizer import PolicyOptimizer
 from .weights.policy import PolicyWeights
@@ -72,6 +74,7 @@ class FlowDPPOTrainer:
         ValueError, TypeError: settings, prompts or a pipeline that cannot be trained with them.
     """
 
+    @own_state()
     def __init__(
         self,
         pipeline: Any,
@@ -91,7 +94,9 @@ class FlowDPPOTrainer:
             )
         self.pipeline, self.reward = pipeline, reward
         self.prompts = PromptSource(prompts, pipeline, [*s.pipeline_kwargs, "return_dict"])
+        check_guidance(self.prompts, s.pipeline_kwargs)
         self.recorder = TrajectoryRecorder(pipeline, sampler=s.sampler, eta=s.eta, noise=s.noise)
+        check_arrival(pipeline, self.recorder.modules, train=config.model.train, precision=config.model.mixed_precision)
         self.objective = config.objective.build()
         self.accelerator = Accelerator(cpu=config.run.device == "cpu")
         self.workers = Workers(self.accelerator)
@@ -132,11 +137,22 @@ class FlowDPPOTrainer:
         self.evaluation = (
             None if eval_prompts is None else Evaluation(eval_prompts, pipeline, config, self.workers, self.calls)
         )
-        self.output = Path(config.run.output_dir)
+        self.output = Path(config.run.output_dir).expanduser()
         self.state = RunState(
-            config, self.output, self.workers, self.weights, self.optimizer, self.history, self.recorder
+            config,
+            self.output,
+            self.workers,
+            self.weights,
+            self.optimizer,
+            self.history,
+            self.recorder,
+            self.prompts.fingerprints(),
         )
+        # of the first call, and the kinds of calls that were checked
         self.replay_check: ReplayCheck | None = None
+        self._verified: set[tuple] = set()
+        # told what is being done, for the progress bar
+        self._doing: Callable[[str], None] = lambda text: None
         # kind, images and captions of the present iteration, for the output folder
         self._pages: list[tuple[str, Any, list[str]]] = []
         if o.updates_per_rollout * o.inner_epochs == 1:
@@ -152,6 +168,7 @@ class FlowDPPOTrainer:
         """Updates of the run so far whose loss or gradient was not finite."""
         return self.state.skipped_updates
 
+    @own_state()
     def train(
         self, *, resume: bool = False, on_iteration: Callable[[dict[str, float]], None] | None = None
     ) -> list[dict[str, float]]:
@@ -163,7 +180,8 @@ class FlowDPPOTrainer:
 
         Raises:
             ValueError: the folder holds a run and ``resume`` is False, or one with other settings.
-            RuntimeError: too many updates were skipped because a loss or gradient was not finite.
+            RuntimeError: too many updates were skipped because a loss or gradient was not finite, or an interrupted
+                iteration has to be undone and there is no checkpoint to go back to.
         """
         run = self.config.run
         history = self.state.begin(resume)
@@ -179,6 +197,8 @@ class FlowDPPOTrainer:
             plot_every=run.plot_every,
         ) as log:
             log.start(history)
+            self._doing = log.doing
+            log.say(self.summary())
             ended = self.iteration >= run.iterations or bool(history and self._over_budget(history[-1]))
             while not ended:
                 metrics = self._iterate()
@@ -200,6 +220,27 @@ class FlowDPPOTrainer:
                     )
         return history
 
+    def summary(self) -> str:
+        """What will be done with what, in a few lines: device, processes, weights, images and calls of an iteration."""
+        c, s, o = self.config, self.config.sampling, self.config.optimizer
+        count, images = self.workers.count, s.prompts_per_rollout * s.group_size
+        trained = sum(shape.numel() for shape in self.workers.sharding.shapes.values())
+        layers = len({name.rpartition(".lora_")[0] for name in self.weights.names})
+        what = f"LoRA on {layers} layers" if c.model.train == "lora" else "all weights"
+        idle = torch.cuda.device_count() - count if self.device.type == "cuda" else 0
+        lines = [
+            f"{count} process{'es' * (count > 1)} on {self.device.type}, {self.workers.sharding.kind}"
+            + (f"; {idle} more GPUs are idle (accelerate launch uses them)" if idle > 0 else ""),
+            f"{what} of {', '.join(self.recorder.modules)}: {trained:,} numbers, {c.model.mixed_precision} autocast",
+            f"per iteration {images} images ({s.prompts_per_rollout} prompts of {s.group_size}), {s.num_steps} steps, "
+            f"of which {s.sde_steps_per_rollout or len(s.candidate_steps)} are trained, "
+            f"{o.updates_per_rollout * o.inner_epochs} updates by {c.objective.name}",
+        ]
+        if self.device.type == "cpu" and c.run.device == "auto":
+            lines.append("torch sees no GPU: this run is on the CPU (run.device: cpu says that it is meant to be)")
+        return "\n".join(lines)
+
+    @own_state()
     def sample(self, iteration: int) -> Rollout:
         """The rollout of ``iteration``: a function of the seed, ``iteration`` and the present weights.
 
@@ -216,6 +257,7 @@ class FlowDPPOTrainer:
         self.history.add(drawn.rewards, places)
         return Rollout(drawn.trajectories, drawn.calls, drawn.rewards, advantages, drawn.page)
 
+    @own_state()
     def noise_share(self) -> float:
         """Share of the reward's variance within groups that the noise of the trained steps explains.
 
@@ -239,7 +281,8 @@ class FlowDPPOTrainer:
         # nothing is sampled while the rewards of an only call are computed
         background = s.background_rewards and len(calls) > 1
         with BackgroundScorer(self.reward, self.device) if background else contextlib.nullcontext() as scorer:
-            for rows in calls:
+            for number, rows in enumerate(calls, 1):
+                self._doing(f"sampling {number}/{len(calls)}")
                 entries = [groups[row // s.group_size] for row in rows]
                 trajectory, images = self._record(iteration, rows, entries, same_latents)
                 trajectories.append(trajectory)
@@ -248,11 +291,13 @@ class FlowDPPOTrainer:
                     shown = images[:_SHOWN], entries[:_SHOWN]
             rewards = [result() for result in pending]
         self.workers.agree()
-        own = {name: torch.cat([part[name] for part in rewards]) for name in rewards[0]}
+        own = join_rewards(rewards, self.workers, self.state.reward_names)
+        self.state.reward_names = list(own)
         table = self.workers.collect(torch.stack(list(own.values())), self.updates)
         page = None if shown is None else (shown[0], captions(shown[1], rewards[0]))
         return _Drawn(groups, trajectories, calls, dict(zip(own, table)), page)
 
+    @own_state()
     def update(self, rollout: Rollout, rows: range, *, number: int) -> dict[str, list]:
         """One optimizer step on ``rows`` of a rollout, without a host sync on a GPU.
 
@@ -261,10 +306,11 @@ class FlowDPPOTrainer:
             number: updates made since the rollout; before the first, ratios that differ from 1 are rounding.
 
         Returns:
-            ``vectors``, ``shares`` and ``parts`` of the micro-batches and ``steps`` of the update, on the device.
+            ``vectors``, ``shares``, ``elements`` per row and ``parts`` of the micro-batches and ``steps`` of the
+            update, on the device.
         """
         o = self.config.optimizer
-        vectors, shares, parts = [], [], []
+        vectors, shares, elements, parts = [], [], [], []
         for trajectory, local, places in rollout.locate(rows):
             count = len(trajectory.steps)
             width = min(o.steps_per_micro_batch or count, count)
@@ -275,15 +321,17 @@ class FlowDPPOTrainer:
                 out = self._micro_batch(trajectory, local[part], steps, advantages, shares[-1])
                 vectors.append(micro_vector(out, on_policy=number == 0))
                 indices = [trajectory.steps[position].index for position in steps]
-                parts.append(row_part(out, number, indices, places[part]))
+                elements.append(trajectory.elements)
+                parts.append(row_part(out, number, indices, places[part], trajectory.elements))
                 self._metric_names = out.metric_names
         own = torch.stack([share * vector for share, vector in zip(shares, vectors)]).sum(0)
         loss, kl = (own[METRICS.index(name)] for name in ("loss", "kl_new_old_mean"))
         step = self.optimizer.step(loss, kl)
         if self.weights.ema is not None:
             self.weights.ema.update()
-        return {"vectors": vectors, "shares": shares, "parts": parts, "steps": [step]}
+        return {"vectors": vectors, "shares": shares, "elements": elements, "parts": parts, "steps": [step]}
 
+    @own_state()
     def evaluate(self) -> tuple[dict[str, float], list[Any], list[str]]:
         """Mean rewards of the held-out prompts, this process's images and their captions.
 
@@ -295,10 +343,12 @@ class FlowDPPOTrainer:
         with self.weights.averaged(), on_device(self._idle, self.device):
             return self.evaluation.run()
 
+    @own_state()
     def save_checkpoint(self) -> Path:
         """Writes everything that :meth:`train` with ``resume=True`` continues from; returns the folder."""
         return self.state.save()
 
+    @own_state()
     def save_pretrained(self, folder: str | Path) -> None:
         """Trained weights (the moving average if there is one) as diffusers loads them: LoRA adapters by
         ``load_lora_adapter``, full transformers by ``from_pretrained``; one folder per transformer."""
@@ -344,18 +394,21 @@ class FlowDPPOTrainer:
                 self.save_checkpoint()
             raise
         sampled = time.perf_counter()
-        if self.replay_check is None:
-            self._verify(rollout.trajectories[0])
+        self._verify(rollout)
         self.optimizer.begin_rollout()
-        results: dict[str, list] = {"vectors": [], "shares": [], "parts": [], "steps": []}
+        # until the iteration is over the weights are those of no checkpoint
+        self.state.within = True
+        results: dict[str, list] = {"vectors": [], "shares": [], "elements": [], "parts": [], "steps": []}
         for epoch in range(o.inner_epochs):
             order = list(self.updates)
             if epoch:
                 random.Random(derive_seed(seed, self.iteration, "order", epoch)).shuffle(order)
             for rows in order:
+                self._doing(f"update {len(results['steps']) + 1}/{len(self.updates) * o.inner_epochs}")
                 for key, values in self.update(rollout, rows, number=len(results["steps"])).items():
                     results[key] += values
         self.state.iteration += 1
+        self.state.within = False
         metrics = self._read(rollout, results)
         metrics |= evaluated
         if share is not None:
@@ -367,11 +420,20 @@ class FlowDPPOTrainer:
             self._pages.append(("rollout", *rollout.page))
         return metrics
 
-    def _verify(self, trajectory: Trajectory) -> None:
-        """The replay must give the recorded velocities before anything is trained on it."""
-        rows = range(min(self.config.optimizer.micro_batch_size, len(trajectory)))
-        self.replay_check = check = self.calls.run(lambda: self.recorder.verify(trajectory, rows))
-        logger.info("replay reproduces the rollout: %s", check)
+    def _verify(self, rollout: Rollout) -> None:
+        """The replay must give the recorded velocities before anything is trained on it: of every kind of call once."""
+        kinds = [trajectory.kind for trajectory in rollout.trajectories]
+        new = [kind not in self._verified and kind not in kinds[:place] for place, kind in enumerate(kinds)]
+        if self.workers.sharded:
+            # all processes replay the same calls
+            new = [any(one) for one in zip(*self.workers.gather_objects([new]))]
+        strict = self.config.run.strict_replay
+        for trajectory in itertools.compress(rollout.trajectories, new):
+            rows = range(min(self.config.optimizer.micro_batch_size, len(trajectory)))
+            check = self.calls.run(lambda t=trajectory, r=rows: self.recorder.verify(t, r, strict=strict))  # type: ignore[misc]
+            self.replay_check = self.replay_check or check
+            logger.info("replay reproduces the rollout: %s", check)
+        self._verified |= set(kinds)
 
     def _micro_batch(
         self, trajectory: Trajectory, rows: Sequence[int], steps: range, advantages: Tensor, share: float

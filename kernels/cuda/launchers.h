@@ -30,7 +30,7 @@ int row_stats(
     const RowSource<float>& source,
     bool second_moment,
     float* stats,
-    const StreamPlan& plan,
+    const Plan& plan,
     const Workspace& workspace,
     void* stream);
 
@@ -39,7 +39,7 @@ int policy_loss(
     const ObjectiveInputs<float>& inputs,
     const EpilogueOptions& options,
     const ObjectiveResults& results,
-    const StreamPlan& plan,
+    const Plan& plan,
     const Workspace& workspace,
     void* stream);
 
@@ -52,19 +52,6 @@ int row_grad(
     int64_t upstream_stride,
     double factor,
     void* out,
-    const StreamPlan& plan,
-    void* stream);
-
-// policy_loss() and the gradient of factor * sum(row losses) in one launch. The scratch needs 4 doubles per row.
-int policy_loss_and_grad(
-    const RowSource<float>& source,
-    const ObjectiveInputs<float>& inputs,
-    const EpilogueOptions& options,
-    const ObjectiveResults& results,
-    double factor,
-    void* out,
-    const HoldingPlan& plan,
-    const Workspace& workspace,
     void* stream);
 
 // Rows without latents: given_source() and inputs with log-probs.
@@ -73,12 +60,8 @@ int log_prob_loss(
     const ObjectiveInputs<float>& inputs,
     const EpilogueOptions& options,
     const ObjectiveResults& results,
-    const StreamPlan& plan,
     void* stream);
 
-int sde_step(const SampleSource<float>& source, const StreamPlan& plan, const Workspace& workspace, void* stream);
-
-// Clusters of the shape that the device can run at once (0: none); without a launch.
-int holding_clusters(const LaunchShape& shape, int* clusters);
+int sde_step(const SampleSource<float>& source, const Plan& plan, const Workspace& workspace, void* stream);
 
 }  // namespace flowdppo::gpu

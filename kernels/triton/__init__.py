@@ -1,7 +1,7 @@
 """Triton backend: the operators of :mod:`flowdppo_fast.reference` on a GPU, with the same signatures.
 
 Forward is a streaming pass and one small epilogue, backward one streaming pass. Nothing here synchronises, tunes itself
-or adds up in an order that depends on timing; what is launched depends on shapes and dtypes alone.
+or adds up in an order that depends on timing; what is launched depends on shapes, dtypes and alignment alone.
 """
 
 from flowdppo_fast.kernels.gradient import row_grad

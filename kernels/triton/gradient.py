@@ -12,6 +12,7 @@ from flowdppo_fast.kernels.launch import (
     BLOCK,
     MEAN,
     NUM_WARPS,
+    Launcher,
     cut,
     on_device,
     row_strides,
@@ -20,6 +21,7 @@ from flowdppo_fast.kernels.launch import (
 )
 from flowdppo_fast.kernels.philox import normals, row_stream
 from flowdppo_fast.kernels.rows import row_offset
+from flowdppo_fast.rows import RowSource, takes_rows
 
 
 @triton.jit(do_not_specialize=["splits", "upstream_stride", "seed", "first_stream"])
@@ -117,30 +119,20 @@ def gradient_kernel(
             tl.store(grad + at, tl.full((BLOCK,), 0.0, grad.dtype.element_ty), mask=at < remaining)
 
 
-def launch_gradient(
-    new: Tensor,
-    old: Tensor,
-    noise: Tensor | None,
-    reference: Tensor | None,
-    streams: Tensor | None,
-    step: Tensor | None,
-    step_values: list[float],
-    seed: int,
-    first_stream: int,
-    form: int,
-    coefficients: Tensor,
-    upstream: Tensor | None,
-    factor: float,
-) -> Tensor:
+_launch_gradient = Launcher(gradient_kernel, fp_fusion=True)
+
+
+def launch_gradient(source: RowSource, coefficients: Tensor, upstream: Tensor | None, factor: float) -> Tensor:
     """:func:`row_grad` whose ``upstream`` may be None for 1."""
+    new, old, noise, reference, streams = source[:5]
     rows0, rows1, numel = new.shape
     rows = rows0 * rows1
     grad = new.new_empty(new.shape)
     if rows == 0:
         return grad
     coefficients = coefficients.contiguous()
-    step, (std, scale, _) = step_arguments(step, step_values, rows, coefficients)
-    if step is None and form == MEAN:
+    step, (std, scale, _) = step_arguments(source.step, source.step_values, rows, coefficients)
+    if step is None and source.form == MEAN:
         scale = 1.0 / std if std != 0.0 else float("inf")
     factor /= numel
     if coefficients.dtype == torch.float64:
@@ -151,33 +143,18 @@ def launch_gradient(
     blocks, splits = cut(rows, numel)
     rows1, outer, inner = row_strides(new, old, noise, reference)
     with on_device(new):
-        gradient_kernel[(rows * splits,)](
-            new, old, noise, reference, streams, step, coefficients, upstream, grad,
-            scale, factor, numel, splits, upstream_stride, rows1, *outer, *inner, seed, first_stream,
-            COLUMNS=0 if step is None else step.shape[1], MEAN_FORM=form == MEAN,
-            VECTOR=vector_width(grad), BLOCKS=blocks, BLOCK=BLOCK,
-            num_warps=NUM_WARPS, enable_fp_fusion=True,
+        _launch_gradient(
+            rows * splits, NUM_WARPS,
+            (new, old, noise, reference, streams, step, coefficients, upstream, grad),
+            (scale, factor),
+            (numel, splits, upstream_stride, rows1, *outer, *inner),
+            (source.seed, source.first_stream),
+            (0 if step is None else step.shape[1], source.form == MEAN, vector_width(grad), blocks, BLOCK),
         )  # fmt: skip
     return grad
 
 
-def row_grad(
-    new: Tensor,
-    old: Tensor,
-    noise: Tensor | None,
-    reference: Tensor | None,
-    streams: Tensor | None,
-    step: Tensor | None,
-    step_values: list[float],
-    seed: int,
-    first_stream: int,
-    form: int,
-    coefficients: Tensor,
-    upstream: Tensor,
-    factor: float,
-) -> Tensor:
+@takes_rows
+def row_grad(source: RowSource, coefficients: Tensor, upstream: Tensor, factor: float) -> Tensor:
     """:func:`flowdppo_fast.reference.row_grad` in one launch."""
-    return launch_gradient(
-        new, old, noise, reference, streams, step, step_values, seed, first_stream, form,
-        coefficients, upstream, factor,
-    )  # fmt: skip
+    return launch_gradient(source, coefficients, upstream, factor)

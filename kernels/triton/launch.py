@@ -1,27 +1,32 @@
-"""What every launcher needs: how rows are cut up, where they lie in memory, and the device to launch on.
+"""What every launch needs: how rows are cut up, where they lie in memory, the device, and the compiled kernel.
 
-The cut depends on the shape alone, never on the device, so that one input gives the same bits on every GPU.
+The cut depends on the shape alone, never on the device. Inside a program the compiler decides in which order numbers
+are added up: an input gives the same bits again on one kind of GPU, with one version of Triton and rows aligned alike.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
+from triton import knobs
+from triton.compiler import CompiledKernel
 
-from flowdppo_fast.reference import Form
+from flowdppo_fast.rows import Form
 
 # 8 elements per thread and block: one 16-byte load per bf16 tensor, two per float32 tensor. Larger shares per thread
 # raise registers (four accumulators each) faster than they raise the bytes in flight per SM.
 BLOCK = 2048
 NUM_WARPS = 8
-# programs wanted before one takes several blocks (8 x 262,144 gets there; a GPU holds 500 to 1,000 of them at a time),
-# and the most blocks that one takes: at 65,536 elements each, partials are below a ten-thousandth of the latents
-_PROGRAMS = 1024
-_MAX_BLOCKS = 32
+# programs wanted before one takes several blocks: at 16 to a multiprocessor of a large GPU, the uneven end is about 3 %
+# of the time. And the most blocks that one takes: what a program does once, adding up above all, is then 2.5 of its
+# instructions per element, and partials are less than a thousandth of the latents
+_PROGRAMS = 2048
+_MAX_BLOCKS = 8
 # partials that a warp of the small kernels loads at a time: 16 per thread
 _WARP_TILE = 512
 _MAX_SPLIT_BLOCK = 128
@@ -30,7 +35,7 @@ _NOTHING = contextlib.nullcontext()
 
 
 class Cut(NamedTuple):
-    """A row is cut into ``splits`` programs of ``blocks`` consecutive blocks (a power of two) each."""
+    """A row is cut into ``splits`` programs of ``blocks`` consecutive blocks each."""
 
     blocks: int
     splits: int
@@ -40,9 +45,11 @@ class Cut(NamedTuple):
 @functools.cache
 def cut(rows: int, numel: int) -> Cut:
     """The cut of ``rows`` rows of ``numel`` elements."""
-    wanted = max(1, min(rows * -(-numel // BLOCK) // _PROGRAMS, _MAX_BLOCKS))
-    blocks = 1 << (wanted.bit_length() - 1)
-    return Cut(blocks, -(-numel // (BLOCK * blocks)))
+    of_row = -(-numel // BLOCK)
+    wanted = max(1, min(rows * of_row // _PROGRAMS, _MAX_BLOCKS))
+    # a row's last program goes through all of its blocks, whether there is anything in them or not
+    blocks = min(range(wanted, wanted // 2, -1), key=lambda count: -of_row % count)
+    return Cut(blocks, -(-of_row // blocks))
 
 
 class Tiles(NamedTuple):
@@ -74,7 +81,7 @@ class EpilogueTiles(NamedTuple):
 @functools.cache
 def epilogue_tiles(rows: int, splits: int) -> EpilogueTiles:
     """One warp where it can, because it reduces by shuffles alone; more where rows or partials are many."""
-    num_warps = 8 if rows > 1024 else 4 if rows * splits > 1024 else 1
+    num_warps = 8 if max(4 * rows, rows * splits) > 4096 else 4 if rows * splits > 1024 else 1
     row_block = min(_power_of_two(rows), 32 * num_warps)
     return EpilogueTiles(partial_tiles(rows, splits, num_warps), row_block, -(-rows // row_block), num_warps)
 
@@ -110,13 +117,18 @@ def row_strides(*latents: Tensor | None) -> RowStrides:
     and the launch half of its strides. The first tensor is never None.
     """
     rows0, rows1, _ = latents[0].shape  # type: ignore[union-attr]
+    return _row_strides(rows0, rows1, *[x if x is None else x.stride() for x in latents])
+
+
+@functools.lru_cache(maxsize=1024)
+def _row_strides(rows0: int, rows1: int, *strides: tuple[int, ...] | None) -> RowStrides:
     # a stride of a dim of size 1 is never taken: 0 keeps the alignment that wide loads need
-    outer = tuple([x if x is None else x.stride(0) if rows0 > 1 else 0 for x in latents])
+    outer = tuple([s if s is None else s[0] if rows0 > 1 else 0 for s in strides])
     if rows1 == 1:
-        return RowStrides(None, _NO_OUTER[: len(latents)], outer)
-    inner = tuple([x if x is None else x.stride(1) for x in latents])
+        return RowStrides(None, _NO_OUTER[: len(strides)], outer)
+    inner = tuple([s if s is None else s[1] for s in strides])
     if rows0 == 1 or all(i is None or o == rows1 * i for o, i in zip(outer, inner)):  # type: ignore[operator]
-        return RowStrides(None, _NO_OUTER[: len(latents)], inner)
+        return RowStrides(None, _NO_OUTER[: len(strides)], inner)
     return RowStrides(rows1, outer, inner)
 
 
@@ -137,3 +149,103 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager:
     if x.is_cuda and x.get_device() != torch.cuda.current_device():
         return torch.cuda.device(x.device)
     return _NOTHING
+
+
+# handles kept per kernel; shapes that a run sees are few, and a cleared cache only costs Triton's own way once more
+_MOST_HANDLES = 1024
+
+
+class Launcher:
+    """A kernel, launched by the handle that Triton compiled for arguments of the same kind.
+
+    Triton's own launch binds the arguments by name, works out their specialisation and looks it up by its string: most
+    of a small loss's host time. Here that happens once per kind of arguments. The key of a kind is no coarser than
+    Triton's rules: of tensors dtype, 16-byte alignment and (AMD: buffers below 2 GB) the size of their memory; integers
+    and constants by value; floats not at all, if they are floats. What Triton reads from the environment when it
+    compiles counts as it was at the first launch of a kind. Hooks on launches see every launch: then Triton's own way
+    is taken.
+
+    Parameters of the kernel are in the order of :meth:`__call__`'s arguments.
+    """
+
+    def __init__(self, kernel: Any, *, fp_fusion: bool) -> None:
+        self.kernel = kernel
+        self._fp_fusion = fp_fusion
+        self._compiled = isinstance(kernel, triton.JITFunction)
+        self._handles: dict[tuple, tuple] = {}
+        self._driver: Any = None
+        self._sizes_count = False
+
+    def __call__(
+        self,
+        programs: int,
+        num_warps: int,
+        tensors: tuple[Tensor | None, ...],
+        floats: tuple[float | None, ...],
+        ints: tuple[int | None, ...],
+        counters: tuple[int, ...],
+        constants: tuple[Any, ...],
+    ) -> None:
+        """Launches on the current device.
+
+        Args:
+            programs: how many.
+            ints: integers that Triton may specialise on; few different ones in a run.
+            counters: integers annotated as int64, which it does not specialise on.
+            constants: ``tl.constexpr`` parameters.
+        """
+        arguments = (*tensors, *floats, *ints, *counters, *constants)
+        if not self._compiled or _is_watched(self.kernel):
+            self._launch_by_name(programs, num_warps, arguments)
+            return
+        driver = triton.runtime.driver.active
+        if driver is not self._driver:
+            self._adopt(driver)
+        bits = 0
+        dtypes = []
+        for x in tensors:
+            if x is None:
+                dtypes.append(None)
+            else:
+                dtypes.append(x.dtype)
+                bits |= x.data_ptr()
+        device = driver.get_current_device()
+        kinds = [f.__class__ if f.__class__ is float else f for f in floats]
+        key = (device, num_warps, *dtypes, *kinds, *ints, *constants)
+        if bits % 16 != 0:
+            key += tuple([x is None or x.data_ptr() % 16 == 0 for x in tensors])
+        if self._sizes_count:
+            key += tuple([x is None or x.untyped_storage().size() < 2**31 for x in tensors])
+        handle = self._handles.get(key)
+        if handle is None:
+            compiled = self._launch_by_name(programs, num_warps, arguments)
+            # nothing to keep where Triton was asked to compile in the background
+            if isinstance(compiled, CompiledKernel):
+                if len(self._handles) >= _MOST_HANDLES:
+                    self._handles.clear()
+                self._handles[key] = (compiled.run, compiled.function, compiled.packed_metadata)
+            return
+        run, function, metadata = handle
+        run(programs, 1, 1, driver.get_current_stream(device), function, metadata, None, None, None, *arguments)
+
+    def _launch_by_name(self, programs: int, num_warps: int, arguments: tuple) -> Any:
+        return self.kernel[(programs,)](*arguments, num_warps=num_warps, enable_fp_fusion=self._fp_fusion)
+
+    def _adopt(self, driver: Any) -> None:
+        # handles belong to the driver that loaded them
+        self._handles.clear()
+        self._driver = driver
+        self._sizes_count = driver.get_current_target().backend == "hip"
+
+
+def _is_watched(kernel: Any) -> bool:
+    """Whether somebody has hooks on launches or changes what is compiled."""
+    runtime = knobs.runtime
+    return bool(
+        # a chain of hooks, or one that somebody put in its place
+        getattr(runtime.launch_enter_hook, "calls", runtime.launch_enter_hook)
+        or getattr(runtime.launch_exit_hook, "calls", runtime.launch_exit_hook)
+        or kernel.pre_run_hooks
+        or runtime.debug
+        or runtime.add_stages_inspection_hook
+    )

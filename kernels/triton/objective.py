@@ -13,21 +13,14 @@ from torch import Tensor
 
 from flowdppo_fast.kernels.elementary import divide, exp_and_expm1, log
 from flowdppo_fast.kernels.gradient import launch_gradient
-from flowdppo_fast.kernels.launch import MEAN, cut, epilogue_tiles, on_device, step_arguments
+from flowdppo_fast.kernels.launch import MEAN, Launcher, cut, epilogue_tiles, on_device, step_arguments
 from flowdppo_fast.kernels.rows import row_statistics, row_sums, training_step
 from flowdppo_fast.kernels.statistics import launch_partials
-from flowdppo_fast.objectives import LOG_SQRT_2PI, SUMMARY, RowField, Rule, TrustRegion
+from flowdppo_fast.objectives import SUMMARY, RowField
+from flowdppo_fast.rows import RowSource, takes_rows
 
-_LOG_SQRT_2PI = tl.constexpr(LOG_SQRT_2PI)
-_DPPO = tl.constexpr(int(Rule.DPPO))
-_DPPO_SYMMETRIC = tl.constexpr(int(Rule.DPPO_SYMMETRIC))
-_UNCLIPPED = tl.constexpr(int(Rule.UNCLIPPED))
-_GRPO_GUARD = tl.constexpr(int(Rule.GRPO_GUARD))
-_MEAN_DRIFT = tl.constexpr(int(TrustRegion.MEAN_DRIFT))
-_VELOCITY_DRIFT = tl.constexpr(int(TrustRegion.VELOCITY_DRIFT))
 _ROW_FIELDS, _SUMMARIES = len(RowField), len(SUMMARY)
 _NO_NUMBERS = (None,) * 5
-_GRAD_Q = tl.constexpr(int(RowField.GRAD_Q))
 
 
 @triton.jit
@@ -60,29 +53,29 @@ def _squares(sums, partials, given_drift, row, rows, zero):
 
 @triton.jit(do_not_specialize=["rows", "splits", "numel"])
 def epilogue_kernel(
+    advantages,
     partials,  # [FIELDS, rows, splits], and room for [FIELDS, rows] behind it; None: the next three stand in for it
     log_prob,  # [rows], with old_log_prob
     given_drift,  # [rows] or None, sums over rows of one element
     given_reference_drift,
     step,
-    std,
-    scale,
-    neg_dt,
-    advantages,
     row_weights,
     old_log_prob,
     loss_out,  # []
     rows_out,  # [len(RowField), rows]
     summary,  # [len(SUMMARY)]
-    rows,
-    splits,
-    numel,
-    option_table,  # the five numbers below as float64, or None
+    option_table,  # the last five numbers as float64, or None
+    std,
+    scale,
+    neg_dt,
     threshold,
     clip_low,
     clip_high,
     advantage_clip,
     kl_weight,
+    rows,
+    splits,
+    numel,
     RULE: tl.constexpr,
     TRUST_REGION: tl.constexpr,
     SUM_REDUCE: tl.constexpr,
@@ -101,6 +94,16 @@ def epilogue_kernel(
     SPLIT_BLOCKS: tl.constexpr,
 ):
     dtype: tl.constexpr = advantages.dtype.element_ty
+    # Rule, TrustRegion, RowField and LOG_SQRT_2PI of objectives.py. Not of the module: Triton compares what a kernel
+    # takes from there at every launch.
+    RULE_DPPO: tl.constexpr = 0
+    RULE_DPPO_SYMMETRIC: tl.constexpr = 1
+    RULE_GRPO_GUARD: tl.constexpr = 3
+    RULE_UNCLIPPED: tl.constexpr = 4
+    REGION_MEAN_DRIFT: tl.constexpr = 1
+    REGION_VELOCITY_DRIFT: tl.constexpr = 2
+    LINE_GRAD_Q: tl.constexpr = 6
+    LOG_SQRT_2PI: tl.constexpr = 0.9189385332046727
     threshold = _number(threshold, option_table, 0, dtype)
     clip_low = _number(clip_low, option_table, 1, dtype)
     clip_high = _number(clip_high, option_table, 2, dtype)
@@ -193,18 +196,18 @@ def epilogue_kernel(
         else:
             log_ratio = -0.5 * slope * (e - 2.0 * p + q)
             if not UNNORMALIZED:
-                log_ratio -= count * (log(s) + _LOG_SQRT_2PI)
+                log_ratio -= count * (log(s) + LOG_SQRT_2PI)
             log_ratio -= count * tl.load(old_log_prob + row, mask=inside, other=0.0)
-        if TRUST_REGION == _MEAN_DRIFT:
+        if TRUST_REGION == REGION_MEAN_DRIFT:
             kl = half_kl * (s * s) * q
-        elif TRUST_REGION == _VELOCITY_DRIFT:
+        elif TRUST_REGION == REGION_VELOCITY_DRIFT:
             kl = divide(count * q, k * k)
         else:
             kl = half_kl * q
 
         # exponent of the ratio, its slopes, and what the loss is multiplied by
         exponent, gain = log_ratio, one
-        if RULE == _GRPO_GUARD:
+        if RULE == RULE_GRPO_GUARD:
             gain = divide(one, t)
             slope_p *= s
             if BATCH_BIAS:
@@ -220,11 +223,11 @@ def epilogue_kernel(
         above = excess > clip_high
         below = -excess > clip_low
         bound = zero
-        if RULE == _DPPO:
+        if RULE == RULE_DPPO:
             dropped = far & (((adv > 0) & (exponent > 0)) | ((adv < 0) & (exponent < 0)))
-        elif RULE == _DPPO_SYMMETRIC:
+        elif RULE == RULE_DPPO_SYMMETRIC:
             dropped = far
-        elif RULE == _UNCLIPPED:
+        elif RULE == RULE_UNCLIPPED:
             dropped = row < 0
         else:
             dropped = ((adv > 0) & above) | ((adv < 0) & below)
@@ -292,8 +295,11 @@ def epilogue_kernel(
         tl.debug_barrier()
         for block in range(ROW_BLOCKS):
             row = tl.arange(0, ROW_BLOCK) + block * ROW_BLOCK
-            out = rows_out + _GRAD_Q * line + row
-            tl.store(out, tl.load(out, mask=row < rows, other=0.0) + shared, mask=row < rows)
+            out = rows_out + LINE_GRAD_Q * line + row
+            grad_q = tl.load(out, mask=row < rows, other=0.0)
+            # where a row is in several lanes all of them read it and one stores it
+            tl.debug_barrier()
+            tl.store(out, grad_q + shared, mask=row < rows)
 
     mean_excess = divide(tl.sum(lane_rows * excess_mean, axis=0), total_rows)
     distance = tl.where(lane_rows > 0, excess_mean - mean_excess, 0.0)
@@ -325,17 +331,13 @@ def epilogue_kernel(
     tl.store(summary + 19, divide(tl.sum(reference_sum, axis=0), total_rows))
 
 
+# unfused, so that decisions see the reference's roundings
+_launch_kernel = Launcher(epilogue_kernel, fp_fusion=False)
+
+
+@takes_rows
 def policy_loss(
-    new: Tensor,
-    old: Tensor,
-    noise: Tensor | None,
-    reference: Tensor | None,
-    streams: Tensor | None,
-    step: Tensor | None,
-    step_values: list[float],
-    seed: int,
-    first_stream: int,
-    form: int,
+    source: RowSource,
     advantages: Tensor,
     row_weights: Tensor | None,
     old_log_prob: Tensor | None,
@@ -343,17 +345,15 @@ def policy_loss(
     floats: list[float],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`flowdppo_fast.reference.policy_loss` in two launches."""
-    rows0, rows1, numel = new.shape
+    rows0, rows1, numel = source.new.shape
     rows = rows0 * rows1
     if rows == 0:
         return _nothing(advantages)
-    with on_device(new):
-        partials = launch_partials(
-            new, old, noise, reference, streams, seed, first_stream, form, old_log_prob is not None, advantages
-        )
+    with on_device(source.new):
         return _launch_epilogue(
-            partials, None, None, None, step, step_values, advantages, row_weights, old_log_prob, ints, floats,
-            numel, splits=cut(rows, numel).splits, mean_form=form == MEAN, drift=reference is not None,
+            launch_partials(source, old_log_prob is not None, advantages), None, None, None,
+            source.step, source.step_values, advantages, row_weights, old_log_prob, ints, floats,
+            numel, splits=cut(rows, numel).splits, mean_form=source.form == MEAN, drift=source.reference is not None,
         )  # fmt: skip
 
 
@@ -413,35 +413,27 @@ def _launch_epilogue(
     if advantages.dtype == torch.float64:
         # like step_arguments(): python floats reach kernels as float32
         numbers, options = _NO_NUMBERS, advantages.new_tensor(floats)
-    rule, trust_region, sum_reduce, unnormalized, batch_bias, reference_without_dt = ints
     tiles, row_block, row_blocks, num_warps = epilogue_tiles(rows, splits)
-    epilogue_kernel[(1,)](
-        partials, log_prob, given_drift, given_reference_drift,
-        step, *values, advantages, row_weights, old_log_prob, loss, row_results, summary,
-        rows, splits, numel, options, *numbers,
-        RULE=rule, TRUST_REGION=trust_region, SUM_REDUCE=sum_reduce, UNNORMALIZED=unnormalized,
-        BATCH_BIAS=batch_bias, REFERENCE_WITHOUT_DT=reference_without_dt,
-        COLUMNS=0 if step is None else step.shape[1], MEAN_FORM=mean_form,
-        DRIFT=drift, FIELDS=2 + (old_log_prob is not None) + drift, ROW_BLOCK=row_block, ROW_BLOCKS=row_blocks,
-        TILE_ROWS=tiles.row_block, TILE_ROW_BLOCKS=tiles.row_blocks,
-        SPLIT_BLOCK=tiles.split_block, SPLIT_BLOCKS=tiles.split_blocks,
-        # unfused, so that decisions see the reference's roundings
-        num_warps=num_warps, enable_fp_fusion=False,
+    _launch_kernel(
+        1, num_warps,
+        (
+            advantages, partials, log_prob, given_drift, given_reference_drift, step, row_weights, old_log_prob,
+            loss, row_results, summary, options,
+        ),
+        (*values, *numbers),
+        (rows, splits, numel),
+        (),
+        (
+            *ints, 0 if step is None else step.shape[1], mean_form, drift, 2 + (old_log_prob is not None) + drift,
+            row_block, row_blocks, tiles.row_block, tiles.row_blocks, tiles.split_block, tiles.split_blocks,
+        ),
     )  # fmt: skip
     return loss, row_results, summary
 
 
+@takes_rows
 def policy_loss_and_grad(
-    new: Tensor,
-    old: Tensor,
-    noise: Tensor | None,
-    reference: Tensor | None,
-    streams: Tensor | None,
-    step: Tensor | None,
-    step_values: list[float],
-    seed: int,
-    first_stream: int,
-    form: int,
+    source: RowSource,
     advantages: Tensor,
     row_weights: Tensor | None,
     old_log_prob: Tensor | None,
@@ -450,12 +442,5 @@ def policy_loss_and_grad(
     factor: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """:func:`flowdppo_fast.reference.policy_loss_and_grad` in three launches."""
-    loss, rows, summary = policy_loss(
-        new, old, noise, reference, streams, step, step_values, seed, first_stream, form,
-        advantages, row_weights, old_log_prob, ints, floats,
-    )  # fmt: skip
-    grad = launch_gradient(
-        new, old, noise, reference, streams, step, step_values, seed, first_stream, form,
-        rows[RowField.GRAD_P :], None, factor,
-    )  # fmt: skip
-    return loss, rows, summary, grad
+    loss, rows, summary = policy_loss(*source, advantages, row_weights, old_log_prob, ints, floats)
+    return loss, rows, summary, launch_gradient(source, rows[RowField.GRAD_P :], None, factor)

@@ -11,6 +11,7 @@ from flowdppo_fast.kernels.elementary import divide, log
 from flowdppo_fast.kernels.launch import (
     BLOCK,
     NUM_WARPS,
+    Launcher,
     cut,
     on_device,
     partial_tiles,
@@ -20,10 +21,7 @@ from flowdppo_fast.kernels.launch import (
 )
 from flowdppo_fast.kernels.philox import normals, row_stream
 from flowdppo_fast.kernels.rows import row_offset, row_sums
-from flowdppo_fast.objectives import LOG_SQRT_2PI
-from flowdppo_fast.reference import stats_dtype
-
-_LOG_SQRT_2PI = tl.constexpr(LOG_SQRT_2PI)
+from flowdppo_fast.rows import stats_dtype
 
 
 @triton.jit(do_not_specialize=["splits", "seed", "first_stream"])
@@ -33,12 +31,12 @@ def step_kernel(
     noise,  # e, or with GIVEN the next state
     streams,
     step,
-    sample_coef,
-    velocity_coef,
-    std,
     next_sample,  # [rows, numel] or None
     mean,  # [rows, numel] or None
     partials,  # [rows*splits] or None
+    sample_coef,
+    velocity_coef,
+    std,
     numel,
     splits,
     rows1,
@@ -117,8 +115,8 @@ def step_kernel(
 def log_prob_kernel(
     partials,
     step,
-    std,
     log_prob,  # [rows]
+    std,
     rows,
     splits,
     numel,
@@ -142,8 +140,13 @@ def log_prob_kernel(
     if UNNORMALIZED:
         result = -(s * s) * moment
     else:
-        result = -0.5 * moment - log(s) - _LOG_SQRT_2PI
+        LOG_SQRT_2PI: tl.constexpr = 0.9189385332046727
+        result = -0.5 * moment - log(s) - LOG_SQRT_2PI
     tl.store(log_prob + row, result, mask=row < rows)
+
+
+_launch_step = Launcher(step_kernel, fp_fusion=True)
+_launch_log_prob = Launcher(log_prob_kernel, fp_fusion=False)
 
 
 def sde_step(
@@ -177,20 +180,22 @@ def sde_step(
     stored = [x for x in (drawn, wanted_mean) if x is not None]
     rows1, outer, inner = row_strides(sample, velocity, source)
     with on_device(sample):
-        step_kernel[(rows * splits,)](
-            sample, velocity, source, streams, step, *values,
-            drawn, wanted_mean, partials,
-            numel, splits, rows1, *outer, *inner, seed, first_stream,
-            GIVEN=given, FLOAT64=compute == torch.float64, VECTOR=vector_width(*(stored or [sample])),
-            BLOCKS=blocks, BLOCK=BLOCK,
-            num_warps=NUM_WARPS, enable_fp_fusion=True,
+        _launch_step(
+            rows * splits, NUM_WARPS,
+            (sample, velocity, source, streams, step, drawn, wanted_mean, partials),
+            values,
+            (numel, splits, rows1, *outer, *inner),
+            (seed, first_stream),
+            (given, compute == torch.float64, vector_width(*(stored or [sample])), blocks, BLOCK),
         )  # fmt: skip
         if with_log_prob:
             tiles = partial_tiles(rows, splits)
-            log_prob_kernel[(tiles.row_blocks,)](
-                partials, step, values[2], log_prob, rows, splits, numel,
-                GIVEN=given, UNNORMALIZED=unnormalized,
-                ROW_BLOCK=tiles.row_block, SPLIT_BLOCK=tiles.split_block, SPLIT_BLOCKS=tiles.split_blocks,
-                num_warps=1, enable_fp_fusion=False,
+            _launch_log_prob(
+                tiles.row_blocks, 1,
+                (partials, step, log_prob),
+                (values[2],),
+                (rows, splits, numel),
+                (),
+                (given, unnormalized, tiles.row_block, tiles.split_block, tiles.split_blocks),
             )  # fmt: skip
     return next_sample, mean, log_prob

@@ -16,6 +16,7 @@ from flowdppo_fast.kernels.launch import (
     BLOCK,
     MEAN,
     NUM_WARPS,
+    Launcher,
     cut,
     on_device,
     partial_tiles,
@@ -24,7 +25,7 @@ from flowdppo_fast.kernels.launch import (
 )
 from flowdppo_fast.kernels.philox import normals, row_stream
 from flowdppo_fast.kernels.rows import row_offset, row_statistics, row_sums, training_step
-from flowdppo_fast.reference import stats_dtype
+from flowdppo_fast.rows import RowSource, stats_dtype, takes_rows
 
 
 @triton.jit(do_not_specialize=["splits", "seed", "first_stream"])
@@ -118,10 +119,10 @@ def partials_kernel(
 def statistics_kernel(
     partials,
     step,
+    stats,  # [4, rows]
     std,
     scale,
     neg_dt,
-    stats,  # [4, rows]
     rows,
     splits,
     numel,
@@ -149,64 +150,54 @@ def statistics_kernel(
     tl.store(stats + 3 * line + row, r, mask=inside)
 
 
-def launch_partials(
-    new: Tensor,
-    old: Tensor,
-    noise: Tensor | None,
-    reference: Tensor | None,
-    streams: Tensor | None,
-    seed: int,
-    first_stream: int,
-    form: int,
-    second_moment: bool,
-    like: Tensor,
-) -> Tensor:
+_launch_partials = Launcher(partials_kernel, fp_fusion=True)
+_launch_statistics = Launcher(statistics_kernel, fp_fusion=False)
+
+
+def launch_partials(source: RowSource, second_moment: bool, like: Tensor) -> Tensor:
     """Sums of ``d*z, d*d``, then ``z*z`` and ``w*w`` where asked, per program; the device must be current.
 
     Returns ``[fields, R, splits]`` in ``like``'s dtype as one long vector, with room for ``[fields, R]`` behind it.
     """
+    new, old, noise, reference, streams = source[:5]
     rows0, rows1, numel = new.shape
     rows = rows0 * rows1
     blocks, splits = cut(rows, numel)
     partials = like.new_empty((2 + second_moment + (reference is not None)) * rows * (splits + 1))
     rows1, outer, inner = row_strides(new, old, noise, reference)
-    partials_kernel[(rows * splits,)](
-        new, old, noise, reference, streams, partials,
-        numel, splits, rows1, *outer, *inner, seed, first_stream,
-        MEAN_FORM=form == MEAN, SECOND_MOMENT=second_moment, BLOCKS=blocks, BLOCK=BLOCK,
-        num_warps=NUM_WARPS, enable_fp_fusion=True,
+    _launch_partials(
+        rows * splits, NUM_WARPS,
+        (new, old, noise, reference, streams, partials),
+        (),
+        (numel, splits, rows1, *outer, *inner),
+        (source.seed, source.first_stream),
+        (source.form == MEAN, second_moment, blocks, BLOCK),
     )  # fmt: skip
     return partials
 
 
-def row_stats(
-    new: Tensor,
-    old: Tensor,
-    noise: Tensor | None,
-    reference: Tensor | None,
-    streams: Tensor | None,
-    step: Tensor | None,
-    step_values: list[float],
-    seed: int,
-    first_stream: int,
-    form: int,
-    second_moment: bool,
-) -> Tensor:
+@takes_rows
+def row_stats(source: RowSource, second_moment: bool) -> Tensor:
     """:func:`flowdppo_fast.reference.row_stats` in two launches."""
+    new = source.new
     rows, numel = new.shape[0] * new.shape[1], new.shape[2]
     stats = torch.empty((4, rows), dtype=stats_dtype(new), device=new.device)
     if rows == 0:
         return stats
-    step, values = step_arguments(step, step_values, rows, stats)
+    step, values = step_arguments(source.step, source.step_values, rows, stats)
     with on_device(new):
-        partials = launch_partials(new, old, noise, reference, streams, seed, first_stream, form, second_moment, stats)
+        partials = launch_partials(source, second_moment, stats)
         splits = cut(rows, numel).splits
         tiles = partial_tiles(rows, splits)
-        statistics_kernel[(tiles.row_blocks,)](
-            partials, step, *values, stats, rows, splits, numel,
-            COLUMNS=0 if step is None else step.shape[1], MEAN_FORM=form == MEAN,
-            SECOND_MOMENT=second_moment, DRIFT=reference is not None,
-            ROW_BLOCK=tiles.row_block, SPLIT_BLOCK=tiles.split_block, SPLIT_BLOCKS=tiles.split_blocks,
-            num_warps=1, enable_fp_fusion=False,
+        _launch_statistics(
+            tiles.row_blocks, 1,
+            (partials, step, stats),
+            values,
+            (rows, splits, numel),
+            (),
+            (
+                0 if step is None else step.shape[1], source.form == MEAN, second_moment, source.reference is not None,
+                tiles.row_block, tiles.split_block, tiles.split_blocks,
+            ),
         )  # fmt: skip
     return stats

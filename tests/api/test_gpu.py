@@ -38,7 +38,7 @@ def same(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> bool:
     return all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(first, second))
 
 
-# one block, several splits, a cluster of several blocks, and more than a cluster holds
+# one block, several splits, rows that are not aligned, blocks of several tiles
 @pytest.mark.parametrize("latent", [(8, 8, 8), (16, 64, 64), (4, 33, 35), (16, 128, 128), (16, 11, 104, 60)], ids=str)
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
 @pytest.mark.parametrize("single_pass", [False, True], ids=["two passes", "single pass"])
@@ -203,7 +203,7 @@ def test_memory_beside_the_gradient(gpu_backend):
 
 
 def test_launches(gpu_backend):
-    """At most two launches forward, one backward; of the CUDA kernels one, also for both in a single pass."""
+    """Two launches forward, of the CUDA kernels one; one more where the same call makes the gradient."""
     from torch.profiler import ProfilerActivity, profile
 
     velocity, old, noise = latents(8, 65_536)
@@ -230,4 +230,4 @@ def test_launches(gpu_backend):
 
     own = 1 if gpu_backend.name == "cuda" else 2
     assert launches(lambda: forward(False)) == own
-    assert launches(lambda: forward(True)) == (1 if gpu_backend.name == "cuda" else 3)
+    assert launches(lambda: forward(True)) == own + 1

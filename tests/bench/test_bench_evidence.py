@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -25,11 +26,11 @@ def folder(tmp_path):
     """Makes a result folder with these test outcomes and these device times (ns) of forward and backward."""
     made = []
 
-    def make(tests, times=None, *, quick=False, dirty=False):
+    def make(tests, times=None, *, quick=False, dirty=False, unfinished=()):
         path = tmp_path / f"2026-01-0{len(made) + 1}-0123456789"
         path.mkdir()
         made.append(path)
-        (path / evidence.TESTS).write_text(json.dumps({"quick": quick, "backends": tests}))
+        (path / evidence.TESTS).write_text(json.dumps({"quick": quick, "backends": tests, "unfinished": unfinished}))
         (path / "environment.json").write_text(json.dumps({"git_dirty": dirty}))
         if times is not None:
             (path / "results.json").write_text(json.dumps(times))
@@ -92,6 +93,12 @@ def test_anything_but_green_is_no_evidence(folder, change):
     assert order == ["triton"]
 
 
+def test_a_run_that_was_stopped_is_no_evidence(folder):
+    proven, order = evidence.decide([folder({"cuda": GREEN, "triton": GREEN}, unfinished=["cuda"])])
+    assert proven.keys() == {"triton"}
+    assert order == ["triton"]
+
+
 def test_one_red_folder_outweighs_a_green_one(folder):
     green, red = folder({"cuda": GREEN}), folder({"cuda": GREEN | {"failed": 2}})
     assert evidence.decide([green])[1] == ["cuda", "triton"]
@@ -138,6 +145,63 @@ def test_the_module_is_written_and_checked(folder, tmp_path, monkeypatch):
 def test_what_is_committed_names_folders_that_are_there():
     assert {folder for where in committed.PASSED.values() for folder in where if not (ROOT / folder).is_dir()} == set()
     assert set(committed.ORDER) - {"triton"} <= set(committed.PASSED)
+
+
+# a test of each backend, by folder and by parameter, and two of none; one fails, one is skipped, one has no promise
+GPU_TESTS = {
+    "tests/triton/test_kernels.py": "@pytest.mark.parametrize('n', [1, 2])\ndef test_one(n): assert n < 2",
+    "tests/api/test_both.py": """
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_one(name): pass
+@pytest.mark.parametrize("name", ["triton"])
+def test_float64(name): pytest.skip("triton makes no promise for float64")
+@pytest.mark.parametrize("name", ["cuda"])
+def test_skipped(name): pytest.skip("not today")
+@pytest.fixture
+def broken(): raise RuntimeError
+@pytest.mark.parametrize("name", ["cuda"])
+def test_error(name, broken): pass
+def test_of_none(): pass
+""",
+}
+
+
+def run_gpu_tests(folder, *arguments, of=None, tests=GPU_TESTS):
+    """The report of a run of made-up GPU tests under the suite's own conftest."""
+    for name, text in tests.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"import pytest\npytestmark = pytest.mark.gpu\n{text}\n")
+    # no GPU here: the suite's conftest would skip them all
+    hide = "import pytest, torch\ntorch.cuda.is_available = lambda: True\n"
+    (folder / "tests" / "conftest.py").write_text(
+        f"import sys\n{hide}sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
+        + (ROOT / "tests" / "conftest.py").read_text().replace("from __future__ import annotations\n", "")
+    )
+    (folder / "pytest.ini").write_text("[pytest]\nmarkers = gpu: gpu\n")
+    report = folder / "report.json"
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    env |= {"FLOWDPPO_GPU_TESTS_REPORT": str(report)} | ({"FLOWDPPO_GPU_TESTS_OF": of} if of else {})
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests", *arguments]
+    subprocess.run(command, cwd=folder, env=env, capture_output=True, timeout=100)
+    return json.loads(report.read_text())
+
+
+def test_what_gpu_tests_leave_behind(tmp_path):
+    """By folder and by parameter, one backend after the other, and over several workers."""
+    triton = {"passed": 2, "failed": 1, "error": 0, "skipped": 0}
+    found = run_gpu_tests(tmp_path, of="triton")
+    assert found == {"quick": False, "backends": {"triton": triton}, "unfinished": []}
+    found = run_gpu_tests(tmp_path, "-n", "2", of="cuda")
+    cuda = {"passed": 1, "failed": 0, "error": 1, "skipped": 1}
+    assert found == {"quick": False, "backends": {"triton": triton, "cuda": cuda}, "unfinished": []}
+
+
+def test_a_run_that_dies_leaves_what_has_ended(tmp_path):
+    tests = {"tests/triton/test_kernels.py": "def test_one(): pass\ndef test_two(): import os; os._exit(3)"}
+    found = run_gpu_tests(tmp_path, tests=tests)
+    assert found["backends"]["triton"]["passed"] == 1
+    assert found["unfinished"] == ["cuda", "triton"]
 
 
 def auto(monkeypatch, order, *, dtype=torch.float32, cuda=None, triton=None):

@@ -214,27 +214,29 @@ def _tool(name: str) -> str:
     return str(path)
 
 
-def compile_cubin(spec: Specialisation, arch: int) -> bytes:
-    """Machine code of one specialisation.
+def compiled_kernel(spec: Specialisation) -> Any:
+    """The ``triton.jit`` function that a specialisation names.
 
     Raises:
-        ToolsMissing: Triton is not installed. RuntimeError: kernels are interpreted, not compiled.
+        RuntimeError: kernels are interpreted, not compiled.
     """
-    _tool("ptxas")
     import importlib
 
     import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     module, _, name = spec.kernel.partition(".")
     kernel = getattr(importlib.import_module(f"flowdppo_fast.kernels.{module}"), name)
     if not isinstance(kernel, triton.JITFunction):
         raise RuntimeError(f"{spec.kernel}: got an interpreted kernel, expected a compiled one; unset TRITON_INTERPRET")
+    return kernel
+
+
+def signature_of(spec: Specialisation) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], list]]:
+    """Types, constants and attributes, the latter two by index of the parameter, as Triton's compiler takes them."""
     signature: dict[str, str] = {}
     constants: dict[tuple[int], Any] = {}
     attributes: dict[tuple[int], list] = {}
-    for index, param in enumerate(kernel.params):
+    for index, param in enumerate(compiled_kernel(spec).params):
         kind = spec.types.get(param.name)
         if kind is None:
             signature[param.name] = "constexpr"
@@ -244,7 +246,21 @@ def compile_cubin(spec: Specialisation, arch: int) -> bytes:
         # what the launcher finds out about 16-byte aligned tensors and sizes that 16 divides
         if spec.aligned and not param.do_not_specialize and kind[0] in "*i":
             attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, attributes)
+    return signature, constants, attributes
+
+
+def compile_cubin(spec: Specialisation, arch: int) -> bytes:
+    """Machine code of one specialisation.
+
+    Raises:
+        ToolsMissing: Triton is not installed. RuntimeError: kernels are interpreted, not compiled.
+    """
+    _tool("ptxas")
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    source = ASTSource(compiled_kernel(spec), *signature_of(spec))
     options = {"num_warps": spec.num_warps, "enable_fp_fusion": spec.fp_fusion}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).asm["cubin"]
 

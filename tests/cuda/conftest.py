@@ -1,26 +1,56 @@
-"""The kernels on the host layer, and the public API on top of them."""
+"""The kernels as compiled, on the emulator, under the library's own binding, and the public API on top of them.
+
+``make test`` runs what is not marked ``full``; ``FLOWDPPO_PTX=full`` (``make ptx``) runs everything.
+"""
 
 from __future__ import annotations
 
+import os
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
 import pytest
-from host_kernels import HostBackend, kernels
+from kernel_checks import loaded
+from ptx import cuda_runtime, tally
+from ptx.cuda_runtime import Cuda
+from ptx.numbers import Approximation
 
-import flowdppo_fast.autograd
-import flowdppo_fast.losses
+_FULL = os.environ.get("FLOWDPPO_PTX") == "full"
+
+
+def pytest_collection_modifyitems(config, items):
+    if _FULL:
+        return
+    left = [item for item in items if "full" in item.keywords]
+    items[:] = [item for item in items if "full" not in item.keywords]
+    config.hook.pytest_deselected(items=left)
 
 
 @pytest.fixture
-def host() -> HostBackend:
-    """The operators, in launches of small blocks, threads and blocks in order."""
-    backend = HostBackend()
-    kernels().seed(0)
-    yield backend
-    kernels().seed(0)
+def cuda(request, monkeypatch) -> Iterator[Cuda]:
+    """The operators; by its name a test gets errors of approximations, an order of blocks, how many run at a time."""
+    runtime = loaded()
+    draw = np.random.default_rng(zlib.crc32(request.node.nodeid.encode()))
+    values: dict[str, Any] = {
+        "approximation": list(Approximation)[draw.integers(4)],
+        "seed": int(draw.integers(1, 1000)),
+        "resident": int(draw.integers(1, 5)) if draw.integers(4) == 0 else None,
+        "races": True,
+        "launches": 0,
+    }
+    if _FULL:
+        values["gpus"] = dict.fromkeys(cuda_runtime.SPREAD, str(draw.choice(cuda_runtime.GPUS)))
+    for name, value in values.items():
+        monkeypatch.setattr(runtime, name, value)
+    yield runtime
+    runtime.stream()
+    tally.FACTS["launches"] = dict(runtime.counts)
 
 
 @pytest.fixture
-def api(host, monkeypatch) -> HostBackend:
-    """``host``, serving the public API's "reference" for all but float64."""
-    for module in (flowdppo_fast.autograd, flowdppo_fast.losses):
-        monkeypatch.setattr(module, "operator", host.operator(module.operator))
-    return host
+def api(cuda) -> Iterator[Cuda]:
+    """``cuda``, serving the public API's backend of that name."""
+    with cuda_runtime.serving(cuda):
+        yield cuda

@@ -1,102 +1,172 @@
-"""The kernels under the sanitizers, and every meeting point of theirs taken away once: each of that must be noticed."""
+"""Compiled kernels with one instruction broken: a number, a race or an address must tell.
+
+A change that nobody notices fails the test: what it broke is either not needed or not tested.
+"""
 
 from __future__ import annotations
 
-import functools
-import re
-from pathlib import Path
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
-from host_build import (
-    HOST,
-    KERNELS,
-    kernel_sources,
-    linked,
-    objects_of,
-    run_program,
-)
-from host_layer import FAULTS, Site, parse_sites
+import torch
+from kernel_checks import SAMPLER_STEP, check_grad, check_stats, check_step, epilogue, in_double, sampler_step, source
+from ptx.machine import Program
+from ptx.parse import Address, Fault, Immediate, Instruction, bits_of
+from support import given_rows
 
-# seeds 0 to 8 are all pairs of policy and order, see Scheduler in fibers.cpp
-SEEDS = range(9)
-CAUGHT = {1: "wrong result or misuse", 66: "sanitizer"}
-# OS threads take milliseconds to meet: one scenario of each kernel, the shortest with all its meeting points
-ON_THREADS = ("objective_coupled", "gradient", "step_seeded", "single_pass_cluster_of_3")
-CALL = re.compile(rf"\b({'|'.join(FAULTS)})\s*(?:<[^>]*>)?\(")
+from flowdppo_fast import reference
+from flowdppo_fast.objectives import GRPOGuard
+
+# rows in vectors and by single elements; more splits of a row, and more rows, than a warp has threads
+SHAPES = ((1, 1, 1024 * 34 + 8), (1, 3, 1291))
+MANY_ROWS = (1, 40, 5)
 
 
-@functools.cache
-def driver(sanitizer: str, scheduler: str = "fibers") -> Path:
-    sources = [HOST / "kernels_api.cpp", HOST / "kernels_driver.cpp"]
-    return linked(objects_of([*kernel_sources(), *sources], sanitizer), "exe", sanitizer, scheduler)
+def losses(cuda: Any) -> None:
+    """The forward kernel's two endings; the objective couples rows whose old log-probs and steps are given."""
+    for shape in (*SHAPES, MANY_ROWS):
+        arguments = source(shape, table=3)
+        check_stats(cuda, arguments)
+        rows = shape[1]
+        row = list(epilogue(GRPOGuard(0.05, 0.05, "batch"), rows))
+        # as the old policy's would be, of the noise alone
+        moments = reference.row_stats(*in_double(arguments), True)[2]
+        row[2] = (-0.5 * moments - arguments[5][:, 0].double().log() - 0.5 * math.log(2 * math.pi)).float()
+        got, want = cuda.policy_loss(*arguments, *row), reference.policy_loss(*in_double(arguments), *in_double(row))
+        for ours, theirs in zip(got, want, strict=True):
+            torch.testing.assert_close(ours.double(), theirs, rtol=2e-4, atol=2e-5, equal_nan=True)
 
 
-def sites_in_text() -> list[str]:
-    """All meeting points that the kernels' sources name, as the layer names them."""
-    found = []
-    for path in sorted([*KERNELS.glob("*.cuh"), *KERNELS.glob("*.cu")]):
-        if path.name == "platform.cuh":
+def gradients(cuda: Any) -> None:
+    for shape in SHAPES:
+        check_grad(cuda, source(shape, table=3), upstream=torch.randn(shape[1]))
+
+
+def steps(cuda: Any) -> None:
+    for shape in SHAPES:
+        table = torch.tensor([SAMPLER_STEP]) * torch.linspace(0.5, 1.5, shape[1])[:, None]
+        check_step(cuda, sampler_step(shape, step=table.contiguous()))
+
+
+def given(cuda: Any) -> None:
+    """More rows than threads, and a number of each that nobody else has."""
+    options = {"with_reference": True, "kl_weight": 0.3}
+    given_rows.check(cuda.log_prob_loss, given_rows.draw("grpo_guard_batch", 150, columns=3, **options))
+
+
+SCENARIOS: dict[str, Callable[[Any], None]] = {
+    "forward": losses,
+    "given": given,
+    "gradient": gradients,
+    "step": steps,
+}
+
+
+def relaxed(one: Instruction) -> Instruction:
+    return replace(one, modifiers=tuple("relaxed" if x == "acq_rel" else x for x in one.modifiers))
+
+
+def own_value(one: Instruction) -> Instruction:
+    result, value, _, *rest = one.operands
+    return replace(one, operands=(result, value, Immediate(0, "int"), *rest))
+
+
+def one_further(one: Instruction) -> Instruction:
+    """Off by what the access takes."""
+    at = next(i for i, operand in enumerate(one.operands) if isinstance(operand, Address))
+    vector = next((int(x[1]) for x in one.modifiers if x in ("v2", "v4")), 1)
+    width = vector * bits_of(one.modifiers[-1]) // 8
+    address = one.operands[at]
+    assert isinstance(address, Address)
+    further = replace(address, offset=address.offset + width)
+    return replace(one, operands=(*one.operands[:at], further, *one.operands[at + 1 :]))
+
+
+# what is broken, and what becomes of it; None: it is gone
+FAULTS: dict[str, tuple[Callable[[Instruction], bool], Callable[[Instruction], Instruction] | None]] = {
+    "barrier": (lambda one: one.opcode in ("bar", "barrier") and "sync" in one.modifiers, None),
+    "ticket": (lambda one: one.opcode == "atom", relaxed),
+    "shuffle": (lambda one: one.opcode == "shfl", own_value),
+    "load": (lambda one: one.opcode == "ld" and "global" in one.modifiers, one_further),
+    "store": (lambda one: one.opcode == "st" and "global" in one.modifiers, one_further),
+}
+CASES = [
+    (kernel, fault)
+    for kernel in SCENARIOS
+    for fault in FAULTS
+    # rows alone take no tickets; a gradient is not added up
+    if fault not in {"given": ("ticket",), "gradient": ("barrier", "ticket", "shuffle")}.get(kernel, ())
+]
+
+
+def broken(program: Program, at: int, change: Callable[[Instruction], Instruction] | None) -> Program:
+    """The program with another instruction, or none, at one place."""
+    other = object.__new__(Program)
+    other.kernel, other.steps = program.kernel, list(program.steps)
+    if change is None:
+        other.steps[at] = program.steps[at]._replace(flow=None, action=lambda machine, lanes: None)
+    else:
+        for place in (at, at + 1) if program.kernel.code[at].opcode == "shfl" else (at,):
+            other.steps[place] = program._step(change(program.kernel.code[place]))
+    return other
+
+
+def visits(program: Program, places: list[int], seen: set[int]) -> Program:
+    """The program, which notes which of some places are executed; barriers count as if they were."""
+    other = object.__new__(Program)
+    other.kernel, other.steps = program.kernel, list(program.steps)
+    for at in places:
+        step = program.steps[at]
+        if step.action is None:
+            seen.add(at)
             continue
-        for number, line in enumerate(path.read_text().splitlines(), 1):
-            code = line.split("//")[0]
-            found += [f"{match[1]} {path.name}:{number}" for match in CALL.finditer(code)]
-    return found
+
+        def note(machine: Any, lanes: Any, at: int = at, action: Any = step.action) -> None:
+            seen.add(at)
+            action(machine, lanes)
+
+        other.steps[at] = step._replace(action=note)
+    return other
 
 
-ALL_FAULTS = [f"{site} {fault}" for site in sites_in_text() for fault in FAULTS[site.split()[0]]]
+@pytest.mark.parametrize("most", [pytest.param(2, id="some"), pytest.param(None, id="all", marks=pytest.mark.full)])
+@pytest.mark.parametrize(("kernel", "fault"), CASES)
+def test_it_is_noticed(cuda, monkeypatch, kernel, fault, most):
+    is_place, change = FAULTS[fault]
+    scenario = SCENARIOS[kernel]
+    seen: set[int] = set()
+    name = f"{kernel}_kernel"
 
+    kernels: set[Program] = set()
 
-def scenarios_of(output: str) -> dict[str, list[Site]]:
-    parts = output.split("scenario ")[1:]
-    return {part.splitlines()[0]: parse_sites(part.split("\n", 1)[1]) for part in parts}
+    def watch(program: Program) -> Program:
+        if name not in program.kernel.name:
+            return program
+        kernels.add(program)
+        return visits(program, [at for at, one in enumerate(program.kernel.code) if is_place(one)], seen)
 
+    def run(alter: Callable[[Program], Program]) -> None:
+        torch.manual_seed(0)
+        monkeypatch.setattr(cuda, "alter", alter)
+        scenario(cuda)
 
-@functools.cache
-def visited() -> dict[str, set[str]]:
-    """The sites that each scenario visits."""
-    result = run_program(driver("thread"), ["0", "all"], "thread")
-    assert result.returncode == 0, result.stdout + result.stderr
-    return {name: {site.name for site in sites if site.visits} for name, sites in scenarios_of(result.stdout).items()}
-
-
-def test_text_and_runs_name_the_same_meeting_points():
-    assert set.union(*visited().values()) == set(sites_in_text())
-
-
-@pytest.mark.parametrize("seed", [0, 4, 8])
-def test_threads_do_not_race(seed):
-    result = run_program(driver("thread"), [str(seed), "all"], "thread")
-    assert result.returncode == 0, result.stdout + result.stderr
-
-
-@pytest.mark.parametrize("scenario", ON_THREADS)
-def test_threads_of_the_system_do_not_race(scenario):
-    result = run_program(driver("thread", "threads"), ["1", scenario], "thread")
-    assert result.returncode == 0, result.stdout + result.stderr
-
-
-@pytest.mark.parametrize("seed", [0, 5])
-def test_memory_is_used_as_it_may_be(seed):
-    result = run_program(driver("address"), [str(seed), "all"], "address")
-    assert result.returncode == 0, result.stdout + result.stderr
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_results_in_every_order(seed):
-    result = run_program(driver("none"), [str(seed), "all"])
-    assert result.returncode == 0, result.stdout + result.stderr
-
-
-@pytest.mark.parametrize("fault", ALL_FAULTS)
-def test_a_fault_is_noticed(fault):
-    site = fault.rsplit(" ", 1)[0]
-    where = [name for name, sites in visited().items() if site in sites]
-    assert where, f"no scenario gets to {site}"
-    # a race is one in any order; what is only a wrong number may need its own
-    for seed in (0, 4, 8):
-        for scenario in where:
-            code = run_program(driver("thread"), [str(seed), scenario, fault], "thread").returncode
-            assert code in (0, *CAUGHT), f"ended with {code}"
-            if code != 0:
-                return
-    pytest.fail(f"{fault} changes nothing in {where}: what is it for?")
+    run(watch)
+    places = sorted(seen)
+    assert places
+    if fault == "shuffle":
+        # the halves of a float64: the lower ones alone are below a float32's ulp
+        assert [upper - lower for lower, upper in zip(places[::2], places[1::2])] == [1] * (len(places) // 2)
+        places = places[::2]
+    # of many the first and the last, which lie in different parts of the kernel
+    unnoticed = []
+    for at in places if most is None else dict.fromkeys((places[0], places[-1])):
+        try:
+            run(lambda program, at=at: broken(program, at, change) if name in program.kernel.name else program)
+        except (Fault, AssertionError):
+            continue
+        unnoticed.append(at)
+    program = next(iter(kernels))
+    assert [program.kernel.code[at].text for at in unnoticed] == []

@@ -198,7 +198,7 @@ def test_the_rewards_table_names_all_built_in_ones_with_their_classes():
 
 
 def test_the_settings_of_the_rewards_page_build(monkeypatch):
-    monkeypatch.setattr(registry, "load_callable", lambda path: lambda **options: lambda *_: None)
+    monkeypatch.setattr(registry, "load_callable", lambda *name: lambda **options: lambda *_: None)
     built = [
         registry.build_rewards(yaml.safe_load(block.body)["rewards"])[1] for block in page("rewards.md").blocks("yaml")
     ]

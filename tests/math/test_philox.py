@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 
 import pytest
 import torch
@@ -10,22 +11,22 @@ import torch
 from flowdppo_fast import PhiloxNoise, SDEStep, row_statistics
 from flowdppo_fast.noise import philox_normal, philox_words
 
-# Random123's known-answer vectors for philox4x32-10: counter, key, words
+# Random123's known-answer vectors for philox4x32 with 7 rounds: counter, key, words
 KNOWN = [
     (
         (0x00000000, 0x00000000, 0x00000000, 0x00000000),
         (0x00000000, 0x00000000),
-        (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8),
+        (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48),
     ),
     (
         (0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF),
         (0xFFFFFFFF, 0xFFFFFFFF),
-        (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD),
+        (0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662),
     ),
     (
         (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
         (0xA4093822, 0x299F31D0),
-        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        (0x4DFCCABA, 0x190A87F0, 0xC47362BA, 0xB6B5242A),
     ),
 ]
 
@@ -41,12 +42,17 @@ def test_published_words(counter, key, words):
     assert tuple(int(word) for word in got) == words
 
 
+def rounded(value: float) -> float:
+    """To float32."""
+    return struct.unpack("f", struct.pack("f", value))[0]
+
+
 def box_muller(seed: int, stream: int, element: int) -> float:
     """One draw by the definition in ``noise.py``, in python numbers."""
     words = philox_words(seed, torch.tensor([stream]), torch.tensor([element // 4]))
     first, second = words[element % 4 // 2 * 2 : element % 4 // 2 * 2 + 2]
-    radius = math.sqrt(-2.0 * math.log(((int(first) >> 8) + 1) * 2.0**-24))
-    angle = 2.0 * math.pi * (int(second) >> 8) * 2.0**-24
+    radius = math.sqrt(-2.0 * math.log(rounded(rounded(int(first)) * 2.0**-32 + 2.0**-33)))
+    angle = 2.0 * math.pi * int(second) * 2.0**-32
     return radius * (math.cos(angle) if element % 2 == 0 else math.sin(angle))
 
 
@@ -68,7 +74,34 @@ def test_distribution():
     assert abs(float((z.abs() > 2).double().mean()) - beyond_two) < 5 * math.sqrt(beyond_two / count)
     for lag in (1, 2, 3, 4):
         assert abs(float((z[lag:] * z[:-lag]).mean())) < 5 / math.sqrt(count)
-    assert float(z.abs().max()) <= math.sqrt(2 * 24 * math.log(2.0)) + 1e-12
+    assert float(z.abs().max()) <= math.sqrt(2 * 33 * math.log(2.0)) + 1e-12
+
+
+def test_distribution_function():
+    """Kolmogorov and Smirnov's distance from the normal distribution, at the level of one in a thousand."""
+    z = philox_normal(77, torch.arange(64), 1 << 14).flatten().sort().values
+    expected = 0.5 * torch.erfc(-z / math.sqrt(2.0))
+    place = torch.arange(z.numel() + 1, dtype=torch.float64) / z.numel()
+    distance = torch.maximum(expected - place[:-1], place[1:] - expected).max()
+    assert float(distance) * math.sqrt(z.numel()) < 1.95
+
+
+@pytest.mark.parametrize("neighbour", ["block", "stream", "seed"])
+def test_words_of_neighbours_have_nothing_in_common(neighbour):
+    """Counters and keys that differ in one bit: every bit of every word flips half of the time."""
+    count = 1 << 12
+    number, zero = torch.arange(count), torch.tensor([0])
+    if neighbour == "seed":
+        blocks = torch.arange(count // 32)
+        pairs = [(philox_words(s, zero, blocks), philox_words(s ^ 1, zero, blocks)) for s in range(0, 64, 2)]
+        first, second = (torch.stack([torch.cat(words) for words in side]).reshape(-1) for side in zip(*pairs))
+    else:
+        arguments = (lambda x: (zero, x)) if neighbour == "block" else (lambda x: (x, zero))
+        first, second = (torch.cat(philox_words(5, *arguments(x))) for x in (2 * number, 2 * number + 1))
+    flips = ((first ^ second)[:, None] >> torch.arange(32)) & 1
+    # 4 words of 32 bits
+    rate = flips.double().reshape(4, -1, 32).mean(1)
+    assert float((rate - 0.5).abs().max()) < 5 * 0.5 / math.sqrt(count)
 
 
 def test_streams_and_seeds_are_independent():
@@ -104,7 +137,7 @@ def test_a_prefix_does_not_depend_on_the_length():
 
 @pytest.mark.parametrize("numel", [1, 4, 105, 1027])
 def test_every_backend_draws_the_same_normals(backend, numel):
-    """With ``u`` one-hot, P is the draw itself over N: four float32 ulp around the float64 definition."""
+    """With ``u`` one-hot, P is the draw itself over N: as close to the float64 definition as ``noise.py`` says."""
     step = SDEStep(1.0, -1.0, 1.0, -0.1)
     elements = sorted({0, numel // 3, numel // 2, numel - 1})
     for element in elements:
@@ -115,6 +148,8 @@ def test_every_backend_draws_the_same_normals(backend, numel):
         expected = philox_normal(17, torch.arange(2**33, 2**33 + 64), numel)[:, element]
         # the factor N and the division by it cost two roundings
         bound = 6 * torch.finfo(torch.float32).eps * expected.abs().clamp_min(2.0**-12)
+        if backend.name in ("triton", "cuda"):
+            bound += 1e-5
         assert bool(((p.cpu().double() - expected).abs() <= bound).all())
 
 

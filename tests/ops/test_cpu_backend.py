@@ -14,6 +14,7 @@ import torch
 
 from flowdppo_fast import backend, reference
 from flowdppo_fast.objectives import DPPO, SUMMARY, EpilogueOptions, GRPOGuard, RatioClip, RowField
+from flowdppo_fast.rows import RowSource
 
 pytestmark = pytest.mark.skipif(
     backend.problem("cpu", "cpu") is not None, reason=f"no C++ backend: {backend.problem('cpu', 'cpu')}"
@@ -66,7 +67,7 @@ def in_double(arguments):
 
 def magnitudes(arguments):
     """``[4, R]``: sums of the absolute terms of P, Q, E, R, what float32 rounding is relative to."""
-    u, e, w, _ = reference._differences(*in_double(arguments))
+    u, e, w, _ = reference._differences(RowSource(*in_double(arguments)))
     w = torch.zeros_like(u) if w is None else w
     return torch.stack([term.abs().mean(1) for term in (e * u, u * u, e * e, w * w)])
 
@@ -97,7 +98,7 @@ def check_grad(arguments, coefficients, factor=0.7):
     assert got.shape == new.shape
     assert got.is_contiguous()
     unit = 2.0**-53 if new.dtype == F64 else UNIT
-    u, e, w, k = reference._differences(*in_double(arguments))
+    u, e, w, k = reference._differences(RowSource(*in_double(arguments)))
     terms = [coefficients[0].double()[:, None] * e, 2 * coefficients[1].double()[:, None] * u]
     if w is not None:
         terms.append(2 * coefficients[2].double()[:, None] * w)

@@ -1,7 +1,7 @@
 """Tests of learning: what was gained against a threshold, and the spread over seeds that the threshold was set from.
 
 ``FLOWDPPO_LEARNING_SEEDS=8 python -m pytest -m learns tests`` runs each such test with eight seeds and prints mean and
-standard deviation of its gain. A threshold stands at least four standard deviations below the mean.
+standard deviation of its gain. A threshold stands at least three and a half standard deviations below the mean.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from . import oracle
 from .problems import Problem
 from .tolerance import check_within, eager_bound, sum_bound
 
-# a seeded normal is within 4 float32 ulp of the largest one
-NORMAL_SLACK = 4 * torch.finfo(torch.float32).eps * 5.8
+# bounds on the error of a seeded normal, by noise.py: of GPUs, and 4 float32 ulp of the largest one
+NORMAL_SLACK = dict.fromkeys(("triton", "cuda"), 1e-5) | {"": 4 * torch.finfo(torch.float32).eps * 6.8}
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -143,7 +143,7 @@ def check_statistics(call: StatisticsCall, backend: str) -> None:
     u = k * (new - old)
     slack = {"P": sum_bound(e * u, compute), "Q": sum_bound(u * u, compute)}
     if isinstance(call.noise, fast.PhiloxNoise) and compute == torch.float32:
-        slack["P"] += NORMAL_SLACK * u.abs().mean(-1)
+        slack["P"] += NORMAL_SLACK.get(backend, NORMAL_SLACK[""]) * u.abs().mean(-1)
     for name, value, exact in (("P", p, (e * u).mean(-1)), ("Q", q, (u * u).mean(-1))):
         off = (value.detach().cpu().double() - exact).abs() - slack[name]
         assert bool((off <= 0.0).all()), f"{name}: beyond its bound by {float(off.max()):.3e}"

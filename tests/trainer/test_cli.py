@@ -17,6 +17,7 @@ from digits_example import EXAMPLE, PROMPTS, ink
 from PIL import Image
 from safetensors.torch import load_file
 
+from flowdppo_fast import evidence
 from flowdppo_fast.cli import main
 from flowdppo_fast.runs import diagnose
 from flowdppo_fast.trainer import FlowDPPOTrainer
@@ -76,7 +77,11 @@ print("imported", [name for name in {HEAVY!r} if name in sys.modules])
 def test_doctor_as_a_module():
     done = start("-m", "flowdppo_fast.cli", "doctor", "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["backends"]["reference"] == {"serves": ["cpu"]}
+    report = json.loads(done.stdout)
+    assert report["backends"]["reference"] == {"serves": ["cpu"]}
+    for name, said in report["proof"].items():
+        folders = evidence.PASSED.get(name)
+        assert ", ".join(folders) in said if folders else said.endswith("on an emulator, never yet on a GPU")
 
 
 @pytest.mark.parametrize("command", ["train", "sample", "export"])
@@ -105,9 +110,9 @@ def test_from_a_config_to_exported_weights(tmp_path, capsys):
     assert "iteration 2" in capsys.readouterr().out
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
     assert "sampling.eta; expected the same" in refused(capsys, *again, "--resume", "sampling.eta=0.6")
-    other = ["pipeline.vae_tiling=true", "rewards=[{name: jpeg}]", "prompts.train=['1']"]
+    other = ["model.ema_decay=0.9", "rewards=[{name: jpeg}]", "prompts.train=['1']"]
     said = refused(capsys, *again, "--resume", *other)
-    assert "pipeline.vae_tiling, prompts.train, rewards; expected the same" in said
+    assert "prompts.train, model.ema_decay, rewards; expected the same" in said
 
     # sampling works from anywhere, from the newest weights
     os.chdir(tmp_path)

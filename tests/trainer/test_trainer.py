@@ -26,15 +26,16 @@ def without_times(history: list[dict]) -> list[dict]:
 @pytest.mark.parametrize("objective", ["dppo", "dppo_symmetric", "ratio_clip", "grpo_guard", "unclipped"])
 @pytest.mark.parametrize("train", ["lora", "full"])
 def test_every_objective_raises_the_reward(pipes, small_config, learning, objective, train):
-    # bounds wide enough that a few iterations on 64 pixels can move
+    # bounds that drop some rows and let a few iterations on 64 pixels move
+    threshold, clip = (3e-4, 5e-3) if train == "lora" else (1e-2, 0.05)
     bounds = {
-        "ratio_clip": {"clip_low": 0.2, "clip_high": 0.2},
-        "grpo_guard": {"clip_low": 0.2, "clip_high": 0.2},
+        "ratio_clip": {"clip_low": clip, "clip_high": clip},
+        "grpo_guard": {"clip_low": clip, "clip_high": clip},
         "unclipped": {},
     }
     config = small_config(
         model={"train": train},
-        objective={"name": objective, **bounds.get(objective, {"threshold": 1e-2})},
+        objective={"name": objective, **bounds.get(objective, {"threshold": threshold})},
         # adapters at 0.02 often lose what they have gained
         optimizer={"learning_rate": 0.005 if train == "lora" else 0.002, "micro_batch_size": 16},
         sampling={"prompts_per_rollout": 4, "group_size": 8},
@@ -44,7 +45,9 @@ def test_every_objective_raises_the_reward(pipes, small_config, learning, object
     before = weights_of(trainer)
     history = trainer.train()
     first, last = (sum(m["reward"] for m in part) / 3 for part in (history[:3], history[-3:]))
-    learning.check((last - first) / history[0]["reward_std"], 1.0 if train == "lora" else 5.0)
+    # over eight seeds (FLOWDPPO_LEARNING_SEEDS=8): LoRA 2.9 to 3.1, sd 0.31 to 0.35; full 10.2 to 12.0, sd 1.4 to 1.7
+    learning.check((last - first) / history[0]["reward_std"], 1.0 if train == "lora" else 4.0)
+    assert any(m["masked_fraction"] > 0 for m in history) == (objective != "unclipped")
     changed = {name for name, value in weights_of(trainer).items() if not torch.equal(value, before[name])}
     assert changed == {name for name in before if ("lora" in name) == (train == "lora") and name in changed}
     assert len(changed) >= 8

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from flowdppo_fast import reference
+from flowdppo_fast.kernels.philox import _HARDWARE
 from flowdppo_fast.noise import philox_normal
-from flowdppo_fast.reference import Form
+from flowdppo_fast.rows import Form, RowSource, stats_dtype
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -43,7 +44,7 @@ class Source(dict):
 
     @property
     def compute(self) -> torch.dtype:
-        return reference.stats_dtype(self["new"])
+        return stats_dtype(self["new"])
 
 
 def _host(value: Any) -> Any:
@@ -105,9 +106,10 @@ def source(
 
 def differences(problem: Source) -> tuple[Tensor, Tensor, Tensor | None]:
     """``u, e, w`` of all rows in float64, ``[R, N]``."""
-    u, e, w, _ = reference._differences(*problem.exact().args())
+    u, e, w, _ = reference._differences(RowSource(*problem.exact().args()))
     return u, e, w
 
 
-# bound on the error of a seeded normal: 4 float32 ulp of the largest one, whatever dtype the kernel computes in
-NORMAL_SLACK = 4 * 2.0**-23 * 5.8
+# bound on the error of a seeded normal, whatever dtype the kernel computes in: with functions of the hardware, or else
+# 4 float32 ulp of the largest normal
+NORMAL_SLACK = 1e-5 if _HARDWARE else 4 * 2.0**-23 * 6.8

@@ -19,8 +19,16 @@ WORKLOADS = [
 @pytest.mark.parametrize(("rows", "numel"), [*WORKLOADS, (1, 1), (3, BLOCK + 1), (5000, 16), (4096, 65_536)])
 def test_every_element_belongs_to_one_program(rows, numel):
     blocks, splits = cut(rows, numel)
-    assert blocks & (blocks - 1) == 0
     assert (splits - 1) * blocks * BLOCK < numel <= splits * blocks * BLOCK
+
+
+@pytest.mark.parametrize(("rows", "numel"), WORKLOADS)
+def test_the_last_program_of_a_row_has_something_to_do(rows, numel):
+    blocks, splits = cut(rows, numel)
+    last = numel - (splits - 1) * blocks * BLOCK
+    assert last >= 0.7 * blocks * BLOCK
+    # of all that programs go through, masked or not
+    assert numel >= 0.999 * splits * blocks * BLOCK
 
 
 @pytest.mark.parametrize(("rows", "numel"), WORKLOADS)

@@ -28,7 +28,7 @@ from flowdppo_fast.objectives import (
     Unclipped,
     epilogue,
 )
-from flowdppo_fast.reference import Form
+from flowdppo_fast.rows import Form
 
 pytestmark = MARKS
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64

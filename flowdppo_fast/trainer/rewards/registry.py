@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from typing_extensions import Self
 
+from ..callables import load_callable
 from .aesthetic import AestheticScore
 from .classifier import ClassifierReward
 from .clip import CLIPScore, HPSv2Score, PickScore
@@ -149,24 +149,6 @@ def build_rewards(specs: Mapping[str, Any] | Sequence[Any]) -> tuple[CombinedRew
     return combined, combined.weights
 
 
-def load_callable(path: str) -> Any:
-    """What ``package.module:attribute`` names.
-
-    Raises:
-        ValueError: not of that form, or nothing there.
-    """
-    module, _, attribute = path.partition(":")
-    if not all(part.isidentifier() for part in (*module.split("."), *attribute.split("."))):
-        raise ValueError(f"callable: got {path!r}, expected 'package.module:attribute'")
-    try:
-        found: Any = importlib.import_module(module)
-        for part in attribute.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"callable: {path!r} cannot be imported ({error})") from error
-    return found
-
-
 def _build(place: int, entry: Any) -> _Term:
     where = f"rewards[{place}]"
     if not isinstance(entry, Mapping):
@@ -178,7 +160,7 @@ def _build(place: int, entry: Any) -> _Term:
     if path is not None:
         if options:
             raise ValueError(f"{where}: got unknown {_listed(options)}, expected {_listed(_ENTRY_KEYS)}")
-        reward = _own(where, str(path), entry.get("arguments"))
+        reward = _own(where, path, entry.get("arguments"))
         label = entry.get("label", str(path).rpartition(":")[2])
     else:
         if name not in BUILT_IN:
@@ -199,8 +181,8 @@ def _build(place: int, entry: Any) -> _Term:
     return _Term(label, reward, _weight(where, entry.get("weight", 1.0)))
 
 
-def _own(where: str, path: str, arguments: Any) -> Reward:
-    found = load_callable(path)
+def _own(where: str, path: Any, arguments: Any) -> Reward:
+    found = load_callable(path, f"{where}.callable")
     if arguments is not None and not isinstance(arguments, Mapping):
         raise TypeError(f"{where}: got {type(arguments).__name__} for 'arguments', expected a mapping")
     if arguments is not None or inspect.isclass(found):

@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 
+from ..callables import load_callable
 from .http import read_token
 from .protocol import Reward, move_reward, score
-from .registry import build_rewards, load_callable
+from .registry import build_rewards
 from .wire import decode_request
 
 logger = logging.getLogger(__name__)
