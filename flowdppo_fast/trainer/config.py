@@ -85,6 +85,11 @@ class SamplingConfig:
         noise: ``"seeded"`` keeps a seed, ``"stored"`` the tensor.
         prompts_per_rollout: groups per rollout.
         group_size: images per prompt, the group that shares a baseline.
+        same_latents: all images of a group begin with the same latents, as flow_grpo's ``same_latent``: what differs in
+            a group is then the noise of the trained steps alone.
+        measure_noise_share: before the first rollout, sample it twice more, with and without the same latents in a
+            group, and log the share of the reward's variance within groups that the noise of the trained steps explains
+            (``noise_share``).
         batch_size: images per call of the pipeline, a multiple or a divisor of ``group_size``; None means as many as
             possible.
         output_type: what the pipeline returns and the reward gets.
@@ -108,6 +113,8 @@ class SamplingConfig:
     noise: Literal["seeded", "stored"] = "seeded"
     prompts_per_rollout: Count = 8
     group_size: Count = 8
+    same_latents: StrictBool = False
+    measure_noise_share: StrictBool = False
     batch_size: Count | None = None
     output_type: str = "pt"
     pipeline_kwargs: dict[str, Any] = field(default_factory=dict)

@@ -61,5 +61,5 @@ class Evaluation:
         own = join_rewards(parts, self.workers)
         named = {name: self.workers.gather(value)[:total] for name, value in own.items()}
         named["reward"] = weighted_reward(named, self.config.advantage.reward_weights)
-        metrics = {name: float(value.mean()) for name, value in named.items()}
+        metrics = {name: float(value.nanmean()) for name, value in named.items()}
         return metrics, images, captions([self.source.entries[row // count] for row in rows], own)

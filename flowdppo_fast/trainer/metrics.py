@@ -10,7 +10,7 @@ from torch import Tensor
 from ..objectives import SUMMARY
 from ..results import LossOutput
 from ..runs.row_log import row_lines
-from .advantages import weighted_reward
+from .advantages import group_spread, weighted_reward
 from .config import FlowDPPOConfig
 from .rollout import Rollout
 from .weights.distributed import Workers
@@ -76,7 +76,7 @@ def read_iteration(
         names: metrics that mean something for the objective.
     """
     total = weighted_reward(rollout.rewards, config.advantage.reward_weights)
-    grouped = total.view(-1, config.sampling.group_size)
+    spread, flat = group_spread(total, config.sampling.group_size)
     steps = {name: torch.stack([step[name] for step in results["steps"]]) for name in results["steps"][0]}
     vectors = workers.gather(torch.stack(results["vectors"]))
     # rows of different calls may have different sizes
@@ -92,15 +92,16 @@ def read_iteration(
     values = {
         **reduced,
         **nats,
-        "reward": total.mean(),
-        "reward_std": grouped.std(1, correction=0).mean(),
-        "zero_std_fraction": (grouped.amax(1) == grouped.amin(1)).float().mean(),
+        "reward": total.nanmean(),
+        "reward_std": spread.mean(),
+        "zero_std_fraction": flat.float().mean(),
+        "abstained_fraction": total.isnan().float().mean(),
         "grad_norm": steps["grad_norm"].mean(),
         "skipped_updates": steps["skipped"].sum(),
         "stopped_updates": steps["stopped"].sum(),
     }
     if len(rollout.rewards) > 1:
-        values |= {f"reward/{name}": value.mean() for name, value in rollout.rewards.items()}
+        values |= {f"reward/{name}": value.nanmean() for name, value in rollout.rewards.items()}
     scalars = torch.stack([value.float() for value in values.values()])
     parts = results["parts"] if config.run.row_log else []
     numbers = workers.gather(torch.cat([part.numbers.flatten() for part in parts])) if parts else scalars[:0]

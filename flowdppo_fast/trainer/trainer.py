@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -20,7 +21,7 @@ from ..results import LossOutput
 from ..runs.logs import ROWS_FILE, append_lines
 from ..runs.row_log import row_part
 from ..runs.tracking import RunLog
-from .advantages import RewardHistory, advantages_of
+from .advantages import RewardHistory, advantages_of, group_spread, weighted_reward
 from .ambient import own_state
 from .checkpoint import load_random_state, random_state
 from .config import FlowDPPOConfig
@@ -46,6 +47,16 @@ logger = get_logger(__name__)
 
 # images of a rollout that are shown in the output folder
 _SHOWN = 16
+
+
+class _Drawn(NamedTuple):
+    """A rollout before its advantages."""
+
+    groups: list[dict]
+    trajectories: list[Trajectory]
+    calls: list[range]
+    rewards: dict[str, Tensor]
+    page: tuple[Any, list[str]] | None
 
 
 class FlowDPPOTrainer:
@@ -235,7 +246,35 @@ class FlowDPPOTrainer:
 
         Every process samples its share of each update's rows and knows the rewards of all.
         """
-        s, a, seed = self.config.sampling, self.config.advantage, self.config.run.seed
+        s, a = self.config.sampling, self.config.advantage
+        drawn = self._draw(iteration, s.same_latents)
+        places = [self._places[id(entry)] for entry in drawn.groups]
+        past = self.history.past(drawn.rewards, places)
+        advantages = advantages_of(
+            drawn.rewards, s.group_size, weights=a.reward_weights, std=a.std, eps=a.eps, per_reward=a.per_reward,
+            past=past,
+        )  # fmt: skip
+        self.history.add(drawn.rewards, places)
+        return Rollout(drawn.trajectories, drawn.calls, drawn.rewards, advantages, drawn.page)
+
+    @own_state()
+    def noise_share(self) -> float:
+        """Share of the reward's variance within groups that the noise of the trained steps explains.
+
+        The next rollout is sampled twice and let go: with the same first latents in a group, where nothing else
+        differs, and as they are drawn. Both variances are estimates, so their ratio may pass 1. NaN where no reward
+        varies.
+        """
+        group_size, weights = self.config.sampling.group_size, self.config.advantage.reward_weights
+        variances = []
+        for same in (True, False):
+            total = weighted_reward(self._draw(self.iteration, same).rewards, weights)
+            variances.append(float(group_spread(total, group_size)[0].square().mean()))
+        return variances[0] / variances[1] if variances[1] else math.nan
+
+    def _draw(self, iteration: int, same_latents: bool) -> _Drawn:
+        """Trajectories of a rollout and the rewards of all processes."""
+        s, seed = self.config.sampling, self.config.run.seed
         groups = self.prompts.groups(iteration, s.prompts_per_rollout, seed)
         calls = plan_calls(s, self.workers, self.updates, self.prompts, groups)
         trajectories, pending, shown = [], [], None
@@ -245,7 +284,7 @@ class FlowDPPOTrainer:
             for number, rows in enumerate(calls, 1):
                 self._doing(f"sampling {number}/{len(calls)}")
                 entries = [groups[row // s.group_size] for row in rows]
-                trajectory, images = self._record(iteration, rows, entries)
+                trajectory, images = self._record(iteration, rows, entries, same_latents)
                 trajectories.append(trajectory)
                 pending.append(self.calls.rewards(images, entries, scorer))
                 if rows is calls[0] and self._shows(iteration + 1):
@@ -255,15 +294,8 @@ class FlowDPPOTrainer:
         own = join_rewards(rewards, self.workers, self.state.reward_names)
         self.state.reward_names = list(own)
         table = self.workers.collect(torch.stack(list(own.values())), self.updates)
-        named = dict(zip(own, table))
-        places = [self._places[id(entry)] for entry in groups]
-        past = self.history.past(named, places)
-        advantages = advantages_of(
-            named, s.group_size, weights=a.reward_weights, std=a.std, eps=a.eps, per_reward=a.per_reward, past=past
-        )
-        self.history.add(named, places)
         page = None if shown is None else (shown[0], captions(shown[1], rewards[0]))
-        return Rollout(trajectories, calls, named, advantages, page)
+        return _Drawn(groups, trajectories, calls, dict(zip(own, table)), page)
 
     @own_state()
     def update(self, rollout: Rollout, rows: range, *, number: int) -> dict[str, list]:
@@ -323,7 +355,7 @@ class FlowDPPOTrainer:
         self.weights.save_pretrained(Path(folder))
         self.workers.agree()
 
-    def _record(self, iteration: int, rows: range, entries: list[dict]) -> tuple[Trajectory, Any]:
+    def _record(self, iteration: int, rows: range, entries: list[dict], same_latents: bool) -> tuple[Trajectory, Any]:
         """Trajectory and images of one pipeline call."""
         s, seed = self.config.sampling, self.config.run.seed
         chosen = choose_steps(
@@ -334,7 +366,8 @@ class FlowDPPOTrainer:
             seed=derive_seed(seed, iteration, "steps", rows[0] // s.group_size if s.per_group_steps else 0),
         )
         noise_seed = derive_seed(seed, iteration, "noise")
-        seeds = [derive_seed(seed, iteration, "latents", row) for row in rows]
+        first = s.group_size if same_latents else 1
+        seeds = [derive_seed(seed, iteration, "latents", row // first) for row in rows]
         with self.recorder.recording(chosen, seed=noise_seed, first_row=rows[0]) as trajectory:
             images = self.calls.images(self.prompts, entries, seeds, s.num_steps, s.pipeline_kwargs)
         if s.offload_trajectories:
@@ -347,10 +380,12 @@ class FlowDPPOTrainer:
         self._pages = []
         every = self.config.evaluation.every
         evaluated = self._evaluate("eval") if every is not None and self.iteration % every == 0 else {}
+        measured = self.config.sampling.measure_noise_share and self.iteration == 0
         started = time.perf_counter()
         state = random_state()
         try:
             with on_device(self._idle, self.device):
+                share = self.noise_share() if measured else None
                 rollout = self.sample(self.iteration)
         except Exception:
             # a reward server that went away must not cost what was trained since the last checkpoint
@@ -376,6 +411,8 @@ class FlowDPPOTrainer:
         self.state.within = False
         metrics = self._read(rollout, results)
         metrics |= evaluated
+        if share is not None:
+            metrics["noise_share"] = share
         ended = time.perf_counter()
         metrics["seconds_sampling"], metrics["seconds_updates"] = sampled - started, ended - sampled
         metrics["samples_per_second"] = len(rollout.advantages) / (ended - started)

@@ -33,8 +33,9 @@ MUST_BE_FALSE = {"trust_remote_code", "allow_pickle", "custom_pipeline"}
 # text, tiles of a kernel, networks by way of transformers, logs of a run
 OTHER_LOADS = {"yaml.load", "json.load", "tl.load", "self.load", "RunFolder.load"}
 SAFE_LOADERS = {"yaml.SafeLoader", "_UniqueKeyLoader"}
-# the one exception class of the one reader of .pth files, which loads weights only
-MAY_NAME_PICKLERS = {"flowdppo_fast/trainer/rewards/aesthetic.py"}
+# the one exception class of the one reader of .pth files, which loads weights only; the other one writes
+# pickles of plain values and goes through those of servers opcode by opcode
+MAY_NAME_PICKLERS = {"flowdppo_fast/trainer/rewards/aesthetic.py", "flowdppo_fast/trainer/rewards/protocols.py"}
 # callables of a config, a component's library (one of two), packages of integrations, commands of the program
 MAY_IMPORT_BY_NAME = {
     "flowdppo_fast/trainer/callables.py",

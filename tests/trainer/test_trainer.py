@@ -376,3 +376,46 @@ def test_the_row_log_can_be_left_out_and_follows_a_resume(pipes, small_config):
         resume=True
     )
     assert not path.exists()
+
+
+def test_same_latents_are_those_of_a_group_and_only_of_it(pipes, small_config, monkeypatch):
+    settings = {"prompts_per_rollout": 2, "group_size": 4, "batch_size": 2}
+    drawn: dict[bool, list[int]] = {}
+    for same in (True, False):
+        trainer = FlowDPPOTrainer(
+            pipes.digits(),
+            ink,
+            PROMPTS,
+            small_config(sampling={**settings, "same_latents": same}, run={"iterations": 1}),
+        )
+        seeds = drawn.setdefault(same, [])
+        images = trainer.calls.images
+        monkeypatch.setattr(
+            trainer.calls, "images", lambda *a, images=images, seeds=seeds: seeds.extend(a[2]) or images(*a)
+        )
+        first = trainer.sample(0).trajectories
+        assert len(first) == 4
+    assert len(set(drawn[False])) == 8
+    assert [drawn[True].index(seed) // 4 for seed in drawn[True]] == [0] * 4 + [1] * 4
+    assert len(set(drawn[True])) == 2
+
+
+def test_the_share_of_the_noise_is_small_where_there_is_little_noise(pipes, small_config, tmp_path):
+    def run(name: str, **sampling) -> tuple[float, list[dict]]:
+        config = small_config(
+            sampling={"prompts_per_rollout": 8, "group_size": 8, **sampling}, optimizer={"micro_batch_size": 64},
+            run={"iterations": 2, "output_dir": str(tmp_path / name)},
+        )  # fmt: skip
+        trainer = FlowDPPOTrainer(pipes.digits(), ink, PROMPTS, config)
+        return trainer.noise_share(), trainer.train()
+
+    much, history = run("much", eta=1.0, measure_noise_share=True)
+    little, plain = run("little", eta=0.01)
+    assert 0 < little < 0.01 < 0.1 < much < 2
+    assert history[0]["noise_share"] == much
+    assert "noise_share" not in history[1]
+    assert "noise_share" not in plain[0]
+    # what is measured leaves no trace in the run
+    again = run("again", eta=1.0)[1]
+    without = [{k: v for k, v in m.items() if k != "noise_share"} for m in without_times(history)]
+    assert without == without_times(again)

@@ -9,26 +9,30 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from typing_extensions import Self
 
 from ..callables import load_callable
 from .aesthetic import AestheticScore
 from .classifier import ClassifierReward
-from .clip import CLIPScore, PickScore
+from .clip import CLIPScore, HPSv2Score, PickScore
 from .http import HTTPReward
 from .jpeg import JPEGCompressibility, JPEGIncompressibility
+from .ocr import OCRReward
 from .protocol import Reward, move_reward
+from .vlm_judge import VLMJudge
 
 BUILT_IN: dict[str, Callable[..., Reward]] = {
     "aesthetic": AestheticScore,
     "classifier": ClassifierReward,
     "clip": CLIPScore,
+    "hpsv2": HPSv2Score,
     "http": HTTPReward,
     "jpeg": JPEGCompressibility,
     "jpeg_compressibility": JPEGCompressibility,
     "jpeg_incompressibility": JPEGIncompressibility,
+    "ocr": OCRReward,
     "pickscore": PickScore,
+    "vlm_judge": VLMJudge,
 }
 
 # keys of an entry that are not arguments of the reward
@@ -70,8 +74,21 @@ class CombinedReward:
                 weights[term.label] = term.weight
         return weights
 
-    def __call__(self, images: Any, prompts: Sequence[Any], metadata: Sequence[dict]) -> dict[str, Tensor]:
-        named: dict[str, Tensor] = {}
+    @property
+    def may_abstain(self) -> frozenset[str]:
+        """Names whose rewards may be NaN."""
+        names: set[str] = set()
+        for term in self._terms:
+            returned = term.weight if isinstance(term.weight, Mapping) else ()
+            allowed = getattr(term.reward, "may_abstain", False)
+            chosen = returned if allowed is True else [name for name in returned if allowed and name in allowed]
+            names |= {f"{term.label}/{name}" for name in chosen}
+            if allowed is True and not returned:
+                names.add(term.label)
+        return frozenset(names)
+
+    def __call__(self, images: Any, prompts: Sequence[Any], metadata: Sequence[dict]) -> dict[str, Any]:
+        named: dict[str, Any] = {}
         for term in self._terms:
             result = term.reward(images, prompts, metadata)
             if isinstance(result, Mapping) != isinstance(term.weight, Mapping):
@@ -88,7 +105,7 @@ class CombinedReward:
                     )
                 named |= {f"{term.label}/{name}": value for name, value in result.items()}
             else:
-                named[term.label] = result  # type: ignore[assignment]
+                named[term.label] = result
         return named
 
     def to(self, device: torch.device | str) -> Self:

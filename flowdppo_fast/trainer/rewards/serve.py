@@ -11,6 +11,7 @@ import hmac
 import inspect
 import json
 import logging
+import math
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -137,7 +138,9 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refused(400, str(error)) from error
         with self.lock:
             named = score(self.reward, images, prompts, metadata, torch.device("cpu"))
-        lists = {name: values.tolist() for name, values in named.items()}
+        lists = {
+            name: [None if math.isnan(value) else value for value in values.tolist()] for name, values in named.items()
+        }
         return lists["reward"] if list(lists) == ["reward"] else lists
 
     def _answer(self, status: int, content: dict) -> None:

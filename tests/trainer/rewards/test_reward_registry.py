@@ -134,7 +134,7 @@ def test_nothing_is_loaded_and_every_argument_can_be_given(tmp_path):
         (
             {"clipscore": 1},
             ValueError,
-            "got unknown name 'clipscore', expected one of aesthetic, classifier, clip, http",
+            "got unknown name 'clipscore', expected one of aesthetic, classifier, clip, hpsv2, http",
         ),
         (["jpeg", "python:os:system"], ValueError, r"rewards\[1\]: got unknown name 'python:os:system'.*'callable'"),
         ([{"name": "os:getcwd"}], ValueError, "got unknown name 'os:getcwd'"),
