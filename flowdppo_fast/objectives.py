@@ -286,6 +286,18 @@ class EpilogueOptions(NamedTuple):
         return cls(*ints, *floats)
 
 
+def names() -> str:
+    """What C++ has to have under the same names and in the same order; ``csrc/objective.h`` spells its own."""
+    lists = {
+        "rules": [rule.name.lower() for rule in Rule],
+        "trust regions": [region.name.lower() for region in TrustRegion],
+        "row fields": [field.name.lower() for field in RowField],
+        "summary": SUMMARY,
+        "options": EpilogueOptions._fields,
+    }
+    return "".join(f"{title}: " + "".join(f"{name} " for name in listed) for title, listed in lists.items())
+
+
 def epilogue(
     stats: Tensor,
     std: Tensor,
