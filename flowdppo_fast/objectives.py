@@ -3,7 +3,7 @@
 A *row* is one sample at one denoising step. With ``u = k*(new-old)`` and the drawn noise ``e``, the kernels deliver per
 row ``P = mean(e*u)``, ``Q = mean(u*u)`` and, where asked, ``E = mean(e*e)`` and ``R = mean((k*(new-ref))**2)``.
 Everything below is O(rows): log-ratio, divergence, which rows are kept, the loss, and ``dl/dP, dl/dQ, dl/dR`` for the
-backward kernel. This file is the oracle; ``csrc/objective.h`` and ``kernels/triton/objective.py`` are its twins. What
+backward kernel. This file is the oracle; ``csrc/objective.h`` and ``kernels/triton/epilogue.py`` are its twins. What
 an objective does with a row is in ``rules.py``, for torch and Triton alike.
 """
 
