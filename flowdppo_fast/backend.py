@@ -16,9 +16,11 @@ cuda        ``kernels/cuda``, loaded as ``_C_cuda.so``     CUDA tensors but floa
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import importlib.util
+import itertools
 import json
 import os
 import warnings
@@ -28,7 +30,7 @@ from typing import Any, Literal
 
 import torch
 
-from . import evidence, ops, reference
+from . import evidence, objectives, ops, reference
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 BackendName = Literal["auto", "reference", "cpu", "triton", "cuda"]
@@ -56,7 +58,7 @@ def _load_cpu_library() -> str | None:
     except RuntimeError as error:
         # FLOWDPPO_CPU_ISA asks for what is not there
         return str(error).splitlines()[0]
-    return None
+    return _names_problem(_LIBRARY)
 
 
 def _load_cuda_library() -> str | None:
@@ -74,6 +76,22 @@ def _load_cuda_library() -> str | None:
     except OSError as error:
         built = build_info().get("torch", "an unknown version")
         return f"the CUDA library built for torch {built} cannot be loaded under torch {torch.__version__}: {error}"
+    return _names_problem(_CUDA_LIBRARY)
+
+
+def _names_problem(library: Path) -> str | None:
+    """Whether C++ has another list of rules, options or results: operators carry numbers, which would mean others."""
+    try:
+        spell = ctypes.CDLL(str(library)).flowdppo_names
+    except AttributeError:
+        return f"{library.name} is of another version; build it again: make build"
+    spell.restype = ctypes.c_char_p
+    theirs, ours = spell().decode().split(), objectives.names().split()
+    for place, (their, our) in enumerate(itertools.zip_longest(theirs, ours)):
+        if their != our:
+            title = [word for word in ours[:place] if word.endswith(":")]
+            where = f" of {title[-1]}" if title else ""
+            return f"{library.name} has {their!r} where Python has {our!r}{where}; build it again: make build"
     return None
 
 

@@ -3,7 +3,7 @@
 A *row* is one sample at one denoising step. With ``u = k*(new-old)`` and the drawn noise ``e``, the kernels deliver per
 row ``P = mean(e*u)``, ``Q = mean(u*u)`` and, where asked, ``E = mean(e*e)`` and ``R = mean((k*(new-ref))**2)``.
 Everything below is O(rows): log-ratio, divergence, which rows are kept, the loss, and ``dl/dP, dl/dQ, dl/dR`` for the
-backward kernel. This file is the oracle; ``csrc/objective.h`` and ``kernels/triton/objective.py`` are its twins. What
+backward kernel. This file is the oracle; ``csrc/objective.h`` and ``kernels/triton/epilogue.py`` are its twins. What
 an objective does with a row is in ``rules.py``, for torch and Triton alike.
 """
 
@@ -292,6 +292,18 @@ class EpilogueOptions(NamedTuple):
     @classmethod
     def unpack(cls, ints: list[int], floats: list[float]) -> EpilogueOptions:
         return cls(*ints, *floats)
+
+
+def names() -> str:
+    """What C++ has to have under the same names and in the same order; ``csrc/objective.h`` spells its own."""
+    lists = {
+        "rules": [rule.name.lower() for rule in Rule],
+        "trust regions": [region.name.lower() for region in TrustRegion],
+        "row fields": [field.name.lower() for field in RowField],
+        "summary": SUMMARY,
+        "options": EpilogueOptions._fields,
+    }
+    return "".join(f"{title}: " + "".join(f"{name} " for name in listed) for title, listed in lists.items())
 
 
 def epilogue(

@@ -7,8 +7,10 @@ The formulas serve python floats and tensors of levels alike.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
@@ -122,10 +124,30 @@ def on_host(value: float | Tensor) -> Tensor:
     return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
-def _sampler(name: str) -> Sampler:
-    if name not in SAMPLERS:
-        raise ValueError(f"sampler: got {name!r}, expected one of {', '.join(map(repr, SAMPLERS))}")
-    return SAMPLERS[name]
+def find_sampler(name: str) -> Sampler:
+    """The sampler of that name, or the one of one's own that ``package.module:attribute`` names: a :class:`Sampler`, or
+    the diffusion of a reverse-time SDE.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name in SAMPLERS:
+        return SAMPLERS[name]
+    if ":" not in name:
+        known = ", ".join(map(repr, SAMPLERS))
+        raise ValueError(f"sampler: got {name!r}, expected one of {known}, or package.module:attribute")
+    return _own_sampler(name)
+
+
+@functools.cache
+def _own_sampler(name: str) -> Sampler:
+    try:
+        found = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"sampler: got {name!r}, which cannot be imported ({error})") from error
+    if not isinstance(found, Sampler) and not callable(found):
+        raise ValueError(f"sampler: {name!r} is a {type(found).__name__}, expected a Sampler or a diffusion")
+    return found if isinstance(found, Sampler) else Sampler(found, _reverse_sde)
 
 
 def diffusion(sampler: str, sigma: Tensor, sigma_next: Tensor, *, eta: float, schedule: Schedule) -> Tensor:
@@ -134,7 +156,8 @@ def diffusion(sampler: str, sigma: Tensor, sigma_next: Tensor, *, eta: float, sc
     Raises:
         ValueError: unknown sampler.
     """
-    return on_host(_sampler(sampler).diffusion(sigma.double(), sigma_next.double(), eta, _double(schedule)))
+    formulas = find_sampler(sampler)
+    return on_host(formulas.diffusion(sigma.double(), sigma_next.double(), eta, _double(schedule)))
 
 
 def _double(schedule: Schedule) -> Schedule:
@@ -185,7 +208,7 @@ class SDEStep:
             ValueError: unknown sampler, levels out of order or range, negative ``eta``, or a schedule that is needed
                 and missing.
         """
-        formulas = _sampler(sampler)
+        formulas = find_sampler(sampler)
         # schedulers hold float32 tensors; everything is computed in float64 from their values
         sigma, sigma_next, eta = float(sigma), float(sigma_next), float(eta)
         if not 0.0 <= sigma_next < sigma <= 1.0:
@@ -230,7 +253,7 @@ class SDEStep:
             ValueError: unknown sampler.
         """
         std_dev, sigma, sigma_next = std_dev.double(), sigma.double(), sigma_next.double()
-        numbers = _sampler(sampler).step(std_dev, sigma, sigma_next)
+        numbers = find_sampler(sampler).step(std_dev, sigma, sigma_next)
         return cls(*numbers, sigma_next - sigma, sampler, sigma, sigma_next)
 
     @classmethod

@@ -17,7 +17,9 @@ from accelerate.logging import get_logger
 from torch import Tensor
 
 from ..losses import fused_policy_velocity_loss
+from ..objectives import Objective, as_objective
 from ..results import LossOutput
+from ..rules import RowValues
 from ..runs.logs import ROWS_FILE, append_lines
 from ..runs.row_log import row_part
 from ..runs.tracking import RunLog
@@ -69,6 +71,8 @@ class FlowDPPOTrainer:
             ``prompt_embeds`` without a batch dim). ``text`` and ``metadata`` in a mapping go to the reward only.
         config: settings; checked before any weight is touched.
         eval_prompts: held-out prompts for ``evaluation.every``.
+        objective: in place of the one that ``config.objective`` names: an objective, or a function of a row's values
+            (:mod:`flowdppo_fast.rules`), which is fused with the rest.
 
     Raises:
         ValueError, TypeError: settings, prompts or a pipeline that cannot be trained with them.
@@ -83,6 +87,7 @@ class FlowDPPOTrainer:
         config: FlowDPPOConfig | None = None,
         *,
         eval_prompts: Sequence[str | Mapping[str, Any]] | None = None,
+        objective: Objective | Callable[[RowValues], tuple] | None = None,
     ):
         self.config = config = config or FlowDPPOConfig()
         config.validate()
@@ -97,7 +102,7 @@ class FlowDPPOTrainer:
         check_guidance(self.prompts, s.pipeline_kwargs)
         self.recorder = TrajectoryRecorder(pipeline, sampler=s.sampler, eta=s.eta, noise=s.noise)
         check_arrival(pipeline, self.recorder.modules, train=config.model.train, precision=config.model.mixed_precision)
-        self.objective = config.objective.build()
+        self.objective = config.objective.build() if objective is None else as_objective(objective)
         self.accelerator = Accelerator(cpu=config.run.device == "cpu")
         self.workers = Workers(self.accelerator)
         self.updates = plan_updates(config, self.workers)

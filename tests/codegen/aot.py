@@ -103,8 +103,8 @@ def _latents(**dtypes: str | None) -> dict[str, str | None]:
 
 def specialisations() -> list[Specialisation]:
     """The kernels in the forms that training and sampling take."""
+    from flowdppo_fast.kernels.epilogue import rule_constants
     from flowdppo_fast.kernels.launch import BLOCK, NUM_WARPS, epilogue_tiles, partial_tiles
-    from flowdppo_fast.kernels.objective import rule_constants
 
     stream = {"BLOCKS": _BLOCKS, "BLOCK": BLOCK}
     specs = []
@@ -152,7 +152,7 @@ def specialisations() -> list[Specialisation]:
         }
         functions = rule_constants(rule)
         constants = _EPILOGUE_FLAGS | dict(zip(("DECIDE", "PENALTY", "NORMALIZED"), functions)) | geometry | flags
-        add(f"epilogue {name}", "objective.epilogue_kernel", types, constants, tiles.num_warps, False)
+        add(f"epilogue {name}", "epilogue.epilogue_kernel", types, constants, tiles.num_warps, False)
 
     partials("bf16", "bf16", "bf16")
     partials("bf16, one block", "bf16", "bf16", blocks=1)

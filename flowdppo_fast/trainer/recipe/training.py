@@ -10,6 +10,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 
+from ...samplers import find_sampler
 from .. import checkpoint
 from ..callables import search_working_directory
 from ..resume import may_differ
@@ -60,8 +61,13 @@ class PreparedRun:
         check_environment(recipe, devices=devices)
         _check_folder(recipe, resume=resume)
         plan = inspect_pipeline(recipe)
-        if any("callable" in entry for entry in recipe.rewards):
+        c = recipe.config
+        own = ":" in c.sampling.sampler or c.objective.callable is not None
+        if own or any("callable" in entry for entry in recipe.rewards):
             search_working_directory()
+        # what is named and not there is found out before weights are loaded
+        find_sampler(c.sampling.sampler)
+        c.objective.build()
         return cls(recipe, plan, *build_rewards(list(recipe.rewards)), resume)
 
     def train(self) -> list[dict[str, float]]:

@@ -21,7 +21,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from ...noise import PhiloxNoise
-from ...samplers import SAMPLERS, Schedule, SDEStep
+from ...samplers import Schedule, SDEStep, find_sampler
 from ...sampling import sde_step
 
 NOISE_KINDS = ("seeded", "stored")
@@ -89,7 +89,7 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
         Args:
             config: a diffusers flow scheduler or its config. Of one-call-per-step schedulers of another class, such as
                 UniPC or DPM-Solver with ``use_flow_sigmas``, the noise levels and timesteps are taken, not the solver.
-            sampler: a name from :data:`flowdppo_fast.SAMPLERS`.
+            sampler: a name from :data:`flowdppo_fast.SAMPLERS`, or ``package.module:attribute`` for one's own.
             eta: noise level of the sampler, > 0 where steps are chosen.
             sde_steps: indices of the steps that draw noise; the last step of a schedule cannot be one.
             noise: ``"seeded"`` keeps the seed and a stream per row, ``"stored"`` the same draws as a tensor.
@@ -126,8 +126,7 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
         for option in ("invert_sigmas", "stochastic_sampling"):
             if config.get(option):
                 raise ValueError(f"config: got {option}=True, expected a plain schedule from noise (1) to data (0)")
-        if sampler not in SAMPLERS:
-            raise ValueError(f"sampler: got {sampler!r}, expected one of {', '.join(map(repr, SAMPLERS))}")
+        find_sampler(sampler)
         if noise not in NOISE_KINDS:
             raise ValueError(f"noise: got {noise!r}, expected one of {', '.join(map(repr, NOISE_KINDS))}")
         chosen = tuple(sorted(int(index) for index in sde_steps))
