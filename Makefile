@@ -6,11 +6,12 @@ PIP := $(PY) -m pip --disable-pip-version-check -q
 export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 0
 
-.PHONY: help demo test pytest test-cpus lint audit check-tables docs bench bench-quick bench-train bench-learning bench-learning-quick ptx gpu gpu-matrix build clean
+.PHONY: help demo demo-digits test pytest test-cpus lint audit check-tables docs bench bench-quick bench-train bench-learning bench-learning-quick ptx gpu gpu-matrix build clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo         fine-tune a small flow model with Flow-DPPO and look at the result (about 3 minutes)"
+	@echo "make demo         teach a small flow model to spell, with Flow-DPPO and a reader as reward (about 4 minutes)"
+	@echo "make demo-digits  teach another one to draw bold digits (about a minute)"
 	@echo "make test         lint, types and all tests"
 	@echo "make test-cpus    tests that compare bits or learn, on every x86 processor this one can play"
 	@echo "make docs         the documentation site, into build/site; warnings are errors"
@@ -21,9 +22,12 @@ help:
 	@echo "make bench-learning        Flow-DPPO against ratio clipping: whatever is missing of the sweep (hours)"
 	@echo "make bench-learning-quick  one short run of every method (about a minute)"
 	@echo "make ptx          all tests of the GPU kernels as compiled, on an emulator, with a tally (about an hour)"
-	@echo "make gpu          everything a GPU is needed for, into one result folder (6 minutes; bench/gpu.sh --quick: 2)"
+	@echo "make gpu          everything a GPU is needed for, into one result folder (7 minutes; bench/gpu.sh --quick: 3)"
 	@echo "make gpu-matrix   the GPU backends with every supported Triton and torch, without a GPU (downloads gigabytes)"
 	@echo "make clean        remove .venv and build products"
+
+# the words demo's second reader: only the weights inside are used, so it is no part of the environment
+SECOND_READER := --no-deps --ignore-requires-python --upgrade --target build/readers rapidocr-onnxruntime==1.4.4
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -32,6 +36,7 @@ help:
 .venv/.installed: .venv/bin/python pyproject.toml setup.py constraints.txt
 	$(PIP) install -c constraints.txt torch numpy ninja setuptools wheel
 	FLOWDPPO_BUILD_CPU=1 $(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(PIP) install $(SECOND_READER)
 	@touch $@
 
 build: .venv/.installed
@@ -39,6 +44,9 @@ build: .venv/.installed
 		FLOWDPPO_BUILD_CPU=1 $(PIP) install -c constraints.txt --no-build-isolation --no-deps -e . && touch .venv/.installed; fi
 
 demo: build
+	$(PY) examples/words/demo.py
+
+demo-digits: build
 	$(PY) examples/digits/demo.py
 
 lint: build

@@ -6,7 +6,7 @@ usage() {
     cat <<'TEXT'
 usage: bench/gpu.sh [--quick] [--dry-run] [--seconds N] [--output DIR] [--archive FILE.tar.gz]
 
-  --quick     ends in 2 minutes (otherwise 6)
+  --quick     ends in 3 minutes (otherwise 7), one of them for first light
   --dry-run   everything that needs no device, the kernels on an emulator; results go to runs/gpu-dry-run
   --seconds   another time for everything; steps are stopped so that it holds
   --output    another folder for the results
@@ -64,9 +64,9 @@ device=cuda
 if [ $dry = 1 ]; then
     device=rehearsal total=${total:-600} out=${out:-$root/runs/gpu-dry-run}
 elif [ $quick = 1 ]; then
-    total=${total:-115}
+    total=${total:-175}
 else
-    total=${total:-355}
+    total=${total:-415}
 fi
 if [ -z "$out" ]; then
     folder=$("$python" -m bench.ops folder --device $device) || exit 2
@@ -241,7 +241,7 @@ for folder in api math ops triton; do others+=("--ignore=$root/tests/$folder"); 
 trainer=1
 if [ $dry = 1 ] || ! installed diffusers; then
     trainer=0
-    for needs in docs endurance examples integrations packaging pipelines security trainer; do
+    for needs in docs endurance examples integrations packaging pipelines runs security trainer; do
         [ -d "$root/tests/$needs" ] && others+=("--ignore=$root/tests/$needs")
     done
 fi
@@ -249,7 +249,8 @@ gpu_tests() {
     local of=$1 limit=$2
     shift 2
     step "gpu-tests-$of" "pytest -m '$marks'" "$limit" \
-        env FLOWDPPO_GPU_TESTS_OF="$of" FLOWDPPO_GPU_TESTS_REPORT="$out/gpu-tests.json" "${pytest[@]}" "$@"
+        env FLOWDPPO_GPU_TESTS_OF="$of" FLOWDPPO_GPU_TESTS_REPORT="$out/gpu-tests.json" \
+        FLOWDPPO_REQUIRE_CUDA=$compiles "${pytest[@]}" "$@"
 }
 if [ $dry = 1 ]; then
     step gpu-tests "collected, not run" 150 "${pytest[@]}" "${others[@]}" "${kernels[@]}" --collect-only
@@ -260,7 +261,7 @@ else
             skip "gpu-tests-$backend" "$backend is not there, or failed at first light"
         else
             # how each backend fared is what `python -m bench.ops evidence` reads
-            gpu_tests $backend $([ $quick = 1 ] && echo 25 || echo 75) "${kernels[@]}"
+            gpu_tests $backend $([ $quick = 1 ] && echo 40 || echo 100) "${kernels[@]}"
         fi
     done
     if [ $quick = 1 ]; then
@@ -313,7 +314,7 @@ elif [ $quick = 1 ]; then
     left=$((total - SECONDS - 10))
     step bench "core workloads, 10 samples" $left "${bench[@]}" --quick --dtypes bfloat16 --budget $((left > 40 ? left - 30 : 10))
 else
-    # what is left of six minutes; with --seconds the rest is for the training iteration
+    # what is left; with --seconds the rest is for the training iteration
     left=$((total - SECONDS - 20))
     [ $left -gt 150 ] && left=150
     step bench "all workloads that fit the time" $left "${bench[@]}" --budget $((left > 50 ? left - 40 : 10))

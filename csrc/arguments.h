@@ -177,13 +177,20 @@ struct ObjectiveArguments {
 
   EpilogueOptions options() const {
     STD_TORCH_CHECK(
-        ints.size() == 6 && floats.size() == 5, "ints, floats: got ", ints.size(), " and ", floats.size(),
-        " options, expected 6 and 5");
-    STD_TORCH_CHECK(ints[0] >= 0 && ints[0] <= 4, "ints: got objective rule ", ints[0], ", expected 0..4");
-    STD_TORCH_CHECK(ints[1] >= 0 && ints[1] <= 2, "ints: got trust region ", ints[1], ", expected 0..2");
-    return {
-        static_cast<Rule>(ints[0]), static_cast<TrustRegion>(ints[1]), ints[2] != 0, ints[3] != 0, ints[4] != 0,
-        ints[5] != 0, floats[0], floats[1], floats[2], floats[3], floats[4]};
+        ints.size() == kChoices && floats.size() == kNumbers, "ints, floats: got ", ints.size(), " and ",
+        floats.size(), " options, expected ", kChoices, " and ", kNumbers);
+    STD_TORCH_CHECK(
+        ints[0] >= 0 && ints[0] < kRules, "ints: got objective rule ", ints[0], ", expected 0..", kRules - 1);
+    STD_TORCH_CHECK(
+        ints[1] >= 0 && ints[1] < kTrustRegions, "ints: got trust region ", ints[1], ", expected 0..",
+        kTrustRegions - 1);
+    EpilogueOptions out;
+    size_t choice = 0, number = 0;
+#define FLOWDPPO_READ_CHOICE(type, name) out.name = static_cast<type>(ints[choice++]);
+#define FLOWDPPO_READ_NUMBER(type, name) out.name = floats[number++];
+    FLOWDPPO_CHOICES(FLOWDPPO_READ_CHOICE)
+    FLOWDPPO_NUMBERS(FLOWDPPO_READ_NUMBER)
+    return out;
   }
 };
 

@@ -11,43 +11,56 @@
 
 namespace flowdppo {
 
-enum class Rule : int64_t { kDppo = 0, kDppoSymmetric = 1, kRatioClip = 2, kGrpoGuard = 3, kUnclipped = 4 };
-enum class TrustRegion : int64_t { kKl = 0, kMeanDrift = 1, kVelocityDrift = 2 };
+// What Python has under the same names, each list once and in Python's order: backend.py compares them when it loads a
+// library. X(enumerator, name), X(type, name).
+#define FLOWDPPO_RULES(X)                                                                     \
+  X(kDppo, dppo) X(kDppoSymmetric, dppo_symmetric) X(kRatioClip, ratio_clip)                  \
+  X(kGrpoGuard, grpo_guard) X(kUnclipped, unclipped)
+#define FLOWDPPO_TRUST_REGIONS(X) X(kKl, kl) X(kMeanDrift, mean_drift) X(kVelocityDrift, velocity_drift)
+// lines of the row results
+#define FLOWDPPO_ROW_FIELDS(X)                                                                \
+  X(kLogRatio, log_ratio) X(kRatio, ratio) X(kKl, kl) X(kKept, kept) X(kLoss, loss)           \
+  X(kGradP, grad_p) X(kGradQ, grad_q) X(kGradR, grad_r)
+#define FLOWDPPO_SUMMARY(X)                                                                   \
+  X(kSummaryLoss, loss) X(kPolicyLoss, policy_loss) X(kRatioMean, ratio_mean)                 \
+  X(kRatioStd, ratio_std) X(kRatioMin, ratio_min) X(kRatioMax, ratio_max)                     \
+  X(kApproxKl, approx_kl) X(kKlMean, kl_new_old_mean) X(kKlMax, kl_new_old_max)               \
+  X(kKlMaskFraction, kl_mask_fraction) X(kPosRemovedFraction, pos_rm_fraction)                \
+  X(kNegRemovedFraction, neg_rm_fraction) X(kMaskedFraction, masked_fraction)                 \
+  X(kUnmaskedFraction, unmasked_fraction) X(kDriftMean, drift_mean)                           \
+  X(kNonfiniteRows, nonfinite_rows) X(kClipFraction, clipfrac)                                \
+  X(kClipAboveFraction, clipfrac_gt_one) X(kClipBelowFraction, clipfrac_lt_one)               \
+  X(kKlRefMean, kl_ref_mean)
+// `ints` and `floats` of the operator schemas
+#define FLOWDPPO_CHOICES(X)                                                                   \
+  X(Rule, rule) X(TrustRegion, trust_region) X(bool, sum_reduce)                              \
+  X(bool, unnormalized_log_prob) X(bool, batch_bias) X(bool, reference_without_dt)
+#define FLOWDPPO_NUMBERS(X)                                                                   \
+  X(double, threshold) X(double, clip_low) X(double, clip_high)                               \
+  X(double, advantage_clip) X(double, kl_weight)
 
-// Lines of the row results.
-enum RowField { kLogRatio, kRatio, kKl, kKept, kLoss, kGradP, kGradQ, kGradR, kRowFields };
+#define FLOWDPPO_ENUMERATOR(enumerator, name) enumerator,
+#define FLOWDPPO_MEMBER(type, name) type name;
+#define FLOWDPPO_SPELLED(first, name) #name " "
+#define FLOWDPPO_ONE(first, name) +1
 
-// Order of the summary vector.
-enum SummaryField {
-  kSummaryLoss,
-  kPolicyLoss,
-  kRatioMean,
-  kRatioStd,
-  kRatioMin,
-  kRatioMax,
-  kApproxKl,
-  kKlMean,
-  kKlMax,
-  kKlMaskFraction,
-  kPosRemovedFraction,
-  kNegRemovedFraction,
-  kMaskedFraction,
-  kUnmaskedFraction,
-  kDriftMean,
-  kNonfiniteRows,
-  kClipFraction,
-  kClipAboveFraction,
-  kClipBelowFraction,
-  kKlRefMean,
-  kSummaryFields
-};
+enum class Rule : int64_t { FLOWDPPO_RULES(FLOWDPPO_ENUMERATOR) };
+enum class TrustRegion : int64_t { FLOWDPPO_TRUST_REGIONS(FLOWDPPO_ENUMERATOR) };
+enum RowField { FLOWDPPO_ROW_FIELDS(FLOWDPPO_ENUMERATOR) kRowFields };
+enum SummaryField { FLOWDPPO_SUMMARY(FLOWDPPO_ENUMERATOR) kSummaryFields };
+constexpr int kRules = 0 FLOWDPPO_RULES(FLOWDPPO_ONE), kTrustRegions = 0 FLOWDPPO_TRUST_REGIONS(FLOWDPPO_ONE);
+constexpr int kChoices = 0 FLOWDPPO_CHOICES(FLOWDPPO_ONE), kNumbers = 0 FLOWDPPO_NUMBERS(FLOWDPPO_ONE);
 
-// `ints` and `floats` of the operator schemas, in that order.
+// As objectives.names() has them.
+inline const char* names() {
+  return "rules: " FLOWDPPO_RULES(FLOWDPPO_SPELLED) "trust regions: " FLOWDPPO_TRUST_REGIONS(FLOWDPPO_SPELLED)
+      "row fields: " FLOWDPPO_ROW_FIELDS(FLOWDPPO_SPELLED) "summary: " FLOWDPPO_SUMMARY(FLOWDPPO_SPELLED)
+      "options: " FLOWDPPO_CHOICES(FLOWDPPO_SPELLED) FLOWDPPO_NUMBERS(FLOWDPPO_SPELLED);
+}
+
 struct EpilogueOptions {
-  Rule rule;
-  TrustRegion trust_region;
-  bool sum_reduce, unnormalized_log_prob, batch_bias, reference_without_dt;
-  double threshold, clip_low, clip_high, advantage_clip, kl_weight;
+  FLOWDPPO_CHOICES(FLOWDPPO_MEMBER)
+  FLOWDPPO_NUMBERS(FLOWDPPO_MEMBER)
 
   FLOWDPPO_HD_MEMBER bool couples_rows() const { return rule == Rule::kGrpoGuard && batch_bias; }
 };

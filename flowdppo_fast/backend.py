@@ -16,9 +16,11 @@ cuda        ``kernels/cuda``, loaded as ``_C_cuda.so``     CUDA tensors but floa
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import importlib.util
+import itertools
 import json
 import os
 import warnings
@@ -28,10 +30,11 @@ from typing import Any, Literal
 
 import torch
 
-from . import evidence, ops, reference
+from . import evidence, objectives, ops, reference
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 BackendName = Literal["auto", "reference", "cpu", "triton", "cuda"]
+_COMPILED = ("cpu", "cuda")
 _PACKAGE = Path(__file__).parent
 _LIBRARY = _PACKAGE / "_C_cpu.so"
 _CUDA_LIBRARY = _PACKAGE / "_C_cuda.so"
@@ -55,7 +58,7 @@ def _load_cpu_library() -> str | None:
     except RuntimeError as error:
         # FLOWDPPO_CPU_ISA asks for what is not there
         return str(error).splitlines()[0]
-    return None
+    return _names_problem(_LIBRARY)
 
 
 def _load_cuda_library() -> str | None:
@@ -73,6 +76,22 @@ def _load_cuda_library() -> str | None:
     except OSError as error:
         built = build_info().get("torch", "an unknown version")
         return f"the CUDA library built for torch {built} cannot be loaded under torch {torch.__version__}: {error}"
+    return _names_problem(_CUDA_LIBRARY)
+
+
+def _names_problem(library: Path) -> str | None:
+    """Whether C++ has another list of rules, options or results: operators carry numbers, which would mean others."""
+    try:
+        spell = ctypes.CDLL(str(library)).flowdppo_names
+    except AttributeError:
+        return f"{library.name} is of another version; build it again: make build"
+    spell.restype = ctypes.c_char_p
+    theirs, ours = spell().decode().split(), objectives.names().split()
+    for place, (their, our) in enumerate(itertools.zip_longest(theirs, ours)):
+        if their != our:
+            title = [word for word in ours[:place] if word.endswith(":")]
+            where = f" of {title[-1]}" if title else ""
+            return f"{library.name} has {their!r} where Python has {our!r}{where}; build it again: make build"
     return None
 
 
@@ -142,13 +161,14 @@ def problem(name: str, device_type: str) -> str | None:
     raise ValueError(f"backend: got {name!r}, expected 'auto' or one of {', '.join(map(repr, BACKENDS))}")
 
 
-def resolve_backend(name: str, device_type: str, dtype: torch.dtype = torch.float32) -> str:
+def resolve_backend(name: str, device_type: str, dtype: torch.dtype = torch.float32, *, own_rule: bool = False) -> str:
     """The backend that will run: ``name`` itself, or the best one for the device if ``name`` is ``"auto"``.
 
     Args:
         name: one of :data:`BACKENDS`, or ``"auto"``.
         device_type: of the latents.
         dtype: accumulation dtype: ``torch.float64`` for float64 latents, which ``cuda`` does not compute in.
+        own_rule: for an objective of the caller's own, which ``cpu`` and ``cuda`` do not have.
 
     Raises:
         ValueError: unknown backend. RuntimeError: a backend asked for by name cannot run here; the message says why.
@@ -157,6 +177,8 @@ def resolve_backend(name: str, device_type: str, dtype: torch.dtype = torch.floa
         reason = problem(name, device_type)
         if reason is None and name == "cuda" and dtype == torch.float64:
             reason = "it computes in float32 and the latents are float64; backend='reference' and 'triton' take them"
+        if reason is None and own_rule and name in _COMPILED:
+            reason = "C++ has no rule of one's own; backend='triton' runs it fused on a GPU, 'reference' anywhere"
         if reason is not None:
             raise RuntimeError(f"backend={name!r} cannot run: {reason}")
         return name
@@ -166,6 +188,11 @@ def resolve_backend(name: str, device_type: str, dtype: torch.dtype = torch.floa
     reasons = {}
     for candidate in preferred:
         if candidate == "cuda" and dtype == torch.float64:
+            continue
+        if own_rule and candidate in _COMPILED:
+            if device_type == "cpu":
+                # no news: C++ has no such rule anywhere, and this is how it runs on a CPU
+                return "reference"
             continue
         reason = problem(candidate, device_type)
         if reason is None:

@@ -13,9 +13,10 @@ from . import layout
 from .autograd import LossCall, policy_loss
 from .backend import is_traced, resolve_backend
 from .noise import PhiloxNoise
-from .objectives import DPPO, EpilogueOptions, GRPOGuard, Objective, RatioClip, Unclipped
+from .objectives import DPPO, EpilogueOptions, GRPOGuard, Objective, as_objective
 from .results import LossOutput
 from .rows import RowPlan, RowSource, plan_of
+from .rules import BUILT_IN
 
 _T = TypeVar("_T")
 
@@ -56,12 +57,8 @@ def streams_of(noise: Tensor | PhiloxNoise, plan: RowPlan) -> tuple[Tensor | Non
 
 def check_call(objective: Objective, named: dict[str, Tensor], advantages: Tensor) -> RowPlan:
     """Objective, and shapes, dtypes and gradients of all latents; the first one gets the gradient."""
-    if not isinstance(objective, (DPPO, RatioClip, GRPOGuard, Unclipped)):
-        got = objective.__name__ if isinstance(objective, type) else type(objective).__name__
-        raise TypeError(
-            f"objective: got {'the type ' if isinstance(objective, type) else ''}{got}, expected an instance of DPPO, "
-            "RatioClip, GRPOGuard or Unclipped, for example DPPO(threshold=1e-5)"
-        )
+    if not isinstance(objective, Objective):
+        as_objective(objective)
     if not isinstance(advantages, torch.Tensor):
         raise TypeError(f"advantages: got {type(advantages).__name__}, expected a tensor shaped [B] or [B, S]")
     return plan_of(named, advantages.shape, next(iter(named)))
@@ -91,6 +88,7 @@ def settings_of(
     kl_weight: float,
     reference_kl: str,
 ) -> Settings:
+    objective = as_objective(objective)
     options = EpilogueOptions.make(
         objective,
         latent_reduction=latent_reduction,
@@ -135,7 +133,7 @@ def run(
 ) -> LossOutput:
     """What both forms share: row tensors, backend, autograd."""
     ints, floats, metrics, one_pass = settings
-    name = resolve_backend(backend, plan.device.type, plan.dtype)
+    name = resolve_backend(backend, plan.device.type, plan.dtype, own_rule=ints[0] >= BUILT_IN)
     kind = (plan.rows, plan.device, plan.dtype)
     if one_pass and single_pass is None:
         one_pass = _is_quicker_in_one_pass(source.new, name)

@@ -3,18 +3,24 @@
 A *row* is one sample at one denoising step. With ``u = k*(new-old)`` and the drawn noise ``e``, the kernels deliver per
 row ``P = mean(e*u)``, ``Q = mean(u*u)`` and, where asked, ``E = mean(e*e)`` and ``R = mean((k*(new-ref))**2)``.
 Everything below is O(rows): log-ratio, divergence, which rows are kept, the loss, and ``dl/dP, dl/dQ, dl/dR`` for the
-backward kernel. This file is the oracle; ``csrc/objective.h`` and ``kernels/triton/objective.py`` are its twins.
+backward kernel. This file is the oracle; ``csrc/objective.h`` and ``kernels/triton/epilogue.py`` are its twins. What
+an objective does with a row is in ``rules.py``, for torch and Triton alike.
 """
 
 from __future__ import annotations
 
 import enum
 import math
+import types
+from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .rules import RULES, RowRule, RowValues, register
 
 LOG_SQRT_2PI = 0.5 * math.log(2.0 * math.pi)
 
@@ -171,7 +177,53 @@ class Unclipped:
     metrics = _COMMON
 
 
-Objective = DPPO | RatioClip | GRPOGuard | Unclipped
+@dataclass(frozen=True)
+class OwnRule:
+    """An objective of one's own: a rule, which torch and Triton run fused. A function alone stands for ``OwnRule(it)``.
+
+    Args:
+        decide: the rule, a function of a :class:`~flowdppo_fast.rules.RowValues`.
+        penalty: what is added to every row's loss, and its derivative by the divergence; None for nothing.
+        threshold, low, high: numbers that the row's comparisons use; the default of each is beyond everything.
+        trust_region: as of :class:`DPPO`.
+    """
+
+    decide: Callable[[RowValues], tuple]
+    penalty: Callable[[RowValues], tuple] | None = None
+    threshold: float = math.inf
+    low: float = math.inf
+    high: float = math.inf
+    trust_region: str = "kl"
+
+    def __post_init__(self) -> None:
+        register(self.decide, self.penalty)
+        _check_choice("trust_region", self.trust_region, ("kl", "mean_drift", "velocity_drift"))
+
+    @property
+    def rule(self) -> int:
+        return register(self.decide, self.penalty)
+
+    metrics = _COMMON + _MASK_METRICS + _CLIP_METRICS
+
+
+Objective = DPPO | RatioClip | GRPOGuard | Unclipped | OwnRule
+
+
+def as_objective(value: object) -> Objective:
+    """``value`` itself, or the objective that a plain function is the rule of.
+
+    Raises:
+        TypeError: neither.
+    """
+    if isinstance(value, types.FunctionType):
+        return OwnRule(value)
+    if not isinstance(value, Objective):
+        got = value.__name__ if isinstance(value, type) else type(value).__name__
+        raise TypeError(
+            f"objective: got {'the type ' if isinstance(value, type) else ''}{got}, expected an instance of DPPO, "
+            "RatioClip, GRPOGuard or Unclipped, for example DPPO(threshold=1e-5), or a function of a row's values"
+        )
+    return value
 
 
 class EpilogueOptions(NamedTuple):
@@ -234,11 +286,24 @@ class EpilogueOptions(NamedTuple):
 
     @property
     def floats(self) -> list[float]:
-        return list(self[6:])
+        # numpy's numbers are no arguments of operators
+        return [float(number) for number in self[6:]]
 
     @classmethod
     def unpack(cls, ints: list[int], floats: list[float]) -> EpilogueOptions:
         return cls(*ints, *floats)
+
+
+def names() -> str:
+    """What C++ has to have under the same names and in the same order; ``csrc/objective.h`` spells its own."""
+    lists = {
+        "rules": [rule.name.lower() for rule in Rule],
+        "trust regions": [region.name.lower() for region in TrustRegion],
+        "row fields": [field.name.lower() for field in RowField],
+        "summary": SUMMARY,
+        "options": EpilogueOptions._fields,
+    }
+    return "".join(f"{title}: " + "".join(f"{name} " for name in listed) for title, listed in lists.items())
 
 
 def epilogue(
@@ -285,15 +350,16 @@ def epilogue(
         log_ratio = -0.5 * slope * (e - 2.0 * p + q) - normalizer - count * old_log_prob
     half_kl = 0.5 * count
     if o.trust_region == TrustRegion.MEAN_DRIFT:
-        kl = half_kl * std**2 * q
+        kl, slope_kl = half_kl * std**2 * q, half_kl * std**2
     elif o.trust_region == TrustRegion.VELOCITY_DRIFT:
-        kl = count * q / scale**2
+        kl, slope_kl = count * q / scale**2, count / scale**2
     else:
-        kl = half_kl * q
+        kl, slope_kl = half_kl * q, torch.full_like(q, half_kl)
 
     # exponent X of the ratio, its slopes, and the divisor of the loss
+    rule: RowRule = RULES[o.rule]
     exponent, gain = log_ratio, torch.ones_like(p)
-    if o.rule == Rule.GRPO_GUARD:
+    if rule.normalized:
         divergence = half_kl * q
         bias = divergence.mean().expand_as(q) if o.batch_bias else divergence
         exponent, slope_p = (log_ratio + bias) * std, slope_p * std
@@ -305,26 +371,19 @@ def epilogue(
     excess = torch.expm1(exponent)
     far = kl >= o.threshold
     above, below = excess > o.clip_high, -excess > o.clip_low
-    if o.rule == Rule.DPPO:
-        dropped = far & (((adv > 0) & (exponent > 0)) | ((adv < 0) & (exponent < 0)))
-    elif o.rule == Rule.DPPO_SYMMETRIC:
-        dropped = far
-    elif o.rule in (Rule.RATIO_CLIP, Rule.GRPO_GUARD):
-        dropped = ((adv > 0) & above) | ((adv < 0) & below)
-    else:
-        dropped = torch.zeros_like(far)
-
-    surrogate = -adv * ratio
-    bound = torch.zeros_like(p)
-    if o.rule in (Rule.RATIO_CLIP, Rule.GRPO_GUARD):
-        bound = -adv * torch.where(adv > 0, p.new_full(p.shape, 1.0 + o.clip_high), 1.0 - o.clip_low)
+    limit = torch.where(adv > 0, p.new_full(p.shape, 1.0 + o.clip_high), 1.0 - o.clip_low)
+    row = RowValues(p, q, std, adv, exponent, ratio, kl, far, above, below, limit, o.threshold)
+    dropped, bound, surrogate, slope = rule.decide(row)
     policy = weight * gain * torch.where(dropped, bound, surrogate)
-    # dl/dX equals the surrogate itself; where() keeps an overflowed ratio out of dropped rows
-    slope_x = weight * gain * torch.where(dropped, torch.zeros_like(p), surrogate)
-    grad_p, grad_q = slope_x * slope_p, slope_x * slope_q
-    grad_p = torch.where(dropped, torch.zeros_like(p), grad_p)
-    grad_q = torch.where(dropped, torch.zeros_like(p), grad_q)
-    if o.rule == Rule.GRPO_GUARD and o.batch_bias:
+    # where() keeps an overflowed ratio out of dropped rows
+    slope_x = weight * gain * torch.where(dropped, 0.0, slope)
+    grad_p = torch.where(dropped, 0.0, slope_x * slope_p)
+    grad_q = torch.where(dropped, 0.0, slope_x * slope_q)
+    if rule.penalty is not None:
+        penalty, slope_penalty = rule.penalty(row)
+        policy = policy + weight * gain * penalty
+        grad_q = grad_q + weight * gain * slope_penalty * slope_kl
+    if rule.normalized and o.batch_bias:
         # the shared bias moves with every row's Q
         grad_q = grad_q + half_kl * (slope_x * std).sum() / max(p.numel(), 1)
 
@@ -372,12 +431,12 @@ def epilogue(
 
 
 def is_number(value: object) -> bool:
-    """A python number: tensors would have to be read back from their device to be checked or passed on."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """A number of Python or numpy: tensors would have to be read back from their device to be checked or passed on."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def check_positive(name: str, value: float, why: str = "") -> None:
-    """Raises ValueError unless ``value`` is a finite python number > 0."""
+    """Raises ValueError unless ``value`` is a finite number > 0."""
     if not is_number(value) or not 0.0 < value < math.inf:
         raise ValueError(f"{name}: got {value!r}, expected a number > 0{why}")
 

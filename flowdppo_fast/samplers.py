@@ -7,8 +7,10 @@ The formulas serve python floats and tensors of levels alike.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
@@ -117,10 +119,35 @@ SAMPLERS: dict[str, Sampler] = {
 }
 
 
-def _sampler(name: str) -> Sampler:
-    if name not in SAMPLERS:
-        raise ValueError(f"sampler: got {name!r}, expected one of {', '.join(map(repr, SAMPLERS))}")
-    return SAMPLERS[name]
+def on_host(value: float | Tensor) -> Tensor:
+    """A number as a float64 tensor on the CPU, whatever dtype and device are the default; a tensor as it is."""
+    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device="cpu")
+
+
+def find_sampler(name: str) -> Sampler:
+    """The sampler of that name, or the one of one's own that ``package.module:attribute`` names: a :class:`Sampler`, or
+    the diffusion of a reverse-time SDE.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name in SAMPLERS:
+        return SAMPLERS[name]
+    if ":" not in name:
+        known = ", ".join(map(repr, SAMPLERS))
+        raise ValueError(f"sampler: got {name!r}, expected one of {known}, or package.module:attribute")
+    return _own_sampler(name)
+
+
+@functools.cache
+def _own_sampler(name: str) -> Sampler:
+    try:
+        found = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"sampler: got {name!r}, which cannot be imported ({error})") from error
+    if not isinstance(found, Sampler) and not callable(found):
+        raise ValueError(f"sampler: {name!r} is a {type(found).__name__}, expected a Sampler or a diffusion")
+    return found if isinstance(found, Sampler) else Sampler(found, _reverse_sde)
 
 
 def diffusion(sampler: str, sigma: Tensor, sigma_next: Tensor, *, eta: float, schedule: Schedule) -> Tensor:
@@ -129,7 +156,8 @@ def diffusion(sampler: str, sigma: Tensor, sigma_next: Tensor, *, eta: float, sc
     Raises:
         ValueError: unknown sampler.
     """
-    return torch.as_tensor(_sampler(sampler).diffusion(sigma.double(), sigma_next.double(), eta, _double(schedule)))
+    formulas = find_sampler(sampler)
+    return on_host(formulas.diffusion(sigma.double(), sigma_next.double(), eta, _double(schedule)))
 
 
 def _double(schedule: Schedule) -> Schedule:
@@ -180,9 +208,9 @@ class SDEStep:
             ValueError: unknown sampler, levels out of order or range, negative ``eta``, or a schedule that is needed
                 and missing.
         """
-        formulas = _sampler(sampler)
+        formulas = find_sampler(sampler)
         # schedulers hold float32 tensors; everything is computed in float64 from their values
-        sigma, sigma_next = float(sigma), float(sigma_next)
+        sigma, sigma_next, eta = float(sigma), float(sigma_next), float(eta)
         if not 0.0 <= sigma_next < sigma <= 1.0:
             raise ValueError(
                 f"sigma, sigma_next: got {sigma:g} -> {sigma_next:g}, expected 0 <= sigma_next < sigma <= 1"
@@ -202,7 +230,7 @@ class SDEStep:
 
     def __getitem__(self, part: slice) -> SDEStep:
         """Some of the steps stacked to ``[S]``; asked again, the same object with what it keeps on devices."""
-        start, stop, _ = part.indices(len(torch.as_tensor(self.std)))
+        start, stop, _ = part.indices(len(on_host(self.std)))
         key = ("part", start, stop)
         if key not in self._tables:
             levels = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
@@ -225,7 +253,7 @@ class SDEStep:
             ValueError: unknown sampler.
         """
         std_dev, sigma, sigma_next = std_dev.double(), sigma.double(), sigma_next.double()
-        numbers = _sampler(sampler).step(std_dev, sigma, sigma_next)
+        numbers = find_sampler(sampler).step(std_dev, sigma, sigma_next)
         return cls(*numbers, sigma_next - sigma, sampler, sigma, sigma_next)
 
     @classmethod
@@ -243,7 +271,7 @@ class SDEStep:
         names = {step.sampler for step in steps}
 
         def column(name: str) -> Tensor:
-            return torch.tensor([float(getattr(step, name)) for step in steps], dtype=torch.float64)
+            return torch.tensor([float(getattr(step, name)) for step in steps], dtype=torch.float64, device="cpu")
 
         return cls(
             column("sample_coef"),
@@ -298,7 +326,7 @@ class SDEStep:
                 columns = (self.std, self.kl_scale, -self.dt)
             else:
                 columns = (self.sample_coef, self.velocity_coef, self.std)
-            expanded = [expand_to_rows(torch.as_tensor(x, dtype=torch.float64), "step", rows) for x in columns]
+            expanded = [expand_to_rows(on_host(x).double(), "step", rows) for x in columns]
             return torch.stack(expanded, dim=-1).reshape(-1, 3).to(device=device, dtype=dtype)
 
         if torch.compiler.is_compiling():
@@ -306,17 +334,19 @@ class SDEStep:
             return build()
         key = (kind, rows, device, dtype)
         if key not in self._tables:
-            self._tables[key] = build()
+            # kept, so it must not become a tensor that no backward may save
+            with torch.inference_mode(False):
+                self._tables[key] = build()
         return self._tables[key]
 
     def __post_init__(self) -> None:
-        std = torch.as_tensor(self.std)
+        std = on_host(self.std)
         if std.device.type != "cpu":
             return
         # looked up on the host once: no training call has to read a tensor for it
         if not bool((std >= 0.0).all()):
             raise ValueError(f"std: got {self.std}, expected standard deviations >= 0")
-        if bool((torch.as_tensor(self.dt) >= 0.0).any()):
+        if bool((on_host(self.dt) >= 0.0).any()):
             raise ValueError(f"dt: got {self.dt}, expected sigma_next - sigma < 0")
         zero = (std == 0.0).flatten().tolist()
         object.__setattr__(self, "_silent", zero.index(True) if True in zero else None)
@@ -327,7 +357,7 @@ class SDEStep:
     def _check_density(self) -> None:
         if self._silent is None:
             return
-        levels = (torch.as_tensor(level).flatten() for level in (self.sigma, self.sigma_next))
+        levels = (on_host(level).flatten() for level in (self.sigma, self.sigma_next))
         sigma, sigma_next = (float(level[min(self._silent, level.numel() - 1)]) for level in levels)
         raise ValueError(
             f"step: step {self._silent} of sampler {self.sampler!r} from sigma={sigma:g} to sigma_next={sigma_next:g} "

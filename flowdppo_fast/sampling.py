@@ -14,7 +14,7 @@ from .backend import BackendName, resolve_backend
 from .noise import PhiloxNoise
 from .objectives import LogProbKind
 from .rows import plan_of
-from .samplers import SDEStep
+from .samplers import SDEStep, on_host
 from .schedule import HostSchedule, per_row
 
 
@@ -158,7 +158,7 @@ def sde_step_with_logprob(
         return_mean=True,
         log_prob="gaussian" if sde_type == "sde" else "unnormalized",
     )
-    sqrt_dt = torch.sqrt(-torch.as_tensor(step.dt))
+    sqrt_dt = torch.sqrt(-on_host(step.dt))
     # one number per row even where all rows share a step, as flow_grpo returns it
     shape = (timestep.numel(),) + (1,) * (sample.ndim - 1)
     std_dev_t = per_row(step.std / sqrt_dt if sde_type == "sde" else step.std, sample).expand(shape)

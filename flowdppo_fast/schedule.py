@@ -5,12 +5,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .samplers import Schedule, SDEStep
+from .samplers import Schedule, SDEStep, on_host
 
 
 @dataclass
@@ -25,8 +26,10 @@ class HostSchedule:
     def of(cls, scheduler: Any) -> HostSchedule:
         """The schedule that ``scheduler`` holds now; two small copies to the host when it changed, none otherwise."""
         sigmas, timesteps = scheduler.sigmas, scheduler.timesteps
-        version = (sigmas._version, timesteps._version)
-        known = _known.get(id(sigmas))
+        # tensors made in inference mode count no changes, so what they hold is read again
+        tracked = not (sigmas.is_inference() or timesteps.is_inference())
+        version = (sigmas._version, timesteps._version) if tracked else None
+        known = _known.get(id(sigmas)) if tracked else None
         if known is not None and known[0]() is sigmas and known[1]() is timesteps and known[2] == version:
             return known[3]
         index_of: dict[float, int] = {}
@@ -37,7 +40,8 @@ class HostSchedule:
             if count[timestep] <= 2:
                 index_of[timestep] = index
         host = cls([float(level) for level in sigmas.tolist()], index_of)
-        _known[id(sigmas)] = (weakref.ref(sigmas), weakref.ref(timesteps), version, host)
+        if tracked:
+            _known[id(sigmas)] = (weakref.ref(sigmas), weakref.ref(timesteps), version, host)
         while len(_known) > _KEPT:
             _known.pop(next(iter(_known)))
         return host
@@ -60,7 +64,8 @@ class HostSchedule:
 
     def step(self, sampler: str, indices: Sequence[int], eta: float | Sequence[float]) -> SDEStep:
         """The steps at ``indices``: one scalar :class:`SDEStep` where all are the same, else stacked to ``[B]``."""
-        levels = [eta] * len(indices) if isinstance(eta, (int, float)) else list(eta)
+        # numpy's numbers are numbers
+        levels = [float(eta)] * len(indices) if isinstance(eta, (int, float, Real)) else [float(level) for level in eta]
         pairs = list(zip(indices, levels))
         if len(set(pairs)) == 1:
             return self._one(sampler, *pairs[0])
@@ -76,10 +81,10 @@ class HostSchedule:
 
 
 _KEPT = 8
-_known: dict[int, tuple[weakref.ref, weakref.ref, tuple[int, int], HostSchedule]] = {}
+_known: dict[int, tuple[weakref.ref, weakref.ref, tuple[int, int] | None, HostSchedule]] = {}
 
 
 def per_row(value: float | Tensor, sample: Tensor) -> Tensor:
     """``value`` as a float32 ``[B or 1, 1, ..., 1]`` tensor beside ``sample``, the shape that trainers pass around."""
     shape = (-1,) + (1,) * (sample.ndim - 1)
-    return torch.as_tensor(value).to(device=sample.device, dtype=torch.float32).reshape(shape)
+    return on_host(value).to(device=sample.device, dtype=torch.float32).reshape(shape)

@@ -4,6 +4,7 @@ or no table and three values that serve all rows."""
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ def mean_step(
     Raises:
         TypeError, ValueError: ``std`` or ``dt`` is no number or tensor, of wrong shape, device or sign.
     """
-    if not isinstance(std, (torch.Tensor, int, float)):
+    if not isinstance(std, (torch.Tensor, int, float, Real)):
         raise TypeError(
             f"std: got {type(std).__name__} {std!r}, expected a number > 0 or a tensor that broadcasts to the rows"
         )
@@ -30,7 +31,7 @@ def mean_step(
     if dt is not None and not isinstance(dt, torch.Tensor) and not (is_number(dt) and -math.inf < dt < 0.0):
         raise ValueError(f"dt: got {dt!r}, expected sigma_next - sigma < 0")
     if not isinstance(std, torch.Tensor) and not isinstance(dt, torch.Tensor):
-        return None, [float(std), 1.0 / std, float("nan") if dt is None else -float(dt)]
+        return None, [float(std), 1.0 / float(std), float("nan") if dt is None else -float(dt)]
     if not isinstance(std, torch.Tensor):
         std = torch.full((), std, device=device, dtype=dtype)
     column = layout.row_vector(std, "std", rows, device, dtype)

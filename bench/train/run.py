@@ -202,7 +202,7 @@ def worker(workload: Workload, name: str) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as output:
         trainer = make_trainer(workload, torch.device("cpu"), output)
         trainer.pipeline.set_progress_bar_config(disable=True)
-        trainer._verify = lambda trajectory: None  # type: ignore[method-assign]
+        trainer._verify = lambda rollout: None  # type: ignore[method-assign]
         trainer.begin(CONTENDERS[name])
         gc.collect()
         # sets the high-water mark back to what is resident now

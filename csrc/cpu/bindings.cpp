@@ -133,3 +133,6 @@ STABLE_TORCH_LIBRARY_IMPL(flowdppo, CompositeExplicitAutograd, library) {
 STABLE_TORCH_LIBRARY_IMPL(flowdppo, CPU, library) {
   flowdppo::binding::register_operators<flowdppo::cpu::Cpu>(library);
 }
+
+// For backend.py to compare with Python's lists.
+extern "C" __attribute__((visibility("default"))) const char* flowdppo_names() { return flowdppo::names(); }

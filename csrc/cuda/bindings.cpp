@@ -344,3 +344,6 @@ STABLE_TORCH_LIBRARY_IMPL(flowdppo_cuda, CompositeExplicitAutograd, library) {
 STABLE_TORCH_LIBRARY_IMPL(flowdppo_cuda, CUDA, library) {
   flowdppo::binding::register_operators<flowdppo::cuda::Cuda>(library);
 }
+
+// For backend.py to compare with Python's lists.
+extern "C" __attribute__((visibility("default"))) const char* flowdppo_names() { return flowdppo::names(); }

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ._require import require_trainer
+
+if TYPE_CHECKING:
+    from ..trainer.recipe.recipe import Recipe
 from .export import add_run_arguments
 
 _SUFFIXES = (".png", ".jpg", ".gif")
@@ -46,6 +49,23 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _constant_arguments(recipe: Recipe) -> dict[str, Any]:
+    """Arguments that all training prompts have in common, such as a negative prompt; none where their file is gone."""
+    from ..trainer.prompts import REWARD_KEYS
+
+    try:
+        prompts, _ = recipe.load_prompts()
+    except ValueError:
+        print("flowdppo sample: the run's prompts cannot be read, so arguments that they had in common are left out")
+        return {}
+    first = prompts[0]
+    if isinstance(first, str):
+        return {}
+    rows = [dict(entry) for entry in prompts if not isinstance(entry, str)]
+    keys = [key for key in first if key not in ("prompt", *REWARD_KEYS) and isinstance(first[key], (str, int, float))]
+    return {key: first[key] for key in keys if all(row[key] == first[key] for row in rows)}
+
+
 def _call_arguments(settings: list[str]) -> dict[str, Any]:
     import yaml
 
@@ -68,6 +88,7 @@ def _draw(options: argparse.Namespace, arguments: dict[str, Any]) -> tuple[list[
     saved = SavedRun.open(options.run_folder, iteration=options.iteration, average=options.average)
     recipe = saved.recipe()
     sampling, evaluation = recipe.config.sampling, recipe.config.evaluation
+    constant = _constant_arguments(recipe)
     # files with prompts were for training and may be gone
     recipe.prompts.train, recipe.prompts.eval = options.prompt, None
     check_environment(recipe)
@@ -81,6 +102,7 @@ def _draw(options: argparse.Namespace, arguments: dict[str, Any]) -> tuple[list[
         pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
     arguments = {
+        **constant,
         **sampling.pipeline_kwargs,
         **evaluation.pipeline_kwargs,
         "num_inference_steps": options.steps or evaluation.num_steps or sampling.num_steps,

@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> int:
     if options.dry_run:
         import yaml
 
-        from ..trainer.recipe.preflight import describe
+        from ..trainer.recipe.rehearsal import describe
 
         print(yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True), end="")
         print(describe(recipe, prepared.plan))

@@ -20,7 +20,7 @@ from ..losses import fused_policy_loss, fused_policy_velocity_loss
 from ..objectives import DPPO
 from ..results import LossOutput
 from ..rows import stats_dtype
-from ..samplers import SDEStep
+from ..samplers import SDEStep, on_host
 from ._require import require
 from ._rows import squared_drift
 
@@ -144,7 +144,7 @@ class DPPOTrainer(_DPPOTrainer):
         sigma = (inputs["t"].double() / 1000.0).reshape(-1).expand(rows)
         step = SDEStep.from_levels(sampler, std_dev_t, sigma, sigma + dt)
         shape, wide = (-1,) + (1,) * (old.ndim - 1), stats_dtype(old)
-        a, b, s = (torch.as_tensor(x).to(wide).reshape(shape) for x in (step.sample_coef, step.velocity_coef, step.std))
+        a, b, s = (on_host(x).to(wide).reshape(shape) for x in (step.sample_coef, step.velocity_coef, step.std))
         with torch.no_grad():
             noise = (inputs["next_latents"] - a * inputs["latents"] - b * old) / s
         return fused_policy_velocity_loss(

@@ -18,7 +18,7 @@ from ..backend import BackendName
 from ..losses import fused_policy_loss, fused_policy_velocity_loss
 from ..objectives import DPPO, GRPOGuard, LogProbKind, Objective, RatioClip, ReferenceKL
 from ..results import LossOutput
-from ..samplers import SDEStep
+from ..samplers import SDEStep, on_host
 from ..sampling import sde_step, sde_step_with_logprob
 from ..schedule import HostSchedule, per_row
 from ._rows import clip_pair, log_prob_policy_loss, squared_drift
@@ -87,7 +87,7 @@ def wan_sde_step_with_logprob(
         return_mean=True,
         log_prob="gaussian",
     )
-    sqrt_dt = torch.sqrt(-torch.as_tensor(step.dt))
+    sqrt_dt = torch.sqrt(-on_host(step.dt))
     numbers = (step.std / sqrt_dt, sqrt_dt) if return_dt_and_std_dev_t else (step.std,)
     shaped = (per_row(x, sample).expand(timestep.numel(), *(1,) * (sample.ndim - 1)) for x in numbers)
     return result.prev_sample, result.log_prob, result.mean, *shaped  # type: ignore[arg-type, return-value]
@@ -125,7 +125,7 @@ def recover_noise(step: SDEStep, sample: Tensor, prev_sample: Tensor, old_veloci
     """
     with torch.no_grad():
         mean = sde_step(sample, old_velocity, step, prev_sample=prev_sample, return_mean=True).mean
-        std = torch.as_tensor(step.std).to(mean)  # type: ignore[arg-type]
+        std = on_host(step.std).to(mean)  # type: ignore[arg-type]
         return (prev_sample - mean) / std.reshape((-1,) + (1,) * (sample.ndim - 1))  # type: ignore[operator]
 
 

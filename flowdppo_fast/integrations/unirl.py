@@ -25,7 +25,7 @@ from ..losses import fused_policy_loss
 from ..objectives import DPPO, LogProbKind
 from ..results import LossMetrics, LossOutput
 from ..rows import stats_dtype
-from ..samplers import Schedule, SDEStep, diffusion
+from ..samplers import Schedule, SDEStep, diffusion, on_host
 from ..sampling import sde_step
 from ._require import require
 from ._rows import UNIRL_METRICS, log_prob_policy_loss, squared_drift
@@ -228,7 +228,7 @@ class FlowDPPO(_FlowDPPO):
         step = _step(sampler, sigma, sigma_next, float(self.params.eta), sigma_max)
         shape = (1, -1) + (1,) * (velocity.ndim - 2)
         wide = stats_dtype(velocity)
-        a, b = (torch.as_tensor(x).to(wide).reshape(shape) for x in (step.sample_coef, step.velocity_coef))
+        a, b = (on_host(x).to(wide).reshape(shape) for x in (step.sample_coef, step.velocity_coef))
         with torch.no_grad():
             states = torch.stack([segment.latents_at(i).to(device) for i in steps], dim=1)
             segment.sde_means = a * states + b * velocity
@@ -322,4 +322,4 @@ class FlowDPPO(_FlowDPPO):
         """``[S]`` standard deviations of the segment's transitions, on the device."""
         sigma, sigma_next, sigma_max = self._levels(segment, steps, device)
         sampler = self._sampler()
-        return torch.as_tensor(_step(sampler, sigma, sigma_next, float(self.params.eta), sigma_max).std)
+        return on_host(_step(sampler, sigma, sigma_next, float(self.params.eta), sigma_max).std)

@@ -23,6 +23,7 @@ from ..backend import BackendName
 from ..losses import fused_policy_loss
 from ..objectives import DPPO, LOG_SQRT_2PI, GRPOGuard, RatioClip
 from ..results import LossOutput
+from ..samplers import on_host
 from ..sampling import sde_step
 from ..schedule import HostSchedule, per_row
 from ._require import require
@@ -415,7 +416,7 @@ def sample_previous_step(
     if prev_sample is not None:
         # the losses get the mean and not the state; log_ratio="means" needs both
         setattr(result.mean, _ACTION, result.prev_sample)
-    std, sqrt_dt = torch.as_tensor(step.std), torch.sqrt(-torch.as_tensor(step.dt))
+    std, sqrt_dt = on_host(step.std), torch.sqrt(-on_host(step.dt))
     log_prob = result.log_prob
     if log_prob is not None and not include_logprob_normalizer and sde_type != "cps":
         log_prob = log_prob + (torch.log(std) + LOG_SQRT_2PI).to(log_prob)

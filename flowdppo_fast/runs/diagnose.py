@@ -17,6 +17,7 @@ import numpy as np
 
 from . import figures
 from ..objectives import DPPO, GRPOGuard, RatioClip
+from .logs import from_json
 from .row_log import Rows, clip_against_mask, read_rows
 from ..samplers import sde_schedule
 
@@ -26,6 +27,8 @@ BF16_ROUNDING = 1.7e-3
 _NEAR_THRESHOLD = 0.1
 _MOST_ROWS = 0.8
 _HALF = 0.5
+# a reward of which the trained steps' noise explains less than this share teaches mostly luck
+_LEAST_NOISE_SHARE = 0.1
 # how many standard errors a change from the first to the last third of a run must have
 _CHANGE = 5.0
 
@@ -60,7 +63,7 @@ class RunFolder:
         for name in ("config.yaml", "metrics.jsonl"):
             if not (path / name).is_file():
                 raise ValueError(f"{path}: no {name} there, expected a run folder of FlowDPPOTrainer")
-        metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+        metrics = [from_json(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
         if not metrics:
             raise ValueError(f"{path}: metrics.jsonl is empty, expected a run of at least one iteration")
         config = yaml.safe_load((path / "config.yaml").read_text())
@@ -233,6 +236,28 @@ def _hacking(folder: RunFolder) -> Iterator[str]:
             )
 
 
+def _falling(folder: RunFolder) -> Iterator[str]:
+    names = {name for line in folder.metrics for name in line if name == "eval/reward"}
+    for name in ("reward", *sorted(names)):
+        down = _change(folder.series(name))
+        if down is not None and down[2] <= -_CHANGE:
+            yield (
+                f"{name} fell from {down[0]:.3g} to {down[1]:.3g} (means of the first and the last third): stop this run "
+                "and go back to a checkpoint from before; a larger rollout (sampling.prompts_per_rollout, "
+                "sampling.group_size), more trained steps or a lower optimizer.learning_rate make its gradient less noisy"
+            )
+
+
+def _luck(folder: RunFolder) -> Iterator[str]:
+    shares = folder.series("noise_share")
+    if len(shares) and shares[-1] < _LEAST_NOISE_SHARE:
+        yield (
+            f"the noise of the trained steps explains {shares[-1]:.1%} of the reward's variance within groups, the first "
+            "latents explain the rest, which no update can change: train earlier or more steps (sampling.sde_steps), "
+            "raise sampling.eta, or set sampling.same_latents"
+        )
+
+
 def _change(values: np.ndarray) -> tuple[float, float, float] | None:
     """Means of the first and the last third, and their difference in standard errors; None for fewer than 6 values."""
     third = len(values) // 3
@@ -249,7 +274,9 @@ CHECKS: dict[str, Callable[[RunFolder], Iterator[str]]] = {
     "numbers that are not finite": _nonfinite,
     "one update per rollout": _one_update,
     "rollout/train mismatch": _mismatch,
+    "reward falls": _falling,
     "reward hacking": _hacking,
+    "reward decided by the first latents": _luck,
     "bound never fires": _never_fires,
     "bound drops nearly everything": _drops_most,
     "clip decided by noise": _noisy_clip,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 METRICS_FILE, ROWS_FILE = "metrics.jsonl", "rows.jsonl"
 ADVICE = "the last checkpoint is as it was; mend this and continue with resume=True"
@@ -22,6 +24,33 @@ def append_lines(path: Path, lines: Iterable[str]) -> None:
         log.writelines(line + "\n" for line in lines)
         log.flush()
         os.fsync(log.fileno())
+
+
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def to_json(values: Any) -> str:
+    """One line of strict JSON: numbers that are not finite are the strings ``"NaN"``, ``"Infinity"``, ``"-Infinity"``."""
+    try:
+        return json.dumps(values, allow_nan=False)
+    except ValueError:
+        return json.dumps(_strict(values), allow_nan=False)
+
+
+def from_json(text: str | bytes) -> Any:
+    """The inverse of :func:`to_json`."""
+    values = json.loads(text)
+    return {key: _NOT_FINITE.get(v, v) if isinstance(v, str) else v for key, v in values.items()}
+
+
+def _strict(values: Any) -> Any:
+    if isinstance(values, Mapping):
+        return {key: _strict(value) for key, value in values.items()}
+    if isinstance(values, (list, tuple)):
+        return [_strict(value) for value in values]
+    if isinstance(values, float) and not math.isfinite(values):
+        return "NaN" if math.isnan(values) else "Infinity" if values > 0 else "-Infinity"
+    return values
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..results import LossOutput
+from .logs import to_json
 
 _FIELDS = ("log_ratio", "kl", "kept")
 
@@ -31,6 +32,7 @@ class RowPart:
         update: number of the optimizer step in its iteration.
         steps: indices in the schedule, S of them.
         rows: numbers in the rollout, b of them.
+        elements: latent elements of each row.
         numbers: ``[3, b, S]`` log-ratio, mean-reduced KL, and 1 where the row was kept; on the device. None where they
             travel apart.
     """
@@ -38,23 +40,24 @@ class RowPart:
     update: int
     steps: tuple[int, ...]
     rows: tuple[int, ...]
+    elements: int
     numbers: Tensor | None
 
     def without_numbers(self) -> RowPart:
         return dataclasses.replace(self, numbers=None)
 
 
-def row_part(out: LossOutput, update: int, steps: Sequence[int], rows: Sequence[int]) -> RowPart:
+def row_part(out: LossOutput, update: int, steps: Sequence[int], rows: Sequence[int], elements: int) -> RowPart:
     """The rows of a loss call on ``[b, S]``; no host sync."""
     numbers = torch.stack([out.rows.log_ratio, out.rows.kl, out.rows.kept.to(out.rows.kl.dtype)])
-    return RowPart(update, tuple(steps), tuple(rows), numbers.float())
+    return RowPart(update, tuple(steps), tuple(rows), elements, numbers.float())
 
 
 def row_lines(
-    iteration: int, elements: int, parts: Sequence[RowPart], numbers: Sequence[float], advantages: Sequence[float]
+    iteration: int, parts: Sequence[RowPart], numbers: Sequence[float], advantages: Sequence[float]
 ) -> Iterator[str]:
-    """JSON lines, one per update and set of steps: ``iteration``, ``update``, ``steps`` [S], ``elements`` N per row,
-    ``rows`` [b], ``advantage`` [b], and ``log_ratio``, ``kl`` (mean-reduced), ``kept`` [b][S].
+    """JSON lines, one per update, set of steps and size: ``iteration``, ``update``, ``steps`` [S], ``elements`` N per
+    row, ``rows`` [b], ``advantage`` [b], and ``log_ratio``, ``kl`` (mean-reduced), ``kept`` [b][S].
 
     Args:
         numbers: those of all ``parts`` in order, as they were read from the device.
@@ -63,7 +66,7 @@ def row_lines(
     lines: dict[tuple, dict] = {}
     start = 0
     for part in parts:
-        key = (part.update, part.steps)
+        key = (part.update, part.steps, part.elements)
         line = lines.setdefault(key, {"rows": [], **{name: [] for name in _FIELDS}})
         line["rows"] += part.rows
         count, width = len(part.rows), len(part.steps)
@@ -73,9 +76,9 @@ def row_lines(
                 line[name].append([int(x) for x in values] if name == "kept" else list(values))
                 start += width
     # processes are gathered one after the other
-    for (update, steps), line in sorted(lines.items(), key=lambda item: item[0][0]):
+    for (update, steps, elements), line in sorted(lines.items(), key=lambda item: item[0][0]):
         head = {"iteration": iteration, "update": update, "steps": list(steps), "elements": elements}
-        yield json.dumps({**head, "advantage": [advantages[row] for row in line["rows"]], **line})
+        yield to_json({**head, "advantage": [advantages[row] for row in line["rows"]], **line})
 
 
 @dataclass(frozen=True)

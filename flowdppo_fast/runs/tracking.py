@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from accelerate.logging import get_logger
 from accelerate.tracking import GeneralTracker, filter_trackers
 from tqdm.auto import tqdm
 
-from .logs import METRICS_FILE, append_lines, writing
+from .logs import METRICS_FILE, append_lines, to_json, writing
 
 logger = get_logger(__name__)
 
@@ -87,6 +88,16 @@ class RunLog:
             total=self.total, initial=len(history), disable=not self.progress, unit="it", dynamic_ncols=True
         )
 
+    def say(self, text: str) -> None:
+        """Lines beside the progress bar, where there is one."""
+        if self._bar is not None and self.progress:
+            self._bar.write(text, file=sys.stderr)
+
+    def doing(self, text: str) -> None:
+        """What is being done within an iteration, before the progress bar."""
+        if self._bar is not None:
+            self._bar.set_description(text)
+
     def iteration(self, metrics: Mapping[str, Any]) -> None:
         """One iteration is done: ``metrics`` are numbers by name, with ``iteration`` (from 1).
 
@@ -101,7 +112,7 @@ class RunLog:
         if self._bar is None:
             return
         self.history.append(dict(metrics))
-        append_lines(self.folder / METRICS_FILE, [json.dumps(dict(metrics))])
+        append_lines(self.folder / METRICS_FILE, [to_json(dict(metrics))])
         shown = {name: form.format(metrics[key]) for key, (name, form) in _POSTFIX.items() if key in metrics}
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update()

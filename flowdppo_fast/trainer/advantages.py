@@ -11,13 +11,19 @@ from torch import Tensor
 def weighted_reward(rewards: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
     """``[R]`` sum of ``weight * reward``; rewards that ``weights`` does not name count once.
 
+    NaN, an abstention, where a reward of another weight than 0 is NaN.
+
     Raises:
         ValueError: a weight for a reward that does not exist.
     """
     unknown = [name for name in weights if name not in rewards]
     if unknown:
         raise ValueError(f"reward_weights: got {unknown}, expected names of rewards: {list(rewards)}")
-    return torch.stack([weights.get(name, 1.0) * value for name, value in rewards.items()]).sum(0)
+    parts = [
+        weights.get(name, 1.0) * value if weights.get(name, 1.0) else torch.zeros_like(value)
+        for name, value in rewards.items()
+    ]
+    return torch.stack(parts).sum(0)
 
 
 def group_advantages(
@@ -26,7 +32,8 @@ def group_advantages(
     """Reward minus the mean of its group, over a standard deviation plus ``eps``.
 
     Args:
-        rewards: ``[groups * group_size]``, rows of a group adjacent.
+        rewards: ``[groups * group_size]``, rows of a group adjacent; NaN is an abstention, which counts towards no mean
+            and no standard deviation.
         std: ``"group"``, ``"global"`` (of all ``rewards``) or ``"none"``; population standard deviations, as in
             flow_grpo.
         eps: added to the standard deviation.
@@ -34,7 +41,7 @@ def group_advantages(
             group's mean and standard deviation.
 
     Returns:
-        Advantages shaped like ``rewards``; exactly 0 in a group whose rewards are all equal.
+        Advantages shaped like ``rewards``; exactly 0 for abstentions and in a group whose rewards are all equal.
 
     Raises:
         ValueError: rewards that are no whole number of groups, or an unknown ``std``.
@@ -44,23 +51,36 @@ def group_advantages(
     if std not in ("group", "global", "none"):
         raise ValueError(f"std: got {std!r}, expected 'group', 'global' or 'none'")
     grouped = rewards.view(-1, group_size)
-    pool = grouped
-    if past is not None:
-        # an empty place holds the group's first reward, and weighs nothing
-        known = torch.cat([torch.ones_like(grouped), (~past.isnan()).to(grouped.dtype)], dim=1)
-        pool = torch.cat([grouped, torch.where(past.isnan(), grouped[:, :1], past)], dim=1)
-        mean = (pool * known).sum(1, keepdim=True) / known.sum(1, keepdim=True)
-        spread = (((pool - mean).square() * known).sum(1, keepdim=True) / known.sum(1, keepdim=True)).sqrt()
-    else:
-        mean, spread = grouped.mean(1, keepdim=True), grouped.std(1, correction=0, keepdim=True)
-    centred = grouped - mean
+    pool = grouped if past is None else torch.cat([grouped, past], dim=1)
+    known = ~pool.isnan()
+    mean, spread = _moments(pool, known)
+    centred = grouped - mean[:, None]
     if std == "group":
-        centred = centred / (spread + eps)
+        centred = centred / (spread[:, None] + eps)
     elif std == "global":
-        centred = centred / (rewards.std(correction=0) + eps)
+        centred = centred / (_moments(rewards, ~rewards.isnan())[1] + eps)
     # the mean of equal numbers may be an ulp off, which eps would turn into an advantage
-    flat = pool.amax(1, keepdim=True) == pool.amin(1, keepdim=True)
-    return torch.where(flat, 0.0, centred).reshape(-1)
+    return torch.where(_flat(pool, known)[:, None] | grouped.isnan(), 0.0, centred).reshape(-1)
+
+
+def group_spread(rewards: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Standard deviation of each group's rewards and whether they are all equal; ``[groups]`` each."""
+    grouped = rewards.view(-1, group_size)
+    known = ~grouped.isnan()
+    return _moments(grouped, known)[1], _flat(grouped, known)
+
+
+def _flat(values: Tensor, known: Tensor) -> Tensor:
+    """Whether the ``known`` values of a row are all equal; so are those of a row without any."""
+    highest = torch.where(known, values, -torch.inf).amax(-1)
+    return highest <= torch.where(known, values, torch.inf).amin(-1)
+
+
+def _moments(values: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and population standard deviation of the ``known`` values of the last dimension."""
+    count = known.sum(-1).clamp_min(1)
+    mean = torch.where(known, values, 0.0).sum(-1) / count
+    return mean, (torch.where(known, values - mean[..., None], 0.0).square().sum(-1) / count).sqrt()
 
 
 def advantages_of(

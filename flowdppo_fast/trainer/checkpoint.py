@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -220,8 +221,13 @@ def _digest(path: Path) -> str:
 
 
 def _sync(path: Path) -> None:
+    """Returns when a file or the entries of a folder are on the disk, as far as the file system has a call for it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # some network and FUSE mounts have none for folders
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)):
+            raise
     finally:
         os.close(descriptor)

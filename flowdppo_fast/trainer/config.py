@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import pkgutil
+import re
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FunctionType
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, Strict, StrictBool, StrictInt
 
-from ..objectives import DPPO, GRPOGuard, Objective, RatioClip, Unclipped
+from ..objectives import DPPO, GRPOGuard, Objective, OwnRule, RatioClip, Unclipped, as_objective
+from ..samplers import SAMPLERS
 from .settings import NUMBER, Count, NotNegative, Number, Positive, build, check, check_known, plain, read_yaml, require
 
 # sections of a recipe beside those of the trainer
@@ -32,6 +37,9 @@ _RESERVED_ARGUMENTS = (
 # what a section does not know is refused, and sections in sections are checked again
 SECTION = ConfigDict(extra="forbid", revalidate_instances="always")
 _BetweenZeroAndOne = Annotated[float, Field(gt=0, lt=1), NUMBER]
+# package.module:attribute, imported when it is used
+_OF_MODULE = re.compile(r"\w+(\.\w+)*:\w+(\.\w+)*")
+_SAMPLERS = tuple(name for name in SAMPLERS if name != "ode")
 _Beta = Annotated[float, Field(ge=0, lt=1), NUMBER]
 # YAML reads a bare no as False
 _Precision = Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)]
@@ -72,7 +80,8 @@ class SamplingConfig:
 
     Args:
         num_steps: denoising steps T, of which the last is never trained.
-        sampler: stochastic sampler, an entry of :data:`flowdppo_fast.SAMPLERS` with noise.
+        sampler: stochastic sampler: ``"flow_sde"``, ``"dance"``, ``"wan"``, ``"cps"``, or one of your own as
+            ``package.module:attribute``, a ``Sampler`` or the diffusion of a reverse-time SDE.
         eta: noise level of the sampler, > 0.
         sde_steps: indices of the steps that may draw noise and be trained, in 0..T-2; None means the first
             ``sde_fraction`` of all steps.
@@ -85,6 +94,11 @@ class SamplingConfig:
         noise: ``"seeded"`` keeps a seed, ``"stored"`` the tensor.
         prompts_per_rollout: groups per rollout.
         group_size: images per prompt, the group that shares a baseline.
+        same_latents: all images of a group begin with the same latents, as flow_grpo's ``same_latent``: what differs in
+            a group is then the noise of the trained steps alone.
+        measure_noise_share: before the first rollout, sample it twice more, with and without the same latents in a
+            group, and log the share of the reward's variance within groups that the noise of the trained steps explains
+            (``noise_share``).
         batch_size: images per call of the pipeline, a multiple or a divisor of ``group_size``; None means as many as
             possible.
         output_type: what the pipeline returns and the reward gets.
@@ -97,7 +111,7 @@ class SamplingConfig:
     __pydantic_config__ = SECTION
 
     num_steps: Annotated[int, Field(ge=2), Strict()] = 10
-    sampler: Literal["flow_sde", "dance", "wan", "cps"] = "flow_sde"
+    sampler: str = "flow_sde"
     eta: Positive = 0.7
     sde_steps: tuple[StrictInt, ...] | None = None
     sde_fraction: Annotated[float, Field(gt=0, le=1), NUMBER] | None = None
@@ -108,6 +122,8 @@ class SamplingConfig:
     noise: Literal["seeded", "stored"] = "seeded"
     prompts_per_rollout: Count = 8
     group_size: Count = 8
+    same_latents: StrictBool = False
+    measure_noise_share: StrictBool = False
     batch_size: Count | None = None
     output_type: str = "pt"
     pipeline_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -153,8 +169,11 @@ class ObjectiveConfig:
 
     Args:
         name: ``"dppo"``, ``"dppo_symmetric"``, ``"ratio_clip"``, ``"grpo_guard"`` or ``"unclipped"``.
-        threshold: bound of the mean-reduced KL for the two DPPO objectives; None means 1e-5.
-        clip_low, clip_high: clip range for the two clipping objectives; None means theirs (1e-4; GRPO-Guard 2e-6).
+        callable: one of your own in place of ``name``, ``package.module:attribute``: a function of a row's values
+            (``flowdppo_fast.rules``), or an objective.
+        threshold: bound of the mean-reduced KL for the two DPPO objectives, None means 1e-5; or a function's number.
+        clip_low, clip_high: clip range for the two clipping objectives, None means theirs (1e-4; GRPO-Guard 2e-6); or
+            a function's.
         kl_weight: weight of the KL to the model as it was at the start, >= 0.
         reference_kl: ``"gaussian"``, or ``"without_dt"`` for flow_grpo's convention.
         drift_budget: the run ends once the KL to the model at the start, in nats per denoising step, exceeds this.
@@ -163,6 +182,7 @@ class ObjectiveConfig:
     __pydantic_config__ = SECTION
 
     name: Literal["dppo", "dppo_symmetric", "ratio_clip", "grpo_guard", "unclipped"] = "dppo"
+    callable: str | None = None
     threshold: Positive | None = None
     clip_low: _BetweenZeroAndOne | None = None
     clip_high: Positive | None = None
@@ -175,7 +195,13 @@ class ObjectiveConfig:
         return self.kl_weight > 0 or self.drift_budget is not None
 
     def build(self) -> Objective:
-        """The objective of this section."""
+        """The objective of this section.
+
+        Raises:
+            ValueError, TypeError: ``callable`` names nothing, or something else.
+        """
+        if self.callable is not None:
+            return self._own(self.callable)
         if self.name.startswith("dppo"):
             threshold = DPPO().threshold if self.threshold is None else self.threshold
             return DPPO(threshold, symmetric=self.name == "dppo_symmetric")
@@ -184,6 +210,18 @@ class ObjectiveConfig:
         kind = RatioClip if self.name == "ratio_clip" else GRPOGuard
         low, high = self.clip_low, self.clip_high
         return kind(kind.low if low is None else low, kind.high if high is None else high)
+
+    def _own(self, name: str) -> Objective:
+        try:
+            found = pkgutil.resolve_name(name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(f"objective.callable: got {name!r}, which cannot be imported ({error})") from error
+        if not isinstance(found, FunctionType):
+            return as_objective(found)
+        threshold, low, high = (
+            math.inf if value is None else value for value in (self.threshold, self.clip_low, self.clip_high)
+        )
+        return OwnRule(found, threshold=threshold, low=low, high=high)
 
 
 @dataclass
@@ -255,6 +293,8 @@ class RunConfig:
         project: name under which trackers file the run.
         plot_every: iterations between plots and pages of rollouts in the output folder; None means one plot at the
             end, 0 none. Evaluations leave their pages in any case.
+        strict_replay: the replay of a step in the batch it was recorded in must give the recorded velocities bitwise;
+            False accepts, with a warning, what kernels that are not deterministic round otherwise.
         row_log: write log-ratio, KL and mask of every row of every update to ``rows.jsonl`` in the output folder.
     """
 
@@ -270,6 +310,7 @@ class RunConfig:
     trackers: tuple[str, ...] = ()
     project: str = "flowdppo"
     plot_every: Annotated[int, Field(ge=0), Strict()] | None = 10
+    strict_replay: StrictBool = True
     row_log: StrictBool = True
 
 
@@ -322,7 +363,7 @@ class FlowDPPOConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dictionaries of plain values; :meth:`from_dict` is the inverse."""
-        return plain(dataclasses.asdict(self))
+        return plain(self)
 
     def save(self, path: str | Path) -> None:
         """Writes the settings as YAML."""
@@ -341,6 +382,10 @@ class FlowDPPOConfig:
 
     def _check_sampling(self) -> None:
         s, o = self.sampling, self.optimizer
+        require(
+            s.sampler in _SAMPLERS or _OF_MODULE.fullmatch(s.sampler) is not None, "sampling.sampler", s.sampler,
+            f"{', '.join(map(repr, _SAMPLERS))}, or package.module:attribute",
+        )  # fmt: skip
         require(s.sampler != "cps" or s.eta <= 1, "sampling.eta", s.eta, "at most 1 for 'cps'")
         require(
             s.sde_fraction is None or s.sde_steps is None, "sampling.sde_fraction", s.sde_fraction,
@@ -386,9 +431,13 @@ class FlowDPPOConfig:
 
     def _check_objective(self) -> None:
         o = self.objective
-        if not o.name.startswith("dppo"):
+        if o.callable is not None:
+            named = _OF_MODULE.fullmatch(o.callable) is not None
+            require(named, "objective.callable", o.callable, "package.module:attribute")
+            require(o.name == "dppo", "objective.name", o.name, "none beside objective.callable")
+        elif not o.name.startswith("dppo"):
             require(o.threshold is None, "objective.threshold", o.threshold, f"none: {o.name!r} has no KL mask")
-        if o.name not in ("ratio_clip", "grpo_guard"):
+        if o.callable is None and o.name not in ("ratio_clip", "grpo_guard"):
             for name in ("clip_low", "clip_high"):
                 value = getattr(o, name)
                 require(value is None, f"objective.{name}", value, f"none: {o.name!r} does not clip")

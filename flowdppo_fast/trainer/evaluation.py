@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .advantages import weighted_reward
 from .config import FlowDPPOConfig
-from .pipeline_calls import PipelineCalls
+from .pipeline_calls import PipelineCalls, check_guidance, join_rewards
 from .prompts import PromptSource
 from .rollout import captions
 from .seeds import derive_seed
@@ -38,6 +37,7 @@ class Evaluation:
     ):
         self.options = {**config.sampling.pipeline_kwargs, **config.evaluation.pipeline_kwargs}
         self.source = PromptSource(prompts, pipeline, [*self.options, "return_dict"])
+        check_guidance(self.source, self.options)
         self.config, self.workers, self.calls = config, workers, calls
 
     def run(self) -> tuple[dict[str, float], list[Any], list[str]]:
@@ -58,8 +58,8 @@ class Evaluation:
             images += list(made)
             parts.append(rewards)
         self.workers.agree()
-        own = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        own = join_rewards(parts, self.workers)
         named = {name: self.workers.gather(value)[:total] for name, value in own.items()}
         named["reward"] = weighted_reward(named, self.config.advantage.reward_weights)
-        metrics = {name: float(value.mean()) for name, value in named.items()}
+        metrics = {name: float(value.nanmean()) for name, value in named.items()}
         return metrics, images, captions([self.source.entries[row // count] for row in rows], own)

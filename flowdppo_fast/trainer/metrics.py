@@ -10,7 +10,7 @@ from torch import Tensor
 from ..objectives import SUMMARY
 from ..results import LossOutput
 from ..runs.row_log import row_lines
-from .advantages import weighted_reward
+from .advantages import group_spread, weighted_reward
 from .config import FlowDPPOConfig
 from .rollout import Rollout
 from .weights.distributed import Workers
@@ -76,33 +76,40 @@ def read_iteration(
         names: metrics that mean something for the objective.
     """
     total = weighted_reward(rollout.rewards, config.advantage.reward_weights)
-    grouped = total.view(-1, config.sampling.group_size)
+    spread, flat = group_spread(total, config.sampling.group_size)
     steps = {name: torch.stack([step[name] for step in results["steps"]]) for name in results["steps"][0]}
-    shares = torch.tensor(results["shares"], device=total.device)
+    vectors = workers.gather(torch.stack(results["vectors"]))
+    # rows of different calls may have different sizes
+    sizes = torch.tensor([results["shares"], results["elements"]], dtype=torch.float64).T.to(total.device)
+    shares, elements = workers.gather(sizes).float().unbind(1)
+    reduced = reduce_micro(vectors, shares, names)
+    # the paper's KL is a sum over the latent: nats per denoising step
+    nats = {
+        name.replace("mean", "nats"): (vectors[:, METRICS.index(name)] * elements * shares).sum() / shares.sum()
+        for name in ("kl_new_old_mean", "kl_ref_mean")
+        if name in reduced
+    }
     values = {
-        **reduce_micro(workers.gather(torch.stack(results["vectors"])), workers.gather(shares), names),
-        "reward": total.mean(),
-        "reward_std": grouped.std(1, correction=0).mean(),
-        "zero_std_fraction": (grouped.amax(1) == grouped.amin(1)).float().mean(),
+        **reduced,
+        **nats,
+        "reward": total.nanmean(),
+        "reward_std": spread.mean(),
+        "zero_std_fraction": flat.float().mean(),
+        "abstained_fraction": total.isnan().float().mean(),
         "grad_norm": steps["grad_norm"].mean(),
         "skipped_updates": steps["skipped"].sum(),
         "stopped_updates": steps["stopped"].sum(),
     }
     if len(rollout.rewards) > 1:
-        values |= {f"reward/{name}": value.mean() for name, value in rollout.rewards.items()}
+        values |= {f"reward/{name}": value.nanmean() for name, value in rollout.rewards.items()}
     scalars = torch.stack([value.float() for value in values.values()])
     parts = results["parts"] if config.run.row_log else []
     numbers = workers.gather(torch.cat([part.numbers.flatten() for part in parts])) if parts else scalars[:0]
     read = torch.cat([scalars, rollout.advantages, numbers]).tolist()
     metrics = dict(zip(values, read))
     first = rollout.trajectories[0]
-    elements = first.velocity.shape[2:].numel()
-    for name in ("kl_new_old_mean", "kl_ref_mean"):
-        if name in metrics:
-            # the paper's KL is a sum over the latent: nats per denoising step
-            metrics[name.replace("mean", "nats")] = metrics[name] * elements
     rows = len(total) * len(first.steps) * config.optimizer.inner_epochs
     everywhere = workers.gather_objects([part.without_numbers() for part in parts])
     advantages, numbers_read = read[len(values) :][: len(total)], read[len(values) + len(total) :]
-    lines = list(row_lines(iteration, elements, everywhere, numbers_read, advantages))
+    lines = list(row_lines(iteration, everywhere, numbers_read, advantages))
     return {"iteration": iteration, **metrics, "rows": rows}, lines

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .ambient import autocast
 from .config import FlowDPPOConfig
 from .prompts import PromptSource, text_of
 from .rewards import BackgroundScorer, Reward, score
@@ -43,8 +44,7 @@ class PipelineCalls:
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """The precision of the run."""
-        dtype = _AUTOCAST.get(self.config.model.mixed_precision)
-        return contextlib.nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
+        return autocast(self.device.type, _AUTOCAST.get(self.config.model.mixed_precision))
 
     def images(
         self, source: PromptSource, entries: list[dict], seeds: list[int], num_steps: int, options: Mapping[str, Any]
@@ -52,9 +52,10 @@ class PipelineCalls:
         """Images of one pipeline call, one per entry of ``source``."""
         # equal neighbours are one prompt with several images, if all runs of them have a common length
         runs = [len(list(run)) for _, run in itertools.groupby(entries, key=id)]
+        given = source.arguments(entries, math.gcd(*runs), self.device)
         arguments = {
-            **source.arguments(entries, math.gcd(*runs), self.device),
-            **options,
+            **given,
+            **shared_options(options, given, self.device),
             "num_inference_steps": num_steps,
             "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
             "output_type": self.config.sampling.output_type,
@@ -66,7 +67,8 @@ class PipelineCalls:
     def rewards(self, images: Any, entries: list[dict], scorer: BackgroundScorer | None = None) -> Callable[[], Any]:
         """Starts to score the images of a call; what is returned waits for the rewards."""
         texts = [text_of(entry) for entry in entries]
-        metadata = [entry.get("metadata", {}) for entry in entries]
+        # null in a file of prompts is no metadata
+        metadata = [entry.get("metadata") or {} for entry in entries]
         # a reward may fail on one process alone
         attempt = self.workers.attempt
         if scorer is None:
@@ -79,3 +81,66 @@ class PipelineCalls:
         """:meth:`images` with their rewards by name."""
         images = self.images(source, entries, *how)
         return images, self.rewards(images, entries)()
+
+
+def shared_options(options: Mapping[str, Any], given: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """``options`` of every call as a call takes them: negatives once per prompt, tensors of no inference mode.
+
+    Diffusers repeats one negative text itself in some pipelines and not in others; all of them take one per prompt.
+
+    Args:
+        given: the arguments of the call's prompts, lists and tensors with an entry per prompt.
+    """
+    prompts = next((len(value) for value in given.values() if isinstance(value, (list, Tensor))), None)
+    shared = {}
+    for name, value in options.items():
+        if isinstance(value, Tensor):
+            value = value.clone() if value.is_inference() else value
+            value = value.to(device)
+            if name.startswith("negative_") and prompts is not None and value.ndim and len(value) == 1:
+                value = value.expand(prompts, *value.shape[1:])
+        elif isinstance(value, str) and name.startswith("negative_prompt") and prompts is not None:
+            value = [value] * prompts
+        shared[name] = value
+    return shared
+
+
+def check_guidance(source: PromptSource, options: Mapping[str, Any]) -> None:
+    """True guidance that a pipeline would leave off, with no more than a warning, is an error.
+
+    Raises:
+        ValueError: ``true_cfg_scale`` above 1 without a negative prompt.
+    """
+    scale = options.get("true_cfg_scale")
+    names = {*options, *source.entries[0]}
+    if scale is not None and scale > 1 and not any(name.startswith("negative_prompt") for name in names):
+        raise ValueError(
+            f"sampling.pipeline_kwargs: got true_cfg_scale={scale} without a negative prompt, expected negative_prompt "
+            "beside it or in the prompts (' ' is the usual one): without it the pipeline draws without guidance"
+        )
+
+
+def join_rewards(
+    calls: Sequence[Mapping[str, Tensor]], workers: Workers, known: Sequence[str] | None = None
+) -> dict[str, Tensor]:
+    """Rewards of this process's calls, joined by name; names are in one order on all processes.
+
+    Args:
+        calls: rewards ``[rows]`` of each call by name, in any order.
+        known: the names so far, None at first.
+
+    Raises:
+        ValueError: names that differ between calls, processes or iterations; all processes are told who had what.
+    """
+    told = workers.gather_objects([[list(call) for call in calls]])
+    names = list(known or told[0][0])
+    for rank, made in enumerate(told):
+        for number, got in enumerate(made):
+            if set(got) != set(names):
+                process = f" of process {rank}" if workers.count > 1 else ""
+                before = "before" if known else f"in call 0{' of process 0' if workers.count > 1 else ''}"
+                raise ValueError(
+                    f"reward: got the names {sorted(got)} in call {number}{process}, expected {sorted(names)} as "
+                    f"{before}"
+                )
+    return {name: torch.cat([call[name] for call in calls]) for name in names}

@@ -71,6 +71,10 @@ class PromptSource:
         repeats_itself = all(_kind(first[key]) in ("text", "constant") for key in given)
         self._count_argument = next((name for name in _COUNT_ARGUMENTS if repeats_itself and name in known), None)
 
+    def fingerprints(self) -> list[str]:
+        """A short text per prompt that another one does not have."""
+        return [f"{derive_seed({key: _digest(value) for key, value in entry.items()}):x}" for entry in self.entries]
+
     def groups(self, iteration: int, count: int, seed: int) -> list[dict[str, Any]]:
         """The ``count`` prompts of an iteration: a shuffled pass over all of them, another shuffle, and so on."""
         total = len(self.entries)
@@ -132,6 +136,17 @@ class PromptSource:
 def text_of(entry: Mapping[str, Any]) -> Any:
     """What the reward and a reader are told of a prompt."""
     return entry.get("text", entry.get("prompt"))
+
+
+def _digest(value: Any) -> Any:
+    """What tells one value of a prompt from another; of arrays their shape and first numbers."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        return tuple(value.shape), np.asarray(value.flatten()[:64].tolist()).tolist()
+    if isinstance(value, Mapping):
+        return sorted((str(key), _digest(part)) for key, part in value.items())
+    if isinstance(value, (list, tuple)):
+        return [_digest(part) for part in value]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else type(value).__name__
 
 
 def _entry(position: int, prompt: str | Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from accelerate.logging import get_logger
 from torch import Tensor
 
-from ..runs.logs import ADVICE, METRICS_FILE, ROWS_FILE, drop_later_lines
+from ..runs.logs import ADVICE, METRICS_FILE, ROWS_FILE, drop_later_lines, from_json
 from . import checkpoint
 from .advantages import RewardHistory
 from .config import FlowDPPOConfig
@@ -24,11 +23,27 @@ from .weights.policy import PolicyWeights
 
 logger = get_logger(__name__)
 
-# settings that may differ between a run and its continuation
-FREE_SETTINGS = (
-    "checkpoint_every", "device", "iterations", "keep_checkpoints", "output_dir", "plot_every", "progress", "project",
-    "row_log", "trackers",
-)  # fmt: skip
+# settings that may differ between a run and its continuation: where it runs, what it leaves and what it keeps in memory
+_FREE = {
+    "run": (
+        "checkpoint_every", "device", "iterations", "keep_checkpoints", "output_dir", "plot_every", "progress",
+        "project", "row_log", "trackers",
+    ),
+    "model": ("offload_idle",),
+    "sampling": ("offload_trajectories",),
+    "evaluation": ("every", "num_steps", "images_per_prompt", "pipeline_kwargs"),
+}  # fmt: skip
+# those that change how numbers are rounded and nothing else, so that a run that went out of memory can go on
+_ROUNDING = {
+    "model": ("compile", "gradient_checkpointing"),
+    "sampling": ("batch_size",),
+    "optimizer": ("micro_batch_size", "steps_per_micro_batch"),
+}
+
+
+def may_differ(section: str, key: str) -> bool:
+    """Whether a setting may be another one when a run continues."""
+    return key in _FREE.get(section, ()) or key in _ROUNDING.get(section, ())
 
 
 @dataclass
@@ -39,8 +54,11 @@ class RunState:
         config: settings.
         output: folder of the run.
         workers, weights, optimizer, history, recorder: the trainer's.
+        prompts: fingerprints of the prompts, in order.
         iteration: iterations that are done.
         skipped_updates: updates so far whose loss or gradient was not finite.
+        reward_names: names of the rewards in the order of their columns; None before the first rollout.
+        within: an iteration has begun to change the weights and is not over.
     """
 
     config: FlowDPPOConfig
@@ -50,8 +68,11 @@ class RunState:
     optimizer: PolicyOptimizer
     history: RewardHistory
     recorder: TrajectoryRecorder
+    prompts: list[str]
     iteration: int = 0
     skipped_updates: int = 0
+    reward_names: list[str] | None = None
+    within: bool = False
 
     def save(self) -> Path:
         """Writes a checkpoint: weights, averages, optimizer, rewards so far, random states and iteration.
@@ -81,6 +102,8 @@ class RunState:
             "rules": [dataclasses.asdict(rule) for rule in self.recorder.rules],
             "random": [state for _, state in randoms],
             "skipped_updates": self.skipped_updates,
+            "reward_names": self.reward_names,
+            "prompts": self.prompts,
             "config": self.config.to_dict(),
         }
         if workers.is_main:
@@ -104,10 +127,16 @@ class RunState:
         path = workers.from_main(path)
         if path is not None:
             workers.attempt(self._restore, path)
+        elif self.within:
+            raise RuntimeError(
+                f"train: iteration {self.iteration + 1} was interrupted after its first update, and there is no "
+                f"checkpoint to go back to{'' if resume else ' without resume=True'}; expected train(resume=True) with "
+                "a checkpoint, or a new trainer on a pipeline that is loaded again"
+            )
         workers.agree()
         lines = workers.attempt(self._begin_logs) if workers.is_main else None
         workers.agree()
-        return [json.loads(line) for line in workers.from_main(lines)]
+        return [from_json(line) for line in workers.from_main(lines)]
 
     def _find(self, resume: bool) -> Path | None:
         """The checkpoint to continue from."""
@@ -124,11 +153,24 @@ class RunState:
             if path is not None:
                 state = checkpoint.load_state(path)
                 _check_settings(self.config, state["config"], f"{path}, written by version {state.get('version')},")
+                self._check_prompts(state.get("prompts"), path)
                 # a kill may have come between writing this one and removing another
                 checkpoint.remove_old(path, self.config.run.keep_checkpoints)
         except OSError as cause:
             raise RuntimeError(f"run.output_dir: {output} cannot be written to ({cause})") from cause
         return path
+
+    def _check_prompts(self, saved: list[str] | None, path: Path) -> None:
+        """Rewards of the past and the order of a run are those of prompts by their number."""
+        if saved in (None, self.prompts):
+            return
+        assert saved is not None
+        pairs = enumerate(zip(saved, self.prompts))
+        first = next((place for place, (before, now) in pairs if before != now), min(len(saved), len(self.prompts)))
+        raise ValueError(
+            f"prompts: got {len(self.prompts)}, of which entry {first} is not that of the run in {path.parent.parent}, "
+            f"expected its {len(saved)} prompts in the same order"
+        )
 
     def _restore(self, path: Path) -> None:
         if not path.exists():
@@ -158,6 +200,7 @@ class RunState:
             GuidanceRule(**{**rule, "terms": tuple(map(tuple, rule["terms"]))}) for rule in state["rules"]
         ]
         self.iteration, self.skipped_updates = state["iteration"], state["skipped_updates"]
+        self.reward_names, self.within = state.get("reward_names"), False
         logger.info("continuing from %s", path)
 
     def _begin_logs(self) -> list[str]:
@@ -189,7 +232,12 @@ def _check_settings(config: FlowDPPOConfig, saved: dict[str, dict[str, Any]], pa
     differing, absent = [], []
     for section, entries in own.items():
         for key, value in entries.items():
-            if section == "run" and key in FREE_SETTINGS:
+            before = saved.get(section, {}).get(key, value)
+            if key in _ROUNDING.get(section, ()) and before != value:
+                logger.warning(
+                    "%s.%s is %s, and was %s: numbers round otherwise from here on", section, key, value, before
+                )
+            if may_differ(section, key):
                 continue
             if key not in saved.get(section, {}):
                 absent.append(f"{section}.{key}")

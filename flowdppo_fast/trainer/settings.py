@@ -7,12 +7,15 @@ of all settings are written from.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
+import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+import numpy as np
 import yaml
 from pydantic import BeforeValidator, Field, Strict, TypeAdapter, ValidationError
 from pydantic_core import PydanticKnownError
@@ -40,12 +43,12 @@ def read_yaml(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]
     Raises:
         ValueError: no such file, no YAML, a key that is given twice, or an override that fits nowhere.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise ValueError(f"config: {path} does not exist, expected a YAML file")
     try:
         # a subclass of the safe loader
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader) or {}
+        values = yaml.load(read_text(path, "config"), Loader=_UniqueKeyLoader) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: no valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
@@ -53,6 +56,20 @@ def read_yaml(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]
     for override in overrides:
         _override(values, override)
     return values
+
+
+def read_text(path: Path, where: str) -> str:
+    """A text file, without the byte order mark that some editors leave and with ``\\n`` for every kind of newline.
+
+    Raises:
+        ValueError: it is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{where}: {path} is not UTF-8 ({error.reason} at byte {error.start}), expected UTF-8"
+        ) from None
 
 
 def build(kind: type[Section], name: str, entries: Any) -> Section:
@@ -64,7 +81,7 @@ def build(kind: type[Section], name: str, entries: Any) -> Section:
     if not isinstance(entries, Mapping):
         raise TypeError(f"{name}: got {type(entries).__name__}, expected settings of that section")
     try:
-        return _adapter(kind).validate_python(dict(entries))  # type: ignore[arg-type]
+        return _adapter(kind).validate_python(_numbers(dict(entries)))  # type: ignore[arg-type]
     except ValidationError as error:
         raise _refusal(kind, name, error) from None
 
@@ -88,10 +105,36 @@ def require(condition: bool, name: str, value: Any, expected: str) -> None:
 
 
 def plain(value: Any) -> Any:
-    """``value`` with lists for tuples, at any depth."""
-    if isinstance(value, dict):
+    """``value`` as a file can hold it, at any depth: lists for tuples, and a few words for what is no setting but an
+    object, such as a callback or a tensor among the arguments of a pipeline."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
         return {key: plain(entry) for key, entry in value.items()}
-    return [plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+    if isinstance(value, (list, tuple)):
+        return [plain(entry) for entry in value]
+    value = _numbers(value)
+    return value if isinstance(value, (str, int, float, type(None))) else _words(value)
+
+
+def _words(value: Any) -> str:
+    """What an object is, with enough of it to tell another one."""
+    kind = type(value)
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        numbers = np.asarray(value.detach().float().cpu() if hasattr(value, "detach") else value)
+        digest = hashlib.blake2b(np.ascontiguousarray(numbers).tobytes(), digest_size=4).hexdigest()
+        return f"<{kind.__name__} {list(value.shape)} {value.dtype} {digest}>"
+    name = getattr(value, "__qualname__", None)
+    return f"<{kind.__name__}>" if name is None else f"<{kind.__name__} {value.__module__}.{name}>"
+
+
+def _numbers(value: Any) -> Any:
+    """numpy's numbers as Python's, at any depth."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict):
+        return {key: _numbers(entry) for key, entry in value.items()}
+    return type(value)(map(_numbers, value)) if type(value) in (list, tuple) else value
 
 
 def schema_of(kind: type) -> dict[str, Any]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -16,16 +17,19 @@ from accelerate.logging import get_logger
 from torch import Tensor
 
 from ..losses import fused_policy_velocity_loss
+from ..objectives import Objective, as_objective
 from ..results import LossOutput
+from ..rules import RowValues
 from ..runs.logs import ROWS_FILE, append_lines
 from ..runs.row_log import row_part
 from ..runs.tracking import RunLog
-from .advantages import RewardHistory, advantages_of
+from .advantages import RewardHistory, advantages_of, group_spread, weighted_reward
+from .ambient import own_state
 from .checkpoint import load_random_state, random_state
 from .config import FlowDPPOConfig
 from .evaluation import Evaluation
 from .metrics import METRICS, micro_vector, read_iteration
-from .pipeline_calls import PipelineCalls
+from .pipeline_calls import PipelineCalls, check_guidance, join_rewards
 from .prompts import PromptSource
 from .record.arguments import row_index
 from .record.offload import on_device
@@ -36,6 +40,7 @@ from .rewards import BackgroundScorer, Reward
 from .rollout import Rollout, captions
 from .row_plan import check_processes, choose_steps, plan_calls, plan_updates
 from .seeds import derive_seed
+from .weights.arrival import check_arrival
 from .weights.distributed import Workers
 from .weights.optimizer import PolicyOptimizer
 from .weights.policy import PolicyWeights
@@ -44,6 +49,16 @@ logger = get_logger(__name__)
 
 # images of a rollout that are shown in the output folder
 _SHOWN = 16
+
+
+class _Drawn(NamedTuple):
+    """A rollout before its advantages."""
+
+    groups: list[dict]
+    trajectories: list[Trajectory]
+    calls: list[range]
+    rewards: dict[str, Tensor]
+    page: tuple[Any, list[str]] | None
 
 
 class FlowDPPOTrainer:
@@ -56,11 +71,14 @@ class FlowDPPOTrainer:
             ``prompt_embeds`` without a batch dim). ``text`` and ``metadata`` in a mapping go to the reward only.
         config: settings; checked before any weight is touched.
         eval_prompts: held-out prompts for ``evaluation.every``.
+        objective: in place of the one that ``config.objective`` names: an objective, or a function of a row's values
+            (:mod:`flowdppo_fast.rules`), which is fused with the rest.
 
     Raises:
         ValueError, TypeError: settings, prompts or a pipeline that cannot be trained with them.
     """
 
+    @own_state()
     def __init__(
         self,
         pipeline: Any,
@@ -69,6 +87,7 @@ class FlowDPPOTrainer:
         config: FlowDPPOConfig | None = None,
         *,
         eval_prompts: Sequence[str | Mapping[str, Any]] | None = None,
+        objective: Objective | Callable[[RowValues], tuple] | None = None,
     ):
         self.config = config = config or FlowDPPOConfig()
         config.validate()
@@ -80,8 +99,10 @@ class FlowDPPOTrainer:
             )
         self.pipeline, self.reward = pipeline, reward
         self.prompts = PromptSource(prompts, pipeline, [*s.pipeline_kwargs, "return_dict"])
+        check_guidance(self.prompts, s.pipeline_kwargs)
         self.recorder = TrajectoryRecorder(pipeline, sampler=s.sampler, eta=s.eta, noise=s.noise)
-        self.objective = config.objective.build()
+        check_arrival(pipeline, self.recorder.modules, train=config.model.train, precision=config.model.mixed_precision)
+        self.objective = config.objective.build() if objective is None else as_objective(objective)
         self.accelerator = Accelerator(cpu=config.run.device == "cpu")
         self.workers = Workers(self.accelerator)
         self.updates = plan_updates(config, self.workers)
@@ -121,11 +142,22 @@ class FlowDPPOTrainer:
         self.evaluation = (
             None if eval_prompts is None else Evaluation(eval_prompts, pipeline, config, self.workers, self.calls)
         )
-        self.output = Path(config.run.output_dir)
+        self.output = Path(config.run.output_dir).expanduser()
         self.state = RunState(
-            config, self.output, self.workers, self.weights, self.optimizer, self.history, self.recorder
+            config,
+            self.output,
+            self.workers,
+            self.weights,
+            self.optimizer,
+            self.history,
+            self.recorder,
+            self.prompts.fingerprints(),
         )
+        # of the first call, and the kinds of calls that were checked
         self.replay_check: ReplayCheck | None = None
+        self._verified: set[tuple] = set()
+        # told what is being done, for the progress bar
+        self._doing: Callable[[str], None] = lambda text: None
         # kind, images and captions of the present iteration, for the output folder
         self._pages: list[tuple[str, Any, list[str]]] = []
         if o.updates_per_rollout * o.inner_epochs == 1:
@@ -141,6 +173,7 @@ class FlowDPPOTrainer:
         """Updates of the run so far whose loss or gradient was not finite."""
         return self.state.skipped_updates
 
+    @own_state()
     def train(
         self, *, resume: bool = False, on_iteration: Callable[[dict[str, float]], None] | None = None
     ) -> list[dict[str, float]]:
@@ -152,7 +185,8 @@ class FlowDPPOTrainer:
 
         Raises:
             ValueError: the folder holds a run and ``resume`` is False, or one with other settings.
-            RuntimeError: too many updates were skipped because a loss or gradient was not finite.
+            RuntimeError: too many updates were skipped because a loss or gradient was not finite, or an interrupted
+                iteration has to be undone and there is no checkpoint to go back to.
         """
         run = self.config.run
         history = self.state.begin(resume)
@@ -168,6 +202,8 @@ class FlowDPPOTrainer:
             plot_every=run.plot_every,
         ) as log:
             log.start(history)
+            self._doing = log.doing
+            log.say(self.summary())
             ended = self.iteration >= run.iterations or bool(history and self._over_budget(history[-1]))
             while not ended:
                 metrics = self._iterate()
@@ -189,39 +225,84 @@ class FlowDPPOTrainer:
                     )
         return history
 
+    def summary(self) -> str:
+        """What will be done with what, in a few lines: device, processes, weights, images and calls of an iteration."""
+        c, s, o = self.config, self.config.sampling, self.config.optimizer
+        count, images = self.workers.count, s.prompts_per_rollout * s.group_size
+        trained = sum(shape.numel() for shape in self.workers.sharding.shapes.values())
+        layers = len({name.rpartition(".lora_")[0] for name in self.weights.names})
+        what = f"LoRA on {layers} layers" if c.model.train == "lora" else "all weights"
+        idle = torch.cuda.device_count() - count if self.device.type == "cuda" else 0
+        lines = [
+            f"{count} process{'es' * (count > 1)} on {self.device.type}, {self.workers.sharding.kind}"
+            + (f"; {idle} more GPUs are idle (accelerate launch uses them)" if idle > 0 else ""),
+            f"{what} of {', '.join(self.recorder.modules)}: {trained:,} numbers, {c.model.mixed_precision} autocast",
+            f"per iteration {images} images ({s.prompts_per_rollout} prompts of {s.group_size}), {s.num_steps} steps, "
+            f"of which {s.sde_steps_per_rollout or len(s.candidate_steps)} are trained, "
+            f"{o.updates_per_rollout * o.inner_epochs} updates by {c.objective.name}",
+        ]
+        if self.device.type == "cpu" and c.run.device == "auto":
+            lines.append("torch sees no GPU: this run is on the CPU (run.device: cpu says that it is meant to be)")
+        return "\n".join(lines)
+
+    @own_state()
     def sample(self, iteration: int) -> Rollout:
         """The rollout of ``iteration``: a function of the seed, ``iteration`` and the present weights.
 
         Every process samples its share of each update's rows and knows the rewards of all.
         """
-        s, a, seed = self.config.sampling, self.config.advantage, self.config.run.seed
+        s, a = self.config.sampling, self.config.advantage
+        drawn = self._draw(iteration, s.same_latents)
+        places = [self._places[id(entry)] for entry in drawn.groups]
+        past = self.history.past(drawn.rewards, places)
+        advantages = advantages_of(
+            drawn.rewards, s.group_size, weights=a.reward_weights, std=a.std, eps=a.eps, per_reward=a.per_reward,
+            past=past,
+        )  # fmt: skip
+        self.history.add(drawn.rewards, places)
+        return Rollout(drawn.trajectories, drawn.calls, drawn.rewards, advantages, drawn.page)
+
+    @own_state()
+    def noise_share(self) -> float:
+        """Share of the reward's variance within groups that the noise of the trained steps explains.
+
+        The next rollout is sampled twice and let go: with the same first latents in a group, where nothing else
+        differs, and as they are drawn. Both variances are estimates, so their ratio may pass 1. NaN where no reward
+        varies.
+        """
+        group_size, weights = self.config.sampling.group_size, self.config.advantage.reward_weights
+        variances = []
+        for same in (True, False):
+            total = weighted_reward(self._draw(self.iteration, same).rewards, weights)
+            variances.append(float(group_spread(total, group_size)[0].square().mean()))
+        return variances[0] / variances[1] if variances[1] else math.nan
+
+    def _draw(self, iteration: int, same_latents: bool) -> _Drawn:
+        """Trajectories of a rollout and the rewards of all processes."""
+        s, seed = self.config.sampling, self.config.run.seed
         groups = self.prompts.groups(iteration, s.prompts_per_rollout, seed)
         calls = plan_calls(s, self.workers, self.updates, self.prompts, groups)
         trajectories, pending, shown = [], [], None
         # nothing is sampled while the rewards of an only call are computed
         background = s.background_rewards and len(calls) > 1
         with BackgroundScorer(self.reward, self.device) if background else contextlib.nullcontext() as scorer:
-            for rows in calls:
+            for number, rows in enumerate(calls, 1):
+                self._doing(f"sampling {number}/{len(calls)}")
                 entries = [groups[row // s.group_size] for row in rows]
-                trajectory, images = self._record(iteration, rows, entries)
+                trajectory, images = self._record(iteration, rows, entries, same_latents)
                 trajectories.append(trajectory)
                 pending.append(self.calls.rewards(images, entries, scorer))
                 if rows is calls[0] and self._shows(iteration + 1):
                     shown = images[:_SHOWN], entries[:_SHOWN]
             rewards = [result() for result in pending]
         self.workers.agree()
-        own = {name: torch.cat([part[name] for part in rewards]) for name in rewards[0]}
+        own = join_rewards(rewards, self.workers, self.state.reward_names)
+        self.state.reward_names = list(own)
         table = self.workers.collect(torch.stack(list(own.values())), self.updates)
-        named = dict(zip(own, table))
-        places = [self._places[id(entry)] for entry in groups]
-        past = self.history.past(named, places)
-        advantages = advantages_of(
-            named, s.group_size, weights=a.reward_weights, std=a.std, eps=a.eps, per_reward=a.per_reward, past=past
-        )
-        self.history.add(named, places)
         page = None if shown is None else (shown[0], captions(shown[1], rewards[0]))
-        return Rollout(trajectories, calls, named, advantages, page)
+        return _Drawn(groups, trajectories, calls, dict(zip(own, table)), page)
 
+    @own_state()
     def update(self, rollout: Rollout, rows: range, *, number: int) -> dict[str, list]:
         """One optimizer step on ``rows`` of a rollout, without a host sync on a GPU.
 
@@ -230,10 +311,11 @@ class FlowDPPOTrainer:
             number: updates made since the rollout; before the first, ratios that differ from 1 are rounding.
 
         Returns:
-            ``vectors``, ``shares`` and ``parts`` of the micro-batches and ``steps`` of the update, on the device.
+            ``vectors``, ``shares``, ``elements`` per row and ``parts`` of the micro-batches and ``steps`` of the
+            update, on the device.
         """
         o = self.config.optimizer
-        vectors, shares, parts = [], [], []
+        vectors, shares, elements, parts = [], [], [], []
         for trajectory, local, places in rollout.locate(rows):
             count = len(trajectory.steps)
             width = min(o.steps_per_micro_batch or count, count)
@@ -244,15 +326,17 @@ class FlowDPPOTrainer:
                 out = self._micro_batch(trajectory, local[part], steps, advantages, shares[-1])
                 vectors.append(micro_vector(out, on_policy=number == 0))
                 indices = [trajectory.steps[position].index for position in steps]
-                parts.append(row_part(out, number, indices, places[part]))
+                elements.append(trajectory.elements)
+                parts.append(row_part(out, number, indices, places[part], trajectory.elements))
                 self._metric_names = out.metric_names
         own = torch.stack([share * vector for share, vector in zip(shares, vectors)]).sum(0)
         loss, kl = (own[METRICS.index(name)] for name in ("loss", "kl_new_old_mean"))
         step = self.optimizer.step(loss, kl)
         if self.weights.ema is not None:
             self.weights.ema.update()
-        return {"vectors": vectors, "shares": shares, "parts": parts, "steps": [step]}
+        return {"vectors": vectors, "shares": shares, "elements": elements, "parts": parts, "steps": [step]}
 
+    @own_state()
     def evaluate(self) -> tuple[dict[str, float], list[Any], list[str]]:
         """Mean rewards of the held-out prompts, this process's images and their captions.
 
@@ -264,17 +348,19 @@ class FlowDPPOTrainer:
         with self.weights.averaged(), on_device(self._idle, self.device):
             return self.evaluation.run()
 
+    @own_state()
     def save_checkpoint(self) -> Path:
         """Writes everything that :meth:`train` with ``resume=True`` continues from; returns the folder."""
         return self.state.save()
 
+    @own_state()
     def save_pretrained(self, folder: str | Path) -> None:
         """Trained weights (the moving average if there is one) as diffusers loads them: LoRA adapters by
         ``load_lora_adapter``, full transformers by ``from_pretrained``; one folder per transformer."""
         self.weights.save_pretrained(Path(folder))
         self.workers.agree()
 
-    def _record(self, iteration: int, rows: range, entries: list[dict]) -> tuple[Trajectory, Any]:
+    def _record(self, iteration: int, rows: range, entries: list[dict], same_latents: bool) -> tuple[Trajectory, Any]:
         """Trajectory and images of one pipeline call."""
         s, seed = self.config.sampling, self.config.run.seed
         chosen = choose_steps(
@@ -285,7 +371,8 @@ class FlowDPPOTrainer:
             seed=derive_seed(seed, iteration, "steps", rows[0] // s.group_size if s.per_group_steps else 0),
         )
         noise_seed = derive_seed(seed, iteration, "noise")
-        seeds = [derive_seed(seed, iteration, "latents", row) for row in rows]
+        first = s.group_size if same_latents else 1
+        seeds = [derive_seed(seed, iteration, "latents", row // first) for row in rows]
         with self.recorder.recording(chosen, seed=noise_seed, first_row=rows[0]) as trajectory:
             images = self.calls.images(self.prompts, entries, seeds, s.num_steps, s.pipeline_kwargs)
         if s.offload_trajectories:
@@ -298,10 +385,12 @@ class FlowDPPOTrainer:
         self._pages = []
         every = self.config.evaluation.every
         evaluated = self._evaluate("eval") if every is not None and self.iteration % every == 0 else {}
+        measured = self.config.sampling.measure_noise_share and self.iteration == 0
         started = time.perf_counter()
         state = random_state()
         try:
             with on_device(self._idle, self.device):
+                share = self.noise_share() if measured else None
                 rollout = self.sample(self.iteration)
         except Exception:
             # a reward server that went away must not cost what was trained since the last checkpoint
@@ -310,20 +399,25 @@ class FlowDPPOTrainer:
                 self.save_checkpoint()
             raise
         sampled = time.perf_counter()
-        if self.replay_check is None:
-            self._verify(rollout.trajectories[0])
+        self._verify(rollout)
         self.optimizer.begin_rollout()
-        results: dict[str, list] = {"vectors": [], "shares": [], "parts": [], "steps": []}
+        # until the iteration is over the weights are those of no checkpoint
+        self.state.within = True
+        results: dict[str, list] = {"vectors": [], "shares": [], "elements": [], "parts": [], "steps": []}
         for epoch in range(o.inner_epochs):
             order = list(self.updates)
             if epoch:
                 random.Random(derive_seed(seed, self.iteration, "order", epoch)).shuffle(order)
             for rows in order:
+                self._doing(f"update {len(results['steps']) + 1}/{len(self.updates) * o.inner_epochs}")
                 for key, values in self.update(rollout, rows, number=len(results["steps"])).items():
                     results[key] += values
         self.state.iteration += 1
+        self.state.within = False
         metrics = self._read(rollout, results)
         metrics |= evaluated
+        if share is not None:
+            metrics["noise_share"] = share
         ended = time.perf_counter()
         metrics["seconds_sampling"], metrics["seconds_updates"] = sampled - started, ended - sampled
         metrics["samples_per_second"] = len(rollout.advantages) / (ended - started)
@@ -331,11 +425,20 @@ class FlowDPPOTrainer:
             self._pages.append(("rollout", *rollout.page))
         return metrics
 
-    def _verify(self, trajectory: Trajectory) -> None:
-        """The replay must give the recorded velocities before anything is trained on it."""
-        rows = range(min(self.config.optimizer.micro_batch_size, len(trajectory)))
-        self.replay_check = check = self.calls.run(lambda: self.recorder.verify(trajectory, rows))
-        logger.info("replay reproduces the rollout: %s", check)
+    def _verify(self, rollout: Rollout) -> None:
+        """The replay must give the recorded velocities before anything is trained on it: of every kind of call once."""
+        kinds = [trajectory.kind for trajectory in rollout.trajectories]
+        new = [kind not in self._verified and kind not in kinds[:place] for place, kind in enumerate(kinds)]
+        if self.workers.sharded:
+            # all processes replay the same calls
+            new = [any(one) for one in zip(*self.workers.gather_objects([new]))]
+        strict = self.config.run.strict_replay
+        for trajectory in itertools.compress(rollout.trajectories, new):
+            rows = range(min(self.config.optimizer.micro_batch_size, len(trajectory)))
+            check = self.calls.run(lambda t=trajectory, r=rows: self.recorder.verify(t, r, strict=strict))  # type: ignore[misc]
+            self.replay_check = self.replay_check or check
+            logger.info("replay reproduces the rollout: %s", check)
+        self._verified |= set(kinds)
 
     def _micro_batch(
         self, trajectory: Trajectory, rows: Sequence[int], steps: range, advantages: Tensor, share: float

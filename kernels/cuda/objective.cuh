@@ -21,6 +21,7 @@ struct Slot {
   RowSummary summary;
   RowResult<float> result;
   double coupling;
+  float bias;
 };
 static_assert(sizeof(Slot) <= kSlotBytes, "plan.h reserves less shared memory than slots take");
 
@@ -40,7 +41,6 @@ FLOWDPPO_DEVICE void finish_objective(
   const auto stats_of = [&](unsigned row, const RawSums& sums) {
     return finish_sums<float>(sums, numbers_of(source.step, source.form, row).scale, numel, source.form);
   };
-  float bias = 0.0f;
   if (coupled) {
     double own = 0.0;
     for (unsigned row = first; row < rows; row += slots) {
@@ -52,7 +52,8 @@ FLOWDPPO_DEVICE void finish_objective(
       }
       own += guard_divergence(stats_of(row, sums).q, numel, options);
     }
-    bias = static_cast<float>(block_sum(own) / static_cast<double>(rows));
+    own = block_sum(own);
+    if (thread < slots) all[thread].bias = static_cast<float>(own / static_cast<double>(rows));
   }
   if (thread < slots) {
     all[thread].summary = RowSummary();
@@ -73,7 +74,7 @@ FLOWDPPO_DEVICE void finish_objective(
         stats, numbers_of(source.step, source.form, row), inputs.advantages[row],
         inputs.row_weights != nullptr ? inputs.row_weights[row] : 1.0f,
         inputs.old_log_prob != nullptr ? inputs.old_log_prob + row : nullptr, kGiven ? &log_ratio : nullptr,
-        coupled ? bias : guard_divergence(stats.q, numel, options), numel, options);
+        coupled ? slot.bias : guard_divergence(stats.q, numel, options), numel, options);
     FLOWDPPO_IN_ORDER;
     FLOWDPPO_UNROLL
     for (int field = 0; field < kRowFields; ++field) {

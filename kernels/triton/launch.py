@@ -185,6 +185,7 @@ class Launcher:
         ints: tuple[int | None, ...],
         counters: tuple[int, ...],
         constants: tuple[Any, ...],
+        kind: tuple[Any, ...] | None = None,
     ) -> None:
         """Launches on the current device.
 
@@ -193,6 +194,7 @@ class Launcher:
             ints: integers that Triton may specialise on; few different ones in a run.
             counters: integers annotated as int64, which it does not specialise on.
             constants: ``tl.constexpr`` parameters.
+            kind: what stands for them in the key; None for themselves. Hashing a compiled function takes Python calls.
         """
         arguments = (*tensors, *floats, *ints, *counters, *constants)
         runtime = knobs.runtime
@@ -221,7 +223,7 @@ class Launcher:
                 bits |= x.data_ptr()
         device = driver.get_current_device()
         kinds = [f.__class__ if f.__class__ is float else f for f in floats]
-        key = (device, num_warps, *dtypes, *kinds, *ints, *constants)
+        key = (device, num_warps, *dtypes, *kinds, *ints, *(constants if kind is None else kind))
         if bits % 16 != 0:
             key += tuple([x is None or x.data_ptr() % 16 == 0 for x in tensors])
         if self._sizes_count:

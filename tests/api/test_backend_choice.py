@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import json
 import os
@@ -20,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flowdppo_fast as fast
 from flowdppo_fast import backend as backends
-from flowdppo_fast import ops, reference
+from flowdppo_fast import objectives, ops, reference
 from flowdppo_fast.cli import doctor
 
 
@@ -209,6 +208,27 @@ def test_kernels_of_another_checkout_are_refused(tmp_path):
     assert run.stdout.startswith(f"{own / 'backend.py'} the package is in {own} and its kernels are those of ")
     assert run.stdout.endswith(f"; pip install -e {tmp_path}\n")
     assert backends._kernels_problem() is None
+
+
+@pytest.mark.skipif(backends.problem("cpu", "cpu") is not None, reason="there is no C++ library that can be loaded")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text.replace(" unclipped ", " "), "has 'unclipped' where Python has 'trust' of rules:"),
+        (
+            lambda text: text.replace("clip_low clip_high", "clip_high clip_low"),
+            "has 'clip_low' where Python has 'clip_high' of options:",
+        ),
+        (lambda text: text + "more ", "has None where Python has 'more' of options:"),
+    ],
+)  # fmt: skip
+def test_a_library_with_other_lists_is_refused(monkeypatch, change, message):
+    """Operators carry numbers of rules, options and results, which would mean something else."""
+    library = backends._LIBRARY
+    assert backends._names_problem(library) is None
+    theirs = objectives.names()
+    monkeypatch.setattr(objectives, "names", lambda: change(theirs))
+    assert backends._names_problem(library) == f"{library.name} {message}; build it again: make build"
 
 
 def test_kernels_that_are_not_installed_are_missed(monkeypatch):

@@ -13,7 +13,8 @@ PACKAGE = "flowdppo_fast"
 # bottom to top: a module imports from its own layer and those below it
 LAYERS = {
     "mathematics": (
-        "objectives", "layout", "rows", "noise", "samplers", "schedule", "step_arguments", "results", "evidence",
+        "rules", "objectives", "layout", "rows", "noise", "samplers", "schedule", "step_arguments", "results",
+        "evidence",
     ),
     "reference": ("reference",),
     "backends": ("ops", "kernels", "backend"),
@@ -21,13 +22,16 @@ LAYERS = {
     "public losses": ("loss_call", "losses", "loss_module", "sampling"),
     "front door": ("",),
     "users of the losses": ("integrations", "runs"),
-    "settings": ("trainer.settings", "trainer.config", "trainer.seeds", "trainer.prompts"),
+    "settings": (
+        "trainer.ambient", "trainer.callables", "trainer.config", "trainer.prompts", "trainer.seeds",
+        "trainer.settings",
+    ),
     "wings of the trainer": ("trainer.record", "trainer.weights", "trainer.rewards"),
     "its loop": (
         "trainer.advantages", "trainer.checkpoint", "trainer.evaluation", "trainer.metrics", "trainer.pipeline_calls",
         "trainer.resume", "trainer.rollout", "trainer.row_plan", "trainer.trainer",
     ),
-    "a run as a file": ("trainer.recipe",),
+    "a run as a file": ("trainer.recipe", "trainer.export"),
     "its front door": ("trainer",),
     "command line": ("cli",),
 }  # fmt: skip

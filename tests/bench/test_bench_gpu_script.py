@@ -32,7 +32,8 @@ case "$*" in
     *backends/nvidia/include*) echo /opt/include ;;
     "-m bench.train run"*) echo "$*"; eval "${STUB_TRAIN:-true}" ;;
     "-m bench.ops plot"*) eval "${STUB_PLOTS:-true}" ;;
-    "-m pytest"*) echo "$FLOWDPPO_GPU_TESTS_OF: $*"; eval "${STUB_TESTS:-true}" ;;
+    "-m pytest"*)
+        echo "$FLOWDPPO_GPU_TESTS_OF: $*"; echo "required $FLOWDPPO_REQUIRE_CUDA"; eval "${STUB_TESTS:-true}" ;;
     *cuda_code.py*--is-current*) exit ${STUB_CURRENT:-1} ;;
     *cuda_code.py*) echo "| cuda kernel |"; eval "${STUB_CUDA_CODEGEN:-true}" ;;
     "setup.py build_ext"*) echo "$* $FLOWDPPO_CUDA_ARCHS"; eval "${STUB_BUILD:-true}" ;;
@@ -97,6 +98,7 @@ def test_all_green(run):
         tests = logs[f"gpu-tests-{backend}"]
         assert tests.startswith(f"{backend}: -m pytest -m gpu")
         assert f"-n {os.cpu_count()}" in tests
+        assert tests.endswith("required 1\n"), "what was built has to run"
     assert (out / "codegen.md").read_text() == "| kernel |\n\n| cuda kernel |\n"
     assert logs["build"] == "setup.py build_ext --inplace 90a\n"
     assert "--device cuda" in logs["bench"]
@@ -140,13 +142,14 @@ def test_nothing_follows_where_no_backend_has_first_light(run):
 
 
 def test_a_library_that_does_not_compile_takes_nothing_else_along(run):
-    done, steps, _ = run(build="echo no; false")
+    done, steps, out = run(build="echo no; false")
     assert done.returncode == 1
     assert steps["build"][0] == "FAILED"
     assert "first-light-cuda" not in steps
     assert "cuda-codegen" not in steps
     assert steps["gpu-tests-cuda"][0] == "skipped"
     assert steps["gpu-tests-triton"][0] == steps["bench"][0] == "ok"
+    assert (out / "logs" / "gpu-tests-others.log").read_text().endswith("required 0\n")
 
 
 def test_the_end_to_end_benchmark_runs_where_its_packages_and_time_are(run):

@@ -80,6 +80,7 @@ _EPILOGUE_FLAGS = {
     "UNNORMALIZED": 0,
     "BATCH_BIAS": 0,
     "REFERENCE_WITHOUT_DT": 0,
+    "TRUST_REGION": 0,
     "COLUMNS": 0,
     "MEAN_FORM": False,
     "DRIFT": False,
@@ -102,6 +103,7 @@ def _latents(**dtypes: str | None) -> dict[str, str | None]:
 
 def specialisations() -> list[Specialisation]:
     """The kernels in the forms that training and sampling take."""
+    from flowdppo_fast.kernels.epilogue import rule_constants
     from flowdppo_fast.kernels.launch import BLOCK, NUM_WARPS, epilogue_tiles, partial_tiles
 
     stream = {"BLOCKS": _BLOCKS, "BLOCK": BLOCK}
@@ -148,8 +150,9 @@ def specialisations() -> list[Specialisation]:
             "SPLIT_BLOCK": tiles.partials.split_block,
             "SPLIT_BLOCKS": tiles.partials.split_blocks,
         }
-        constants = _EPILOGUE_FLAGS | {"RULE": rule, "TRUST_REGION": 0} | geometry | flags
-        add(f"epilogue {name}", "objective.epilogue_kernel", types, constants, tiles.num_warps, False)
+        functions = rule_constants(rule)
+        constants = _EPILOGUE_FLAGS | dict(zip(("DECIDE", "PENALTY", "NORMALIZED"), functions)) | geometry | flags
+        add(f"epilogue {name}", "epilogue.epilogue_kernel", types, constants, tiles.num_warps, False)
 
     partials("bf16", "bf16", "bf16")
     partials("bf16, one block", "bf16", "bf16", blocks=1)

@@ -27,6 +27,7 @@ RECIPE = {"pipeline": PipelineConfig, "pipeline.quantization": QuantizationConfi
 
 # settings that contradict each other, each with the value that is named
 CONFLICTS: tuple[dict[str, Any], ...] = (
+    {"sampling": {"sampler": "ode"}},
     {"sampling": {"sampler": "cps", "eta": 1.5}},
     {"sampling": {"sde_fraction": 0.5, "sde_steps": [0]}},
     {"sampling": {"step_choice": "window"}},
@@ -40,6 +41,8 @@ CONFLICTS: tuple[dict[str, Any], ...] = (
     {"model": {"train": "full", "lora_rank": 8}},
     {"objective": {"name": "ratio_clip", "threshold": 1e-5}},
     {"objective": {"clip_low": 1e-4}},
+    {"objective": {"callable": "my.module"}},
+    {"objective": {"callable": "my.module:rule", "name": "unclipped"}},
 )
 RECIPE_CONFLICTS: tuple[dict[str, Any], ...] = (
     {"pipeline": {"pretrained": ""}},

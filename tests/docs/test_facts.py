@@ -198,10 +198,15 @@ def test_the_rewards_table_names_all_built_in_ones_with_their_classes():
 
 
 def test_the_settings_of_the_rewards_page_build(monkeypatch):
-    (settings,) = (yaml.safe_load(block.body) for block in page("rewards.md").blocks("yaml"))
-    monkeypatch.setattr(registry, "load_callable", lambda path: lambda **options: lambda *_: None)
-    _, weights = registry.build_rewards(settings["rewards"])
-    assert weights == {"clip": 1.0, "judge/text": 1.0, "judge/style": 0.5, "bright": 0.1, "MyReward": 1.0}
+    monkeypatch.setattr(registry, "load_callable", lambda *name: lambda **options: lambda *_: None)
+    built = [
+        registry.build_rewards(yaml.safe_load(block.body)["rewards"])[1] for block in page("rewards.md").blocks("yaml")
+    ]
+    assert built == [
+        {"vlm_judge": 1.0},
+        {"clip": 1.0, "judge/text": 1.0, "judge/style": 0.5, "bright": 0.1, "MyReward": 1.0},
+        {"service/hpsv3": 1.0, "service/imagereward": 0.5, "geneval": 1.0},
+    ]
 
 
 def test_the_schema_is_what_is_sent_and_read():

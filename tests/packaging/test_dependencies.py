@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "flowdppo-fast"
 # what builds the package and its libraries; [build-system] of pyproject.toml, and ninja of the dev extra
 BUILD = ("setuptools", "wheel")
-EXTRAS = ("trainer", "deepspeed", "bench", "docs", "dev")
+EXTRAS = ("trainer", "deepspeed", "ocr", "bench", "docs", "dev")
 
 # SPDX expressions, and what older metadata says instead of one
 ALLOWED = {
@@ -106,6 +106,8 @@ def licences(name: str) -> set[str]:
         classifiers = [
             line.rpartition(" :: ")[2] for line in about.get_all("Classifier") or [] if line[:7] == "License"
         ]
+        # a heading of others, which some list as well
+        classifiers = [text for text in classifiers if text != "OSI Approved"]
         expression = " AND ".join(OLD_NAMES.get(text, text) for text in classifiers)
     if not expression:
         first = ((about["License"] or "").splitlines() or ["none"])[0]

@@ -11,7 +11,7 @@ import numpy as np
 from ptx.memory import SHARED_WINDOW
 from ptx.numbers import Array, from_bf16, numpy_type
 from ptx.operands import Reader, halves, reader, unsigned, writer
-from ptx.parse import Fault, Immediate, Instruction, Kernel, Register, Symbol, Vector, bits_of
+from ptx.parse import Fault, Immediate, Instruction, Kernel, Register, Vector, bits_of
 
 if TYPE_CHECKING:
     from ptx.machine import Lanes, Machine
@@ -389,13 +389,6 @@ def _warp_reduction(kernel: Kernel, one: Instruction) -> Action:
         write(machine, lanes, np.repeat(function.reduce(values, axis=1).astype(values.dtype), 32))
 
     return run
-
-
-def label(operand) -> str:
-    """Name of a branch's target."""
-    if not isinstance(operand, Symbol):
-        raise Fault(f"target {operand}")
-    return operand.name
 
 
 # the other instructions register themselves

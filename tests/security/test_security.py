@@ -33,11 +33,12 @@ MUST_BE_FALSE = {"trust_remote_code", "allow_pickle", "custom_pipeline"}
 # text, tiles of a kernel, networks by way of transformers, logs of a run
 OTHER_LOADS = {"yaml.load", "json.load", "tl.load", "self.load", "RunFolder.load"}
 SAFE_LOADERS = {"yaml.SafeLoader", "_UniqueKeyLoader"}
-# the one exception class of the one reader of .pth files, which loads weights only
-MAY_NAME_PICKLERS = {"flowdppo_fast/trainer/rewards/aesthetic.py"}
+# the one exception class of the one reader of .pth files, which loads weights only; the other one writes
+# pickles of plain values and goes through those of servers opcode by opcode
+MAY_NAME_PICKLERS = {"flowdppo_fast/trainer/rewards/aesthetic.py", "flowdppo_fast/trainer/rewards/protocols.py"}
 # callables of a config, a component's library (one of two), packages of integrations, commands of the program
 MAY_IMPORT_BY_NAME = {
-    "flowdppo_fast/trainer/rewards/registry.py",
+    "flowdppo_fast/trainer/callables.py",
     "flowdppo_fast/trainer/recipe/preflight.py",
     "flowdppo_fast/integrations/_require.py",
     "flowdppo_fast/cli/__init__.py",
@@ -95,7 +96,7 @@ def faults(place: str, tree: ast.AST) -> list[str]:
             if name == "yaml.load" and keywords.get("Loader") not in SAFE_LOADERS:
                 found.append(f"yaml.load with {keywords.get('Loader')}")
             literal = node.args and isinstance(node.args[0], ast.Constant)
-            if name.endswith("import_module") and not literal and place not in MAY_IMPORT_BY_NAME:
+            if name.endswith(("import_module", "resolve_name")) and not literal and place not in MAY_IMPORT_BY_NAME:
                 found.append(ast.unparse(node))
     return found
 
@@ -119,6 +120,7 @@ def test_the_loader_of_yaml_is_a_safe_one():
         "yaml.load(x, Loader=yaml.Loader)", "yaml.load(x)", "yaml.unsafe_load(x)",
         "torch.serialization.add_safe_globals(x)",
         "f(trust_remote_code=True)", "f(**{'trust_remote_code': True})", "importlib.import_module(name)",
+        "pkgutil.resolve_name(name)",
     ],
 )  # fmt: skip
 def test_what_is_forbidden_is_noticed(text):

@@ -200,7 +200,7 @@ def make_relay() -> RelayPipeline:
     return RelayPipeline(ToyTransformer(), ToyTransformer(), FlowMatchEulerDiscreteScheduler())
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def pipes() -> SimpleNamespace:
     """Builders of the pipelines above."""
     return SimpleNamespace(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from flowdppo_fast.trainer.advantages import RewardHistory, advantages_of, group_advantages
+from flowdppo_fast.trainer.advantages import RewardHistory, advantages_of, group_advantages, weighted_reward
 from flowdppo_fast.trainer.rewards import score
 
 GROUP = 12
@@ -56,7 +56,7 @@ def test_refused():
 @pytest.mark.parametrize(
     ("result", "error", "message"),
     [
-        ([0.0, 1.0], TypeError, "got list for 'reward'"),
+        (["a", 1.0], TypeError, "got list for 'reward'"),
         ({"a": 1.0}, TypeError, "got float for 'a'"),
         (torch.zeros(2, 1), ValueError, r"got shape \[2, 1\] for 'reward', expected \[2\]"),
         ({}, ValueError, "got no rewards"),
@@ -113,3 +113,30 @@ def test_history_of_several_rewards(per_reward):
     else:
         expected = normalised([4, 3, 6])
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("std", ["group", "global", "none"])
+def test_abstentions_have_no_advantage_and_no_part_in_baselines(std):
+    nan = float("nan")
+    rewards = torch.tensor([1.0, nan, 2.0, 6.0, nan, 5.0, nan, 5.0])
+    kept = torch.tensor([[0, 2, 3], [5, 7, 7]])
+    result = group_advantages(rewards, 4, std=std)
+    assert result[[1, 4, 6]].tolist() == [0, 0, 0]
+    assert result[[5, 7]].tolist() == [0, 0], "what is left of the group is all equal"
+    expected = rewards[kept[0]] - 3.0
+    if std == "group":
+        expected = expected / (rewards[kept[0]].std(correction=0) + 1e-4)
+    elif std == "global":
+        expected = expected / (rewards[[0, 2, 3, 5, 7]].std(correction=0) + 1e-4)
+    torch.testing.assert_close(result[[0, 2, 3]], expected)
+    assert torch.equal(group_advantages(torch.full((4,), nan), 4, std=std), torch.zeros(4))
+
+
+def test_a_sum_abstains_with_any_reward_that_weighs_and_each_reward_for_itself():
+    nan = float("nan")
+    rewards = {"a": torch.tensor([1.0, nan, 3.0, 8.0]), "b": torch.tensor([1.0, 2.0, 0.0, nan])}
+    assert weighted_reward(rewards, {"b": 0.0}).isnan().tolist() == [False, True, False, False]
+    assert weighted_reward(rewards, {}).isnan().tolist() == [False, True, False, True]
+    each = advantages_of(rewards, 4, weights={}, per_reward=True)
+    torch.testing.assert_close(each, group_advantages(rewards["a"], 4) + group_advantages(rewards["b"], 4))
+    assert each[3] == group_advantages(rewards["a"], 4)[3], "the other reward still counts"

@@ -110,9 +110,9 @@ def test_from_a_config_to_exported_weights(tmp_path, capsys):
     assert "iteration 2" in capsys.readouterr().out
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
     assert "sampling.eta; expected the same" in refused(capsys, *again, "--resume", "sampling.eta=0.6")
-    other = ["pipeline.vae_tiling=true", "rewards=[{name: jpeg}]", "prompts.train=['1']"]
+    other = ["model.ema_decay=0.9", "rewards=[{name: jpeg}]", "prompts.train=['1']"]
     said = refused(capsys, *again, "--resume", *other)
-    assert "pipeline.vae_tiling, prompts.train, rewards; expected the same" in said
+    assert "prompts.train, model.ema_decay, rewards; expected the same" in said
 
     # sampling works from anywhere, from the newest weights
     os.chdir(tmp_path)

@@ -19,7 +19,8 @@ PIPELINES = {
     "flux1_dev": "FluxPipeline",
     "flux1_dev_24gb": "FluxPipeline",
     "flux2_klein": "Flux2KleinPipeline",
-    "qwen_image": "QwenImagePipeline",
+    "qwen_image_ocr": "QwenImagePipeline",
+    "sd3_5_medium_ocr": "StableDiffusion3Pipeline",
     "sd3_5_medium": "StableDiffusion3Pipeline",
     "wan2_1_14b_80gb": "WanPipeline",
     "wan2_1_1_3b": "WanPipeline",
@@ -29,7 +30,9 @@ PIPELINES = {
 PUBLISHED = {
     "sd3_5_medium": (1e-5, "flow_sde", 0.7, 10, 3, 48, 16, 3e-4, 32, 64.0),
     "flux2_klein": (1e-6, "flow_sde", 0.7, 14, 3, 64, 24, 3e-4, 64, 128.0),
-    "qwen_image": (1e-5, "flow_sde", 1.2, 10, 2, 32, 16, 3e-4, 64, 128.0),
+    "qwen_image_ocr": (1e-5, "flow_sde", 1.2, 10, 2, 32, 16, 3e-4, 64, 128.0),
+    # the threshold is UniRL's for this model, the others are flow_grpo's
+    "sd3_5_medium_ocr": (1e-5, "flow_sde", 0.7, 10, None, 48, 24, 3e-4, 32, 64.0),
     # only the threshold of the two below is from Flow-DPPO, see their comments
     "flux1_dev": (1e-5, "flow_sde", 0.9, 6, None, 48, 24, 3e-4, 32, 64.0),
     "wan2_1_1_3b": (1e-5, "wan", 0.7, 20, 5, 16, 4, 1e-4, 32, 64.0),
@@ -46,7 +49,7 @@ def load(name: str) -> Recipe:
 
 
 def test_all_configs_are_checked_here():
-    assert set(CONFIGS) == {*PIPELINES, "digits"}
+    assert set(CONFIGS) == {*PIPELINES, "digits", "words"}
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import typing
-
 import pytest
 import yaml
 
@@ -14,8 +12,27 @@ from flowdppo_fast.trainer.recipe import Recipe
 
 
 def test_every_sampler_with_noise_can_be_configured():
-    choices = typing.get_args(typing.get_type_hints(SamplingConfig)["sampler"])
-    assert {*choices, "ode"} == set(SAMPLERS)
+    for name in set(SAMPLERS) - {"ode"}:
+        FlowDPPOConfig(sampling=SamplingConfig(sampler=name)).validate()
+        # the docstring is the reference page
+        assert f'``"{name}"``' in SamplingConfig.__doc__
+    for wrong in ("ode", "flow_ode", "module:", ":attribute"):
+        with pytest.raises(
+            ValueError, match=r"sampling.sampler: got .*, expected 'flow_sde', .*package.module:attribute"
+        ):
+            FlowDPPOConfig(sampling=SamplingConfig(sampler=wrong)).validate()
+
+
+def test_an_objective_of_ones_own_is_named_alone():
+    for settings, message in (
+        ({"callable": "module"}, r"objective.callable: got 'module', expected package.module:attribute"),
+        ({"callable": "a:b", "name": "unclipped"}, r"objective.name: got 'unclipped', expected none beside"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            FlowDPPOConfig(objective=ObjectiveConfig(**settings)).validate()
+    with pytest.raises(ValueError, match=r"objective.callable: got 'nowhere:rule', which cannot be imported"):
+        ObjectiveConfig(callable="nowhere:rule").build()
+    assert ObjectiveConfig(callable="flowdppo_fast.rules:dppo", threshold=0.5).build().threshold == 0.5
 
 
 def test_yaml_and_overrides(tmp_path):

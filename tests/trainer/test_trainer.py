@@ -11,6 +11,7 @@ from digits_example import PROMPTS, ink
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from flowdppo_fast.objectives import OwnRule
 from flowdppo_fast.trainer import FlowDPPOTrainer, checkpoint
 from flowdppo_fast.trainer.advantages import advantages_of, group_advantages
 
@@ -54,6 +55,43 @@ def test_every_objective_raises_the_reward(pipes, small_config, learning, object
     # of the four updates per rollout, all but the first see moved ratios
     assert history[-1]["ratio_moved_fraction"] == pytest.approx(0.75, abs=0.05)
     assert all(m["replay_log_ratio_max"] < 1e-5 for m in history)
+
+
+def far_rows_count_nothing(row):
+    """An objective of one's own: that of the symmetric ablation."""
+    surrogate = -row.advantage * row.ratio
+    return row.far, 0.0, surrogate, surrogate
+
+
+def even_diffusion(sigma, sigma_next, eta, schedule):
+    """The same standard deviation in every step."""
+    return 0.3 * eta / (sigma - sigma_next) ** 0.5
+
+
+def test_objectives_and_samplers_of_ones_own(pipes, small_config, tmp_path):
+    """By name in the settings, or handed over: as the built-in one does that says the same."""
+
+    folders = (tmp_path / str(number) for number in range(4))
+
+    def history(objective, given=None, sampler="flow_sde"):
+        config = small_config(
+            objective=objective, sampling={"sampler": sampler}, optimizer={"learning_rate": 0.01},
+            run={"iterations": 2, "output_dir": str(next(folders))},
+        )  # fmt: skip
+        return FlowDPPOTrainer(pipes.digits(), ink, PROMPTS, config, objective=given).train()
+
+    own = {"callable": f"{__name__}:far_rows_count_nothing", "threshold": 1e-5}
+    built_in = history({"name": "dppo_symmetric", "threshold": 1e-5})
+    named = history(own)
+    given = history({}, OwnRule(far_rows_count_nothing, threshold=1e-5))
+    assert named[-1]["masked_fraction"] > 0.0
+    assert without_times(named) == without_times(given)
+    # another backend: C++ has no rule of one's own
+    for ours, theirs in zip(named, built_in, strict=True):
+        for metric in ("reward", "masked_fraction", "policy_loss", "kl_new_old_mean"):
+            assert ours[metric] == pytest.approx(theirs[metric], rel=1e-3, abs=1e-6), metric
+    even = history({"threshold": 1e-5}, sampler=f"{__name__}:even_diffusion")
+    assert even[0]["reward"] != built_in[0]["reward"]
 
 
 def test_the_mask_fires_and_its_metrics_agree(pipes, small_config):
@@ -376,3 +414,46 @@ def test_the_row_log_can_be_left_out_and_follows_a_resume(pipes, small_config):
         resume=True
     )
     assert not path.exists()
+
+
+def test_same_latents_are_those_of_a_group_and_only_of_it(pipes, small_config, monkeypatch):
+    settings = {"prompts_per_rollout": 2, "group_size": 4, "batch_size": 2}
+    drawn: dict[bool, list[int]] = {}
+    for same in (True, False):
+        trainer = FlowDPPOTrainer(
+            pipes.digits(),
+            ink,
+            PROMPTS,
+            small_config(sampling={**settings, "same_latents": same}, run={"iterations": 1}),
+        )
+        seeds = drawn.setdefault(same, [])
+        images = trainer.calls.images
+        monkeypatch.setattr(
+            trainer.calls, "images", lambda *a, images=images, seeds=seeds: seeds.extend(a[2]) or images(*a)
+        )
+        first = trainer.sample(0).trajectories
+        assert len(first) == 4
+    assert len(set(drawn[False])) == 8
+    assert [drawn[True].index(seed) // 4 for seed in drawn[True]] == [0] * 4 + [1] * 4
+    assert len(set(drawn[True])) == 2
+
+
+def test_the_share_of_the_noise_is_small_where_there_is_little_noise(pipes, small_config, tmp_path):
+    def run(name: str, **sampling) -> tuple[float, list[dict]]:
+        config = small_config(
+            sampling={"prompts_per_rollout": 8, "group_size": 8, **sampling}, optimizer={"micro_batch_size": 64},
+            run={"iterations": 2, "output_dir": str(tmp_path / name)},
+        )  # fmt: skip
+        trainer = FlowDPPOTrainer(pipes.digits(), ink, PROMPTS, config)
+        return trainer.noise_share(), trainer.train()
+
+    much, history = run("much", eta=1.0, measure_noise_share=True)
+    little, plain = run("little", eta=0.01)
+    assert 0 < little < 0.01 < 0.1 < much < 2
+    assert history[0]["noise_share"] == much
+    assert "noise_share" not in history[1]
+    assert "noise_share" not in plain[0]
+    # what is measured leaves no trace in the run
+    again = run("again", eta=1.0)[1]
+    without = [{k: v for k, v in m.items() if k != "noise_share"} for m in without_times(history)]
+    assert without == without_times(again)

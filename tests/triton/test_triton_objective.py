@@ -22,6 +22,7 @@ from flowdppo_fast.objectives import (
     SUMMARY,
     EpilogueOptions,
     GRPOGuard,
+    OwnRule,
     RatioClip,
     RowField,
     Rule,
@@ -33,6 +34,18 @@ from flowdppo_fast.rows import Form
 pytestmark = MARKS
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 
+
+def half(row):
+    """A rule of one's own: far rows of positive advantage count what they would at a ratio of 1, others half."""
+    surrogate = -0.5 * row.advantage * row.ratio
+    return row.far & (row.advantage > 0), -row.advantage, surrogate, surrogate
+
+
+def pull(row):
+    """Towards the old policy, in proportion to how far a row is."""
+    return row.threshold * row.kl, row.threshold
+
+
 OBJECTIVES = {
     "dppo": lambda bound: DPPO(bound),
     "dppo_mean_drift": lambda bound: DPPO(bound, trust_region="mean_drift"),
@@ -42,6 +55,7 @@ OBJECTIVES = {
     "grpo_guard": lambda bound: GRPOGuard(bound, 1.25 * bound),
     "grpo_guard_batch": lambda bound: GRPOGuard(bound, 1.25 * bound, bias="batch"),
     "unclipped": lambda bound: Unclipped(),
+    "own": lambda bound: OwnRule(half, pull, threshold=bound),
 }
 OPTIONS = {
     "plain": {},

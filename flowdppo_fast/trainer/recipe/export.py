@@ -12,18 +12,17 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .. import checkpoint
 from ..config import FlowDPPOConfig
-from ..weights.adapters import ATTENTION_TARGETS, add_lora
+from ..weights.adapters import ATTENTION_TARGETS, add_lora, release, with_name, write_lora
+from ..weights.names import bare, plain_name
 from .recipe import PipelineConfig, Recipe
 
-RECIPE_FILE, LORA_FILE, ORIGIN_FILE = "recipe.yaml", "pytorch_lora_weights.safetensors", "flowdppo.json"
+RECIPE_FILE, ORIGIN_FILE = "recipe.yaml", "flowdppo.json"
 _WEIGHTS_FILE = "diffusion_pytorch_model"
-# name of the adapter in the names of its parameters
-_ADAPTER = ".default."
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class SavedRun:
         Raises:
             ValueError: no such run or checkpoint, or an average is wanted and there is none.
         """
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         found = checkpoint.checkpoints(folder / "checkpoints")
         if not found:
             raise ValueError(f"run: {folder} has no complete checkpoint, expected the output folder of a training run")
@@ -113,10 +112,15 @@ def apply_weights(run: SavedRun, pipeline: Any) -> None:
             raise ValueError(
                 f"pipeline: {type(pipeline).__name__} has no {name}, which the run in {run.folder} trained"
             )
+        module = bare(module)
         if run.config.model.train == "lora":
             rank, alpha = _rank_and_alpha(run, tensors)
-            add_lora(module, rank, alpha, run.config.model.lora_targets, 0)
-        parameters = dict(module.named_parameters())
+            adapter = add_lora(module, rank, alpha, run.config.model.lora_targets, 0)
+            # it is the pipeline's from now on, to be drawn with or trained further
+            release(module)
+            # the pipeline may have adapters of its own, then and now
+            tensors = {with_name(key, adapter): value for key, value in tensors.items()}
+        parameters = {plain_name(key): parameter for key, parameter in module.named_parameters()}
         for key, value in tensors.items():
             if key not in parameters or parameters[key].shape != value.shape:
                 there = list(parameters[key].shape) if key in parameters else "no such parameter"
@@ -157,7 +161,7 @@ def export_run(
     Raises:
         ValueError: full weights of a run without recipe, or whose base cannot be read.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, tensors in run.tensors().items():
@@ -185,28 +189,12 @@ def _rank_and_alpha(run: SavedRun, tensors: Mapping[str, Tensor]) -> tuple[int, 
 def _export_lora(
     run: SavedRun, tensors: Mapping[str, Tensor], folder: Path, dtype: torch.dtype | None, fold_alpha: bool
 ) -> Path:
-    from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
     from peft import LoraConfig
 
     rank, alpha = _rank_and_alpha(run, tensors)
-    scale = alpha / rank if fold_alpha else 1.0
-    targets = run.config.model.lora_targets or ATTENTION_TARGETS
-    settings = LoraConfig(
-        r=rank,
-        lora_alpha=rank if fold_alpha else alpha,  # type: ignore[arg-type]
-        target_modules=list(targets),
-    ).to_dict()
-    # loaders find the transformer's entries by this prefix, whichever transformer they are loaded into
-    metadata = {f"transformer.{key}": sorted(v) if isinstance(v, set) else v for key, v in settings.items()}
-    packed = {}
-    for key, value in tensors.items():
-        value = value * scale if ".lora_B." in key else value
-        packed["transformer." + key.replace(_ADAPTER, ".")] = value.to(dtype or value.dtype).contiguous()
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / LORA_FILE
-    described = json.dumps(metadata, indent=2, sort_keys=True)
-    save_file(packed, path, metadata={"format": "pt", LORA_ADAPTER_METADATA_KEY: described})
-    return path
+    targets = list(run.config.model.lora_targets or ATTENTION_TARGETS)
+    settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)  # type: ignore[arg-type]
+    return write_lora(tensors, settings, folder, dtype=dtype, fold_alpha=fold_alpha)
 
 
 def _export_full(

@@ -26,6 +26,7 @@ def estimate(
     arguments: Callable[[int], Mapping[str, Any]],
     *,
     weights: int,
+    entries: int | None = None,
     trajectory: float = 0.0,
     idle: int = 0,
     calls: int = 1,
@@ -46,6 +47,7 @@ def estimate(
         arguments: from a number of rows to the arguments of a transformer call, tensors on the meta device.
         weights: bytes of all frozen weights that stay on the device while it is trained: those of the transformers, as
             they are loaded (quantised, sharded); 0 where full weights are trained.
+        entries: trained weights of all transformers; None takes those of ``module``.
         trajectory: bytes kept per sample, :func:`~flowdppo_fast.trainer.record.trajectory.trajectory_bytes`.
         idle: bytes of the weights of text encoders, VAE and other components.
         calls: transformer calls per velocity, 2 for guidance that calls twice.
@@ -70,7 +72,7 @@ def estimate(
         parameter.data = parameter.data.to(_AUTOCAST.get(m.mixed_precision, torch.float32))
     if m.mixed_precision != "no":
         module.to(_AUTOCAST[m.mixed_precision])
-    size = 4 * sum(p.numel() for p in trained)
+    size = 4 * (sum(p.numel() for p in trained) if entries is None else entries)
     steps = s.sde_steps_per_rollout or len(s.candidate_steps)
     width = min(o.steps_per_micro_batch or steps, steps)
     if activations is None:

@@ -14,10 +14,11 @@ import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from torch import nn
 
+from ..callables import load_callable, search_working_directory
 from ..prompts import REWARD_KEYS
 from ..settings import require
 from ..weights.adapters import ATTENTION_TARGETS
-from .recipe import PipelineConfig, QuantizationConfig, Recipe, resolve_callable
+from .recipe import PipelineConfig, Recipe
 
 _PACKAGES = {"bitsandbytes_4bit": "bitsandbytes", "bitsandbytes_8bit": "bitsandbytes", "torchao": "torchao"}
 # first word of an attention backend's name: what it imports, and what pip calls it
@@ -26,7 +27,6 @@ _ATTENTION_PACKAGES = {
     "sage": ("sageattention", "sageattention"),
     "xformers": ("xformers", "xformers"),
 }
-_GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -49,21 +49,6 @@ class PipelinePlan:
     kind: type
     components: dict[str, Component]
     absent: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes by component, and for trained weights with their gradients, moments and moving average.
-
-    Computed from the shapes in the configs. Activations, trajectories and reward models come on top.
-    """
-
-    components: dict[str, int]
-    trained: int
-
-    @property
-    def total(self) -> int:
-        return sum(self.components.values()) + self.trained
 
 
 def check_environment(recipe: Recipe, *, devices: bool = True) -> None:
@@ -117,48 +102,6 @@ def inspect_pipeline(recipe: Recipe) -> PipelinePlan:
         empty = [name for name in trained if not components[name].adapted]
         require(not empty, "model.lora_targets", list(targets), f"names of linear layers; {empty} have none of them")
     return PipelinePlan(kind, components, absent)
-
-
-def estimate_memory(recipe: Recipe, plan: PipelinePlan) -> MemoryEstimate:
-    """Bytes that weights need, see :class:`MemoryEstimate`."""
-    settings, model = recipe.pipeline, recipe.config.model
-    sizes, trained = {}, 0
-    for name, component in plan.components.items():
-        dtype = settings.vae_dtype if name == "vae" and settings.vae_dtype else settings.dtype
-        width = getattr(torch, dtype).itemsize
-        is_trained = name.startswith("transformer")
-        if is_trained and model.train == "full":
-            trained += component.parameters
-            # counted with what is trained
-            sizes[name] = 0
-            continue
-        quantization = settings.quantization
-        linear_width = width if quantization is None else _quantized_width(quantization, name, width)
-        sizes[name] = round(component.linear * linear_width + (component.parameters - component.linear) * width)
-        trained += component.adapted if is_trained else 0
-    # float32 weight, gradient and two moments
-    copies = 4 + (model.ema_decay is not None)
-    return MemoryEstimate(sizes, trained * 4 * copies)
-
-
-def describe(recipe: Recipe, plan: PipelinePlan) -> str:
-    """Components with parameters and bytes as text."""
-    estimate = estimate_memory(recipe, plan)
-    lines = [f"{plan.kind.__name__} from {recipe.pipeline.pretrained}"]
-    for name, component in plan.components.items():
-        if component.parameters:
-            size = estimate.components[name]
-            note = f"{size / _GIB:8.3f} GiB" if size else "   trained"
-            lines.append(f"  {name:<16} {component.class_name:<32} {component.parameters / 1e6:10.2f} M  {note}")
-    what = f"{recipe.config.model.train} weights, gradients, optimizer" + (
-        ", moving average" if recipe.config.model.ema_decay is not None else ""
-    )
-    lines.append(f"  {what}: {estimate.trained / _GIB:.3f} GiB")
-    lines.append(
-        f"  together {estimate.total / _GIB:.3f} GiB, computed from the configs; activations, trajectories and reward "
-        "models come on top"
-    )
-    return "\n".join(lines)
 
 
 def _missing_packages(recipe: Recipe) -> list[str]:
@@ -235,7 +178,8 @@ def _pipeline_class(settings: PipelineConfig, index: dict[str, Any]) -> type:
 
     if settings.callable is not None:
         name, where = settings.callable, "pipeline.callable"
-        kind: Any = resolve_callable(name, where)
+        search_working_directory()
+        kind: Any = load_callable(name, where)
     else:
         name, where = settings.class_name or str(index.get("_class_name")), "pipeline.class_name"
         kind = getattr(diffusers, name, None)
@@ -267,10 +211,10 @@ def _check_call(recipe: Recipe, kind: type) -> None:
 def _measure(
     settings: PipelineConfig, name: str, library: str, class_name: str, targets: Sequence[str], rank: int
 ) -> Component:
-    kind = getattr(importlib.import_module(library), class_name, None) if library in _LIBRARIES else None
+    kind = class_of(library, class_name)
     if not (inspect.isclass(kind) and issubclass(kind, nn.Module)):
         return Component(name, library, class_name)
-    module = _on_meta(kind, settings, name)
+    module = on_meta(kind, settings, name)
     linear = adapted = 0
     for path, layer in module.named_modules():
         if isinstance(layer, nn.Linear):
@@ -284,8 +228,13 @@ def _measure(
 _LIBRARIES = ("diffusers", "transformers")
 
 
-def _on_meta(kind: Any, settings: PipelineConfig, name: str) -> nn.Module:
-    """The component without memory for its weights."""
+def class_of(library: str, class_name: str) -> Any:
+    """The class of a component, None where it is of another library: an index may name any."""
+    return getattr(importlib.import_module(library), class_name, None) if library in _LIBRARIES else None
+
+
+def on_meta(kind: Any, settings: PipelineConfig, name: str) -> nn.Module:
+    """The component ``name`` of ``kind`` without memory for its weights."""
     try:
         if hasattr(kind, "load_config"):
             config = kind.load_config(settings.location, subfolder=name, **settings.source_options)
@@ -298,16 +247,6 @@ def _on_meta(kind: Any, settings: PipelineConfig, name: str) -> nn.Module:
         raise ValueError(
             f"pipeline.pretrained: cannot read the config of {name} in {settings.pretrained}: {_one_line(error)}"
         ) from error
-
-
-def _quantized_width(quantization: QuantizationConfig, name: str, width: int) -> float:
-    """Bytes per entry of a linear layer's weight."""
-    if name not in quantization.components:
-        return width
-    if quantization.backend == "bitsandbytes_4bit":
-        # half a byte and a float32 scale per block of 64
-        return 0.5 + 4 / 64
-    return 0.5 if "Int4" in quantization.options.get("type", "") else 1.0
 
 
 def _one_line(error: Exception) -> str:

@@ -5,14 +5,11 @@ Reading a recipe runs no code: YAML is read by the safe loader, and only what a 
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-import os
 import re
-import sys
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,11 +17,11 @@ from typing import Any, Literal
 import yaml
 from pydantic import StrictBool
 
+from ..callables import check_callable
 from ..config import RECIPE_SECTIONS, SECTION, FlowDPPOConfig
-from ..settings import build, check, check_known, plain, read_yaml, require
+from ..settings import build, check, check_known, plain, read_text, read_yaml, require
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_CALLABLE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 # number format of the weights that does not go with autocast to the other half-precision format
 _CLASHES = {"bf16": "float16", "fp16": "bfloat16"}
 
@@ -168,7 +165,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dictionaries of plain values; :meth:`from_dict` is the inverse."""
-        own = {"pipeline": dataclasses.asdict(self.pipeline), "prompts": dataclasses.asdict(self.prompts)}
+        own = {"pipeline": self.pipeline, "prompts": self.prompts}
         return plain({**own, "rewards": list(self.rewards), **self.config.to_dict()})
 
     def portable(self) -> dict[str, Any]:
@@ -222,7 +219,7 @@ class Recipe:
         )  # fmt: skip
         if p.callable is not None:
             require(p.class_name is None, "pipeline.class_name", p.class_name, "none beside pipeline.callable")
-            _check_callable(p.callable, "pipeline.callable")
+            check_callable(p.callable, "pipeline.callable")
         if quantization is not None:
             require(
                 self.config.model.train == "lora", "pipeline.quantization", quantization.backend,
@@ -271,7 +268,7 @@ class Recipe:
             where = f"rewards[{position}]"
             require(("name" in entry) or ("callable" in entry), where, entry, "name (built in) or callable (your own)")
             if "callable" in entry:
-                _check_callable(entry["callable"], f"{where}.callable")
+                check_callable(entry["callable"], f"{where}.callable")
             require(
                 not ("weight" in entry and self.config.advantage.reward_weights), f"{where}.weight",
                 entry.get("weight"), "none beside advantage.reward_weights: weights stand in one place",
@@ -311,44 +308,14 @@ def load_prompts(source: Any, where: str) -> list[str | dict[str, Any]]:
     return prompts
 
 
-def resolve_callable(name: str, where: str) -> Callable[..., Any]:
-    """Imports ``package.module:attribute``; modules are looked for as ``python -m`` does, in the working directory too.
-
-    Raises:
-        ValueError: no such module or attribute, or it cannot be called.
-    """
-    _check_callable(name, where)
-    search_working_directory()
-    from ..rewards.registry import load_callable
-
-    try:
-        found = load_callable(name)
-    except ValueError as error:
-        raise ValueError(f"{where}: got {name!r}, which cannot be imported ({error.__cause__})") from error
-    if not callable(found):
-        raise ValueError(f"{where}: got {name!r}, which is a {type(found).__name__}, expected something to call")
-    return found
-
-
-def search_working_directory() -> None:
-    """Makes modules in the working directory importable, as ``python -m`` does."""
-    if not {"", os.getcwd()} & set(sys.path):
-        sys.path.insert(0, os.getcwd())
-
-
-def _check_callable(value: Any, where: str) -> None:
-    if not (isinstance(value, str) and _CALLABLE.fullmatch(value)):
-        raise ValueError(f"{where}: got {value!r}, expected package.module:attribute")
-
-
 def _read_prompt_file(path: Path, where: str) -> list[tuple[str, Any]]:
     if path.suffix not in (".txt", ".jsonl"):
         raise ValueError(f"{where}: got {path}, expected a .txt file, a .jsonl file or a list of prompts")
     if not path.is_file():
         raise ValueError(f"{where}: {path} does not exist, expected a file with prompts")
-    lines = path.read_text(encoding="utf-8").splitlines()
     entries = []
-    for number, line in enumerate(lines, start=1):
+    # lines end at newlines alone: str.splitlines also cuts at characters that belong to a prompt
+    for number, line in enumerate(read_text(path, where).split("\n"), start=1):
         if not line.strip():
             continue
         place = f"{where}: {path}, line {number}"

@@ -10,18 +10,20 @@ from pathlib import Path
 
 from accelerate import PartialState
 
+from ...samplers import find_sampler
 from .. import checkpoint
-from ..resume import FREE_SETTINGS
+from ..callables import search_working_directory
+from ..resume import may_differ
 from ..rewards import Reward, build_rewards
 from ..trainer import FlowDPPOTrainer
 from .export import RECIPE_FILE
 from .loading import load_pipeline
 from .preflight import PipelinePlan, check_environment, inspect_pipeline
-from .recipe import Recipe, search_working_directory
+from .recipe import Recipe
 
 INPUTS_FILE = "inputs.json"
-# settings of the pipeline that do not change what it computes
-_FREE_PIPELINE_SETTINGS = ("local_files_only",)
+# settings of the pipeline that change no more than rounding of what it computes
+_FREE_PIPELINE_SETTINGS = ("attention_backend", "local_files_only", "vae_slicing", "vae_tiling")
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,13 @@ class PreparedRun:
         check_environment(recipe, devices=devices)
         _check_folder(recipe, resume=resume)
         plan = inspect_pipeline(recipe)
-        if any("callable" in entry for entry in recipe.rewards):
+        c = recipe.config
+        own = ":" in c.sampling.sampler or c.objective.callable is not None
+        if own or any("callable" in entry for entry in recipe.rewards):
             search_working_directory()
+        # what is named and not there is found out before weights are loaded
+        find_sampler(c.sampling.sampler)
+        c.objective.build()
         return cls(recipe, plan, *build_rewards(list(recipe.rewards)), resume)
 
     def train(self) -> list[dict[str, float]]:
@@ -81,19 +88,19 @@ class PreparedRun:
 
 def _check_folder(recipe: Recipe, *, resume: bool) -> None:
     """A run is neither overwritten nor continued with other settings."""
-    folder = Path(recipe.config.run.output_dir)
+    folder = Path(recipe.config.run.output_dir).expanduser()
     saved = checkpoint.checkpoints(folder / "checkpoints")
     if not resume and (saved or (folder / "metrics.jsonl").exists()):
         raise ValueError(f"run.output_dir: {folder} holds a run already; --resume continues it (resume=True in Python)")
     if not (saved and (folder / RECIPE_FILE).is_file()):
         return
     before, now = Recipe.from_yaml(folder / RECIPE_FILE).portable(), recipe.portable()
-    free = {"run": FREE_SETTINGS, "pipeline": _FREE_PIPELINE_SETTINGS}
     differing = [
         f"{section}.{key}"
         for section in (section for section in now if section != "rewards")
         for key, value in now[section].items()
-        if key not in free.get(section, ()) and before[section].get(key) != value
+        if not (may_differ(section, key) or (section == "pipeline" and key in _FREE_PIPELINE_SETTINGS))
+        and before[section].get(key) != value
     ]
     differing += ["rewards"] * (before["rewards"] != now["rewards"])
     read_before = json.loads((folder / INPUTS_FILE).read_text())
@@ -106,7 +113,7 @@ def _check_folder(recipe: Recipe, *, resume: bool) -> None:
 
 def _save_recipe(recipe: Recipe) -> None:
     """Leaves the recipe and the digests of its prompt files in the output folder."""
-    folder = Path(recipe.config.run.output_dir)
+    folder = Path(recipe.config.run.output_dir).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     for name, write in (
         (INPUTS_FILE, lambda path: path.write_text(json.dumps(recipe.inputs(), indent=2) + "\n")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import itertools
@@ -20,7 +21,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from ...noise import PhiloxNoise
-from ...samplers import SAMPLERS, Schedule, SDEStep
+from ...samplers import Schedule, SDEStep, find_sampler
 from ...sampling import sde_step
 
 NOISE_KINDS = ("seeded", "stored")
@@ -80,27 +81,41 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
         seed: int = 0,
         first_row: int = 0,
         on_step: Callable[[int, Transition | None], None] | None = None,
-    ) -> FlowMatchSDEScheduler:
+        return_unused_kwargs: bool = False,
+        **unused: Any,
+    ) -> Any:
         """A scheduler with the schedule of another flow scheduler and noise on chosen steps.
 
         Args:
             config: a diffusers flow scheduler or its config. Of one-call-per-step schedulers of another class, such as
                 UniPC or DPM-Solver with ``use_flow_sigmas``, the noise levels and timesteps are taken, not the solver.
-            sampler: a name from :data:`flowdppo_fast.SAMPLERS`.
+            sampler: a name from :data:`flowdppo_fast.SAMPLERS`, or ``package.module:attribute`` for one's own.
             eta: noise level of the sampler, > 0 where steps are chosen.
             sde_steps: indices of the steps that draw noise; the last step of a schedule cannot be one.
             noise: ``"seeded"`` keeps the seed and a stream per row, ``"stored"`` the same draws as a tensor.
             seed: 64-bit key of the noise.
             first_row: number of the first row, where one rollout is sampled in several calls.
             on_step: called after every step with its index and, for chosen steps, its :class:`Transition`, else None.
+            return_unused_kwargs: as in diffusers: also return further keywords, which are not used.
+
+        Returns:
+            A :class:`FlowMatchSDEScheduler`, and the unused keywords where they are asked for. A scheduler that was
+            loaded with a pipeline chooses no steps: it is the plain Euler scheduler.
 
         Raises:
+            TypeError: further keywords that nobody asked for.
             ValueError: an unknown choice, no noise on chosen steps, or a scheduler that is not for flow matching.
         """
+        if unused and not return_unused_kwargs:
+            raise TypeError(f"from_config: got {', '.join(map(repr, unused))}, expected none of these keywords")
         given = config
         config = dict(getattr(given, "config", given))
         name = type(given).__name__ if isinstance(given, SchedulerMixin) else config.get("_class_name", "")
-        if not hasattr(diffusers, name) and not isinstance(given, SchedulerMixin):
+        known = inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters
+        if not name and {key for key in config if not key.startswith("_")} == known.keys() - {"self"}:
+            # the config of a scheduler that was built in Python names no class
+            name = FlowMatchEulerDiscreteScheduler.__name__
+        if name not in _EULER_NAMES and not hasattr(diffusers, name) and not isinstance(given, SchedulerMixin):
             raise ValueError(
                 f"config: got a {type(given).__name__} with _class_name={name!r}, expected a scheduler, or a config "
                 "that names a class of diffusers"
@@ -111,8 +126,7 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
         for option in ("invert_sigmas", "stochastic_sampling"):
             if config.get(option):
                 raise ValueError(f"config: got {option}=True, expected a plain schedule from noise (1) to data (0)")
-        if sampler not in SAMPLERS:
-            raise ValueError(f"sampler: got {sampler!r}, expected one of {', '.join(map(repr, SAMPLERS))}")
+        find_sampler(sampler)
         if noise not in NOISE_KINDS:
             raise ValueError(f"noise: got {noise!r}, expected one of {', '.join(map(repr, NOISE_KINDS))}")
         chosen = tuple(sorted(int(index) for index in sde_steps))
@@ -123,17 +137,25 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
             )
         if len(set(chosen)) != len(chosen) or any(index < 0 for index in chosen):
             raise ValueError(f"sde_steps: got {list(chosen)}, expected different step indices >= 0")
-        known = inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters
         scheduler = cls(**{key: value for key, value in config.items() if key in known})
         if not euler:
             kind: Any = type(given) if isinstance(given, SchedulerMixin) else getattr(diffusers, name)
             scheduler._source = kind.from_config(config)
+        elif isinstance(given, FlowMatchSDEScheduler):
+            scheduler._source = copy.deepcopy(given._source)
+            scheduler.set_shift(given.shift)
         elif isinstance(given, FlowMatchEulerDiscreteScheduler):
-            # set_shift leaves the config alone
+            if type(given).step is not FlowMatchEulerDiscreteScheduler.step:
+                raise ValueError(
+                    f"config: {type(given).__name__} has a step() of its own, expected Euler's: the steps between the "
+                    "trained ones would be others than yours; give the pipeline a FlowMatchEulerDiscreteScheduler"
+                )
+            # its own levels, whatever was overridden or set on it since it was built
+            scheduler._source = copy.deepcopy(given)
             scheduler.set_shift(given.shift)
         scheduler.sampler, scheduler.eta, scheduler.sde_steps = sampler, float(eta), chosen
         scheduler.noise, scheduler.seed, scheduler.first_row, scheduler.on_step = noise, seed, first_row, on_step
-        return scheduler
+        return (scheduler, unused) if return_unused_kwargs else scheduler
 
     # pipelines look at the parameters of this method to see whether custom sigmas are allowed
     @functools.wraps(FlowMatchEulerDiscreteScheduler.set_timesteps)

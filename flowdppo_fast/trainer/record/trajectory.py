@@ -62,6 +62,16 @@ class Trajectory:
         return len(self.velocity)
 
     @property
+    def elements(self) -> int:
+        """Latent elements of a row."""
+        return self.velocity.shape[2:].numel()
+
+    @property
+    def kind(self) -> tuple:
+        """What its replay depends on besides numbers: sizes, guidance and the calls of each step."""
+        return tuple(self.velocity.shape[2:]), tuple((step.rule, len(step.calls)) for step in self.steps)
+
+    @property
     def nbytes(self) -> int:
         """Bytes that the trajectory holds: velocities, noise and the arguments of the calls, shared ones once."""
         return stored_bytes([self])

@@ -7,12 +7,14 @@
 from .aesthetic import AestheticScore
 from .background import BackgroundScorer, RewardHandle
 from .classifier import ClassifierReward
-from .clip import CLIPScore, PickScore
+from .clip import CLIPScore, HPSv2Score, PickScore
 from .http import HTTPReward, RewardServerError
 from .images import to_pixels
 from .jpeg import JPEGCompressibility, JPEGIncompressibility
+from .ocr import OCRReward
 from .protocol import Reward, move_reward, score
 from .registry import CombinedReward, build_rewards
+from .vlm_judge import VLMJudge
 
 __all__ = [
     "AestheticScore",
@@ -20,13 +22,16 @@ __all__ = [
     "CLIPScore",
     "ClassifierReward",
     "CombinedReward",
+    "HPSv2Score",
     "HTTPReward",
     "JPEGCompressibility",
     "JPEGIncompressibility",
+    "OCRReward",
     "PickScore",
     "Reward",
     "RewardHandle",
     "RewardServerError",
+    "VLMJudge",
     "build_rewards",
     "move_reward",
     "score",

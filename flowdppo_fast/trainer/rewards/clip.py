@@ -118,3 +118,26 @@ class PickScore(CLIPScore):
 
     def _scale(self, model: nn.Module) -> float:
         return self.scale * self._temperature
+
+
+class HPSv2Score(CLIPScore):
+    """The cosine times ``scale``: the human preference score v2 (arXiv 2306.09341), about 0.2 to 0.35 as published.
+
+    Images that are not square are put onto a black square first, as the published code does; nothing is cut off.
+
+    Args:
+        path: as in :class:`CLIPScore`, of a CLIP-H with HPSv2's weights in transformers' format; by default a
+            conversion by others of version 2.0. The processor is that of the CLIP-H that it was made from.
+    """
+
+    default_path = "adams-story/HPSv2-hf"
+
+    def __init__(self, path: str | None = None, *, processor: str | None = None, **options: Any):
+        if path in (None, self.default_path) and processor is None:
+            processor = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+        super().__init__(path, processor=processor, **options)
+
+    def _prepare(self, pixels: Tensor) -> Tensor:
+        height, width = pixels.shape[-2:]
+        rows, columns = max(width - height, 0), max(height - width, 0)
+        return super()._prepare(F.pad(pixels, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)))

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from .images import DEFAULT_FRAMES, check_positive, scored_pixels
-from .wire import Format, encode_request, excerpt, parse_rewards
+from .protocols import FlowDPPOProtocol, FlowGRPOProtocol, UniRLProtocol, WireProtocol
+from .wire import Format, excerpt
 
 # answers that may be others when asked again
 _RETRIED = (429, 500, 502, 503, 504)
@@ -31,7 +32,7 @@ class RewardServerError(RuntimeError):
 
 
 class HTTPReward:
-    """Rewards from a server that speaks the protocol of :mod:`~.wire` (``docs/rewards.md`` has the schema).
+    """Rewards from a server, in one of the protocols that are in use (``docs/rewards.md`` has them).
 
     A batch is sent in requests of ``batch_size`` images, ``parallel`` at a time. A request is tried again when the
     connection fails, when it takes longer than ``timeout``, or when the server answers 429, 500, 502, 503 or 504.
@@ -39,8 +40,13 @@ class HTTPReward:
     proxies of the environment are not used, so images and token go to no other host.
 
     Args:
-        url: ``http://`` or ``https://`` (certificates are checked).
-        format: ``"png"`` (exact for 8 bits), ``"jpeg"`` (small, lossy) or ``"npy"`` (float32, exact, large).
+        url: ``http://`` or ``https://`` (certificates are checked), with the path.
+        protocol: ``"flowdppo"`` (ours), ``"unirl"`` (UniRL's ``/score``) or ``"flow_grpo"`` (its pickles, read
+            without running code).
+        rewards: for ``"unirl"``: names of what its service is to compute.
+        answer: for ``"flow_grpo"``: name of the list in the answer.
+        format: ``"png"`` (exact for 8 bits), ``"jpeg"`` (small, lossy) or ``"npy"`` (float32, exact, large; of our
+            protocol alone); flow_grpo's takes JPEG whatever it is.
         quality: of JPEG files.
         batch_size, parallel: images per request, and requests at the same time.
         timeout: seconds for one try, from the first byte sent to the last one received; connecting may take as long
@@ -60,10 +66,16 @@ class HTTPReward:
         ValueError: settings out of range. RewardServerError: no rewards, when called.
     """
 
+    # null in an answer; NaN is no JSON
+    may_abstain = True
+
     def __init__(
         self,
         url: str,
         *,
+        protocol: str = "flowdppo",
+        rewards: Sequence[str] | None = None,
+        answer: str = "scores",
         format: Format = "png",
         quality: int = 95,
         batch_size: int = 16,
@@ -83,6 +95,18 @@ class HTTPReward:
         )  # fmt: skip
         if format not in get_args(Format):
             raise ValueError(f"format: got {format!r}, expected one of {', '.join(get_args(Format))}")
+        if (rewards is None) != (protocol != "unirl"):
+            raise ValueError(f"rewards: got {rewards!r}, expected names with protocol='unirl' and none with others")
+        if protocol != "flowdppo" and format == "npy":
+            raise ValueError(f"format: got 'npy', expected png or jpeg with protocol={protocol!r}")
+        if protocol == "flowdppo":
+            self.protocol: WireProtocol = FlowDPPOProtocol(format, quality)
+        elif protocol == "unirl":
+            self.protocol = UniRLProtocol(rewards or (), None if format == "png" else quality)
+        elif protocol == "flow_grpo":
+            self.protocol = FlowGRPOProtocol(answer, quality)
+        else:
+            raise ValueError(f"protocol: got {protocol!r}, expected flowdppo, unirl or flow_grpo")
         if retries < 0:
             raise ValueError(f"retries: got {retries}, expected an integer >= 0")
         parts = urlsplit(url)
@@ -97,7 +121,8 @@ class HTTPReward:
         self.quality, self.batch_size, self.parallel, self.frames = quality, batch_size, parallel, frames
         self.timeout, self.deadline, self.retries, self.backoff = timeout, deadline, retries, backoff
         self.max_response_bytes, self.send_metadata = max_response_bytes, send_metadata
-        self._headers = {"Content-Type": "application/json", "Accept": "application/json", "Connection": "close"}
+        kind = self.protocol.content_type
+        self._headers = {"Content-Type": kind, "Accept": kind, "Connection": "close"}
         if token_env is not None:
             self._headers["Authorization"] = f"Bearer {read_token(token_env)}"
 
@@ -111,7 +136,7 @@ class HTTPReward:
 
         def ask(start: int) -> Tensor | Mapping[str, Tensor]:
             part = slice(start, start + self.batch_size)
-            body = encode_request(pixels[part], prompts[part], entries[part], self.format, self.quality)
+            body = self.encode(pixels[part], prompts[part], entries[part])
             return self._ask(body, len(prompts[part]), end, stop)
 
         starts = range(0, len(prompts), self.batch_size)
@@ -130,6 +155,14 @@ class HTTPReward:
             answers = [request.result() for request in requests]
         return self._join(answers)
 
+    def encode(self, pixels: Tensor, prompts: Sequence[Any], metadata: Sequence[Mapping]) -> bytes:
+        """The body of one request."""
+        return self.protocol.encode(pixels, prompts, metadata)
+
+    def parse(self, answer: bytes, count: int) -> Tensor | Mapping[str, Tensor]:
+        """The rewards in the answer to one request; ValueError for another answer."""
+        return self.protocol.parse(answer, count)
+
     def _ask(self, body: bytes, count: int, end: float, stop: threading.Event) -> Tensor | Mapping[str, Tensor]:
         """Rewards of one request, after as many tries as it needs and may have."""
         problem, tries = "no time was left", 0
@@ -147,7 +180,7 @@ class HTTPReward:
                 continue
             if status == 200:
                 try:
-                    return parse_rewards(answer, count)
+                    return self.parse(answer, count)
                 except ValueError as error:
                     raise RewardServerError(f"{self.url}: wrong answer: {error}") from error
             problem = f"the server answered {status} {reason}: {excerpt(answer)}"

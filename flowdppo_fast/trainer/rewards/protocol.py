@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
 class Reward(Protocol):
-    """``(images, prompts, metadata) -> [B]`` or a mapping of names to ``[B]``.
+    """``(images, prompts, metadata) -> [B]`` or a mapping of names to ``[B]``: tensors, numpy arrays or lists.
 
     ``images`` is what the pipeline returned: for ``output_type="pt"`` a tensor in [0, 1], ``[B, C, H, W]`` or a video
     ``[B, F, C, H, W]``; ``"np"`` and ``"pil"`` as diffusers makes them (:func:`~.images.to_pixels` reads them all).
@@ -21,17 +23,19 @@ class Reward(Protocol):
     depend on who comes first. One that needs random numbers keeps a generator of its own.
 
     A reward with a method ``to(device)`` can be moved (:func:`move_reward`).
+
+    A reward may abstain from an image that it cannot judge: ``None`` in a list. Such an image has no reward; it has
+    the advantage 0 and does not enter the baseline of its group. In tensors and arrays NaN says so, but only of a
+    reward whose attribute ``may_abstain`` is true, or names it where it returns several; any other NaN is an error.
     """
 
-    def __call__(
-        self, images: Any, prompts: Sequence[Any], metadata: Sequence[dict]
-    ) -> Tensor | Mapping[str, Tensor]: ...
+    def __call__(self, images: Any, prompts: Sequence[Any], metadata: Sequence[dict]) -> Any: ...
 
 
 def score(
     reward: Reward, images: Any, prompts: Sequence[Any], metadata: Sequence[dict], device: torch.device
 ) -> dict[str, Tensor]:
-    """Rewards by name, float32 ``[B]`` on ``device``; a reward without names is called ``reward``.
+    """Rewards by name, float32 ``[B]`` on ``device``, NaN for abstentions; one without names is called ``reward``.
 
     Reading whether all of them are finite waits for the device once.
 
@@ -41,24 +45,47 @@ def score(
         device: of the results.
 
     Raises:
-        TypeError: no tensor or mapping of tensors.
-        ValueError: not one number per image, or one that is not finite in float32; it is named with its sample.
+        TypeError: no numbers, or no mapping of them.
+        ValueError: not one number per image, or one that is not finite in float32 and no abstention; it is named with
+            its sample.
     """
     with torch.no_grad():
         result = reward(images, prompts, metadata)
     named = dict(result) if isinstance(result, Mapping) else {"reward": result}
-    for name, value in named.items():
-        if not isinstance(value, Tensor) or value.is_complex():
-            kind = f"a {value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"reward: got {kind} for {name!r}, expected a tensor with one number per image")
-        if value.shape != (len(prompts),):
-            raise ValueError(f"reward: got shape {list(value.shape)} for {name!r}, expected [{len(prompts)}]")
-        named[name] = value.detach().to(device=device, dtype=torch.float32)
     if not named:
         raise ValueError("reward: got no rewards, expected at least one")
-    if not torch.isfinite(torch.stack(list(named.values()))).all():
-        raise ValueError(_describe_nonfinite(named, prompts))
+    allowed: bool | Collection[str] = getattr(reward, "may_abstain", False)
+    wrong = []
+    for name, value in named.items():
+        numbers, abstained = _numbers(name, value)
+        if numbers.shape != (len(prompts),):
+            raise ValueError(f"reward: got shape {list(numbers.shape)} for {name!r}, expected [{len(prompts)}]")
+        numbers = numbers.detach().to(device=device, dtype=torch.float32)
+        may = allowed is True or (not isinstance(allowed, bool) and name in allowed)
+        # an infinity is never an abstention
+        excused = numbers.isnan() if may else abstained.to(device)
+        wrong.append(~(torch.isfinite(numbers) | excused))
+        named[name] = numbers
+    if torch.stack(wrong).any():
+        raise ValueError(_describe_nonfinite(named, wrong, prompts))
     return named
+
+
+def _numbers(name: str, value: Any) -> tuple[Tensor, Tensor]:
+    """What a reward returned as a tensor, and which of it was ``None``."""
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        value = torch.from_numpy(np.ascontiguousarray(value))
+    if isinstance(value, Tensor) and not value.is_complex():
+        return value, torch.zeros(value.shape, dtype=torch.bool)
+    if isinstance(value, (list, tuple, np.ndarray)):
+        try:
+            numbers = [math.nan if entry is None else float(entry) for entry in value]
+        except (TypeError, ValueError):
+            pass
+        else:
+            return torch.tensor(numbers, dtype=torch.float64), torch.tensor([entry is None for entry in value])
+    kind = f"a {value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__
+    raise TypeError(f"reward: got {kind} for {name!r}, expected one number per image in a tensor, an array or a list")
 
 
 def move_reward(reward: Reward, device: torch.device | str) -> None:
@@ -71,9 +98,9 @@ def move_reward(reward: Reward, device: torch.device | str) -> None:
         move(device)
 
 
-def _describe_nonfinite(named: Mapping[str, Tensor], prompts: Sequence[Any]) -> str:
-    name, values = next((name, v.cpu()) for name, v in named.items() if not torch.isfinite(v).all())
-    wrong = torch.nonzero(~torch.isfinite(values)).flatten().tolist()
+def _describe_nonfinite(named: Mapping[str, Tensor], marked: Sequence[Tensor], prompts: Sequence[Any]) -> str:
+    name, values, marks = next((name, v.cpu(), m.cpu()) for (name, v), m in zip(named.items(), marked) if m.any())
+    wrong = torch.nonzero(marks).flatten().tolist()
     prompt = repr(prompts[wrong[0]])
     prompt = prompt if len(prompt) <= 80 else f"{prompt[:77]}..."
     others = f" and {len(wrong) - 1} others" if len(wrong) > 1 else ""

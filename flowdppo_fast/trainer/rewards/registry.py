@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -10,25 +9,30 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from typing_extensions import Self
 
+from ..callables import load_callable
 from .aesthetic import AestheticScore
 from .classifier import ClassifierReward
-from .clip import CLIPScore, PickScore
+from .clip import CLIPScore, HPSv2Score, PickScore
 from .http import HTTPReward
 from .jpeg import JPEGCompressibility, JPEGIncompressibility
+from .ocr import OCRReward
 from .protocol import Reward, move_reward
+from .vlm_judge import VLMJudge
 
 BUILT_IN: dict[str, Callable[..., Reward]] = {
     "aesthetic": AestheticScore,
     "classifier": ClassifierReward,
     "clip": CLIPScore,
+    "hpsv2": HPSv2Score,
     "http": HTTPReward,
     "jpeg": JPEGCompressibility,
     "jpeg_compressibility": JPEGCompressibility,
     "jpeg_incompressibility": JPEGIncompressibility,
+    "ocr": OCRReward,
     "pickscore": PickScore,
+    "vlm_judge": VLMJudge,
 }
 
 # keys of an entry that are not arguments of the reward
@@ -70,8 +74,21 @@ class CombinedReward:
                 weights[term.label] = term.weight
         return weights
 
-    def __call__(self, images: Any, prompts: Sequence[Any], metadata: Sequence[dict]) -> dict[str, Tensor]:
-        named: dict[str, Tensor] = {}
+    @property
+    def may_abstain(self) -> frozenset[str]:
+        """Names whose rewards may be NaN."""
+        names: set[str] = set()
+        for term in self._terms:
+            returned = term.weight if isinstance(term.weight, Mapping) else ()
+            allowed = getattr(term.reward, "may_abstain", False)
+            chosen = returned if allowed is True else [name for name in returned if allowed and name in allowed]
+            names |= {f"{term.label}/{name}" for name in chosen}
+            if allowed is True and not returned:
+                names.add(term.label)
+        return frozenset(names)
+
+    def __call__(self, images: Any, prompts: Sequence[Any], metadata: Sequence[dict]) -> dict[str, Any]:
+        named: dict[str, Any] = {}
         for term in self._terms:
             result = term.reward(images, prompts, metadata)
             if isinstance(result, Mapping) != isinstance(term.weight, Mapping):
@@ -88,7 +105,7 @@ class CombinedReward:
                     )
                 named |= {f"{term.label}/{name}": value for name, value in result.items()}
             else:
-                named[term.label] = result  # type: ignore[assignment]
+                named[term.label] = result
         return named
 
     def to(self, device: torch.device | str) -> Self:
@@ -132,24 +149,6 @@ def build_rewards(specs: Mapping[str, Any] | Sequence[Any]) -> tuple[CombinedRew
     return combined, combined.weights
 
 
-def load_callable(path: str) -> Any:
-    """What ``package.module:attribute`` names.
-
-    Raises:
-        ValueError: not of that form, or nothing there.
-    """
-    module, _, attribute = path.partition(":")
-    if not all(part.isidentifier() for part in (*module.split("."), *attribute.split("."))):
-        raise ValueError(f"callable: got {path!r}, expected 'package.module:attribute'")
-    try:
-        found: Any = importlib.import_module(module)
-        for part in attribute.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"callable: {path!r} cannot be imported ({error})") from error
-    return found
-
-
 def _build(place: int, entry: Any) -> _Term:
     where = f"rewards[{place}]"
     if not isinstance(entry, Mapping):
@@ -161,7 +160,7 @@ def _build(place: int, entry: Any) -> _Term:
     if path is not None:
         if options:
             raise ValueError(f"{where}: got unknown {_listed(options)}, expected {_listed(_ENTRY_KEYS)}")
-        reward = _own(where, str(path), entry.get("arguments"))
+        reward = _own(where, path, entry.get("arguments"))
         label = entry.get("label", str(path).rpartition(":")[2])
     else:
         if name not in BUILT_IN:
@@ -182,8 +181,8 @@ def _build(place: int, entry: Any) -> _Term:
     return _Term(label, reward, _weight(where, entry.get("weight", 1.0)))
 
 
-def _own(where: str, path: str, arguments: Any) -> Reward:
-    found = load_callable(path)
+def _own(where: str, path: Any, arguments: Any) -> Reward:
+    found = load_callable(path, f"{where}.callable")
     if arguments is not None and not isinstance(arguments, Mapping):
         raise TypeError(f"{where}: got {type(arguments).__name__} for 'arguments', expected a mapping")
     if arguments is not None or inspect.isclass(found):

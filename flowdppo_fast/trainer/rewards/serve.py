@@ -11,15 +11,17 @@ import hmac
 import inspect
 import json
 import logging
+import math
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import torch
 
+from ..callables import load_callable
 from .http import read_token
 from .protocol import Reward, move_reward, score
-from .registry import build_rewards, load_callable
+from .registry import build_rewards
 from .wire import decode_request
 
 logger = logging.getLogger(__name__)
@@ -136,7 +138,9 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refused(400, str(error)) from error
         with self.lock:
             named = score(self.reward, images, prompts, metadata, torch.device("cpu"))
-        lists = {name: values.tolist() for name, values in named.items()}
+        lists = {
+            name: [None if math.isnan(value) else value for value in values.tolist()] for name, values in named.items()
+        }
         return lists["reward"] if list(lists) == ["reward"] else lists
 
     def _answer(self, status: int, content: dict) -> None:

@@ -86,10 +86,10 @@ def parse_rewards(body: bytes, count: int) -> dict[str, Tensor] | Tensor:
         raise ValueError(f'expected {{"rewards": [...]}} or {{"rewards": {{name: [...]}}}}, got {excerpt(body)}')
     rewards = content["rewards"]
     if isinstance(rewards, list):
-        return _numbers(rewards, count, "rewards")
+        return parse_numbers(rewards, count, "rewards")
     if not rewards:
         raise ValueError("got no rewards, expected at least one name")
-    return {name: _numbers(values, count, repr(name)) for name, values in rewards.items()}
+    return {name: parse_numbers(values, count, repr(name)) for name, values in rewards.items()}
 
 
 def parse_json(body: bytes) -> Any:
@@ -115,17 +115,24 @@ def excerpt(body: bytes, length: int = 200) -> str:
     return f"'{shown}'" if len(body) <= length else f"'{shown[:length]}...'"
 
 
-def _numbers(values: Any, count: int, name: str) -> Tensor:
+def parse_numbers(values: Any, count: int, name: str) -> Tensor:
+    """Numbers of an answer as float32 ``[count]``; ``null`` is an abstention, which is NaN.
+
+    Raises:
+        ValueError: another count, or something that is no finite number.
+    """
     if not isinstance(values, list) or len(values) != count:
         got = f"{len(values)} numbers" if isinstance(values, list) else type(values).__name__
         raise ValueError(f"got {got} for {name}, expected a list of {count}, one per image")
     for place, value in enumerate(values):
+        if value is None:
+            continue
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             raise ValueError(f"got {value!r:.50} for {name} of sample {place}, expected a number")
         # the largest float32; integers of any size can be compared
         if not abs(value) <= 3.4028234663852886e38 or (isinstance(value, float) and math.isnan(value)):
             raise ValueError(f"got {value!r:.50} for {name} of sample {place}, expected a finite float32")
-    return torch.tensor(values, dtype=torch.float32)
+    return torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float32)
 
 
 def _to_npy(array: np.ndarray) -> bytes:

@@ -41,8 +41,9 @@ class PolicyOptimizer:
         self.stopped = torch.zeros((), dtype=torch.bool, device=device)
 
     def begin_rollout(self) -> None:
-        """Steps may be taken again."""
+        """Steps may be taken again; gradients of an update that was interrupted are gone."""
         self.stopped.zero_()
+        self.adamw.zero_grad(set_to_none=False)
 
     def step(self, loss: Tensor, kl: Tensor) -> dict[str, Tensor]:
         """Takes one step with the gradients at hand and clears them; no host sync.

@@ -14,6 +14,7 @@ from ..seeds import derive_seed
 from .adapters import add_lora, save_lora, without_adapters
 from .distributed import Workers
 from .ema import MovingAverage, holding
+from .names import bare, plain_name
 
 
 class PolicyWeights:
@@ -45,7 +46,8 @@ class PolicyWeights:
         keep_start: bool,
         workers: Workers,
     ):
-        self.modules, self.model, self.workers = dict(modules), model, workers
+        self.modules = {name: bare(module) for name, module in modules.items()}
+        self.model, self.workers = model, workers
         for name, module in self.modules.items():
             # no dropout of activations or labels: the replay must be the function that the rollout was
             module.eval()
@@ -137,7 +139,7 @@ class PolicyWeights:
             for name, module in self.modules.items():
                 own = {k.removeprefix(f"{name}."): value for k, value in whole.items() if k.startswith(f"{name}.")}
                 # its own state has shards
-                hook = module.register_state_dict_post_hook(lambda _, state, *__, own=own: state.update(own))
+                hook = module.register_state_dict_post_hook(lambda _, state, *__, own=own: _plain(state, own))
                 try:
                     if self.workers.is_main:
                         if self.model.train == "lora":
@@ -171,6 +173,12 @@ def _fingerprint(module: nn.Module) -> list[int]:
     tensors = [t.detach() for t in (*module.parameters(), *module.buffers()) if type(t) in (Tensor, nn.Parameter)]
     bits = [t.flatten().view(whole[t.element_size()]) for t in tensors if t.element_size() in whole]
     return torch.stack([b.sum(dtype=torch.int64).cpu() for b in bits]).tolist()
+
+
+def _plain(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    for key in [key for key in state if plain_name(key) != key]:
+        state[plain_name(key)] = state.pop(key)
+    state.update(own)
 
 
 def _compile(module: nn.Module) -> None:

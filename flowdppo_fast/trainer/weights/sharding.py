@@ -16,6 +16,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from .names import plain_name
+
 T = TypeVar("T")
 
 # gradients travel in pieces of this many numbers
@@ -87,7 +89,8 @@ class WholeWeights:
 
     def _collect(self, modules: Mapping[str, nn.Module]) -> None:
         for name, module in modules.items():
-            self.named |= {f"{name}.{key}": p for key, p in module.named_parameters() if p.requires_grad}
+            trained = ((plain_name(key), p) for key, p in module.named_parameters() if p.requires_grad)
+            self.named |= {f"{name}.{key}": parameter for key, parameter in trained}
         self.shapes = {name: parameter.shape for name, parameter in self.named.items()}
 
     def _kept(self, whole: Tensor) -> Tensor:

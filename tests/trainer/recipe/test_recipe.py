@@ -6,6 +6,7 @@ import copy
 import importlib.metadata
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,11 +15,11 @@ import torch
 from digits_example import EXAMPLE
 from PIL import Image
 
+from flowdppo_fast.trainer.callables import load_callable, search_working_directory
 from flowdppo_fast.trainer.recipe import QuantizationConfig, Recipe
 from flowdppo_fast.trainer.recipe.loading import load_pipeline, quantization_mapping
-from flowdppo_fast.trainer.recipe.preflight import check_environment, estimate_memory, inspect_pipeline
-from flowdppo_fast.trainer.recipe.recipe import load_prompts, resolve_callable
-from flowdppo_fast.trainer.weights.adapters import add_lora
+from flowdppo_fast.trainer.recipe.preflight import check_environment, inspect_pipeline
+from flowdppo_fast.trainer.recipe.recipe import load_prompts
 
 MINIMAL = {
     "pipeline": {"pretrained": "owner/name"},
@@ -208,15 +209,13 @@ def test_refused_prompt_files(tmp_path, name, text, message):
 
 
 def test_callables_are_found_in_the_working_directory(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend("")
-    monkeypatch.setattr("sys.path", [entry for entry in __import__("sys").path if entry])
-    (tmp_path / "my_own_rewards.py").write_text("def nice():\n    return 7\nnumber = 3\n")
+    monkeypatch.setattr("sys.path", [entry for entry in sys.path if entry])
+    (tmp_path / "my_own_rewards.py").write_text("class Own:\n    def nice():\n        return 7\n")
     monkeypatch.chdir(tmp_path)
-    assert resolve_callable("my_own_rewards:nice", "where")() == 7
-    with pytest.raises(ValueError, match="where: got 'my_own_rewards:number', which is a int"):
-        resolve_callable("my_own_rewards:number", "where")
-    with pytest.raises(ValueError, match="which cannot be imported"):
-        resolve_callable("my_own_rewards:other", "where")
+    search_working_directory()
+    assert load_callable("my_own_rewards:Own.nice", "where")() == 7
+    with pytest.raises(ValueError, match="where: got 'my_own_rewards:other', which cannot be imported"):
+        load_callable("my_own_rewards:other", "where")
 
 
 def test_everything_that_is_missing_is_named_at_once(monkeypatch, tmp_path):
@@ -261,43 +260,6 @@ def test_bitsandbytes_without_a_gpu(monkeypatch):
     check_environment(recipe, devices=False)
     with pytest.raises(ValueError, match="'bitsandbytes_4bit' needs a GPU"):
         check_environment(recipe)
-
-
-def test_plan_and_memory_of_a_pipeline(sd3_folder, pipes):
-    for file in sd3_folder.rglob("*.safetensors"):
-        # nothing here may need weights
-        file.unlink()
-    recipe = recipe_of(
-        pipeline={"pretrained": str(sd3_folder), "vae_dtype": "float32"},
-        model={"lora_rank": 3, "lora_targets": ["to_q", "to_out.0", "k"], "ema_decay": 0.9},
-    )
-    plan = inspect_pipeline(recipe)
-    pipeline = pipes.sd3()
-    assert plan.kind is type(pipeline)
-    assert set(plan.components) == {"transformer", "scheduler", "vae"}
-    frozen = {name: sum(p.numel() for p in getattr(pipeline, name).parameters()) for name in ("transformer", "vae")}
-    assert plan.components["vae"].parameters == frozen["vae"]
-    assert plan.components["transformer"].parameters == frozen["transformer"]
-    # the last one is the end of a name, but not a name
-    add_lora(pipeline.transformer, 3, 6.0, ["to_q", "to_out.0", "k"], 0)
-    adapted = sum(p.numel() for name, p in pipeline.transformer.named_parameters() if "lora" in name)
-    assert plan.components["transformer"].adapted == adapted
-    estimate = estimate_memory(recipe, plan)
-    assert estimate.components["transformer"] == 2 * frozen["transformer"]
-    assert estimate.components["vae"] == 4 * frozen["vae"]
-    # float32: weight, gradient, two moments, moving average
-    assert estimate.trained == adapted * 4 * 5
-    full = recipe_of(pipeline={"pretrained": str(sd3_folder)}, model={"train": "full"})
-    assert estimate_memory(full, plan).trained == frozen["transformer"] * 4 * 4
-    quantised = recipe_of(
-        pipeline={
-            "pretrained": str(sd3_folder),
-            "quantization": {"backend": "torchao", "options": {"type": "Int8WeightOnlyConfig"}},
-        }
-    )
-    linear = sum(m.weight.numel() for m in pipes.sd3().transformer.modules() if isinstance(m, torch.nn.Linear))
-    expected = linear + 2 * (frozen["transformer"] - linear)
-    assert estimate_memory(quantised, plan).components["transformer"] == expected
 
 
 @pytest.mark.parametrize(

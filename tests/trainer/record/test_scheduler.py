@@ -159,8 +159,12 @@ def test_a_config_without_its_scheduler_gives_the_same_levels():
             ours.set_timesteps(5)
             levels.append(ours.sigmas)
         assert torch.equal(levels[0], levels[1])
-        with pytest.raises(ValueError, match=r"config: got a FrozenDict with _class_name='', expected a scheduler"):
-            FlowMatchSDEScheduler.from_config(own.config)
+    # a config that was never in a file names no class: Euler's is known by its keys
+    plain = FlowMatchSDEScheduler.from_config(FlowMatchEulerDiscreteScheduler(shift=3.0).config)
+    plain.set_timesteps(5)
+    assert torch.equal(plain.sigmas, levels[0])
+    with pytest.raises(ValueError, match=r"config: got a FrozenDict with _class_name='', expected a scheduler"):
+        FlowMatchSDEScheduler.from_config(MULTISTEP["wan"].config)
 
 
 def test_a_shift_that_was_set_by_hand_is_kept():

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, CLIPModel, ViTConfig, ViTForImageClassif
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from flowdppo_fast.trainer.rewards import AestheticScore, ClassifierReward, CLIPScore, PickScore, score
+from flowdppo_fast.trainer.rewards import AestheticScore, ClassifierReward, CLIPScore, HPSv2Score, PickScore, score
 from flowdppo_fast.trainer.rewards.aesthetic import AestheticHead
 
 CPU = torch.device("cpu")
@@ -57,7 +57,22 @@ def test_pick_score_has_the_learned_factor(clip, clip_folder, pictures, as_pil):
     torch.testing.assert_close(PickScore(clip_folder, scale=1 / 26)(pictures, PROMPTS), expected / 26, **factor)
 
 
+@pytest.mark.parametrize("width", [36, 24, 19])
+def test_hpsv2_is_the_cosine_of_the_whole_image_on_a_black_square(clip, clip_folder, pictures, as_pil, width):
+    images = pictures[..., :width]
+    square = torch.zeros(6, 3, max(24, width), max(24, width))
+    top, left = max(width - 24, 0) // 2, max(24 - width, 0) // 2
+    square[..., top : top + 24, left : left + width] = images
+    expected = logits_by_hand(clip, as_pil(square), PROMPTS) / clip[0].logit_scale.detach().exp()
+    reward = HPSv2Score(str(clip_folder), scale=2.0)
+    torch.testing.assert_close(reward(images, PROMPTS), 2 * expected, **ROUNDING)
+    cropped = CLIPScore(clip_folder)(images, PROMPTS)
+    assert torch.allclose(cropped, expected, atol=1e-3) == (width == 24)
+
+
 def test_published_names():
+    assert HPSv2Score().path == "adams-story/HPSv2-hf"
+    assert HPSv2Score().processor_path == PickScore().processor_path
     assert CLIPScore().path == CLIPScore().processor_path == "openai/clip-vit-large-patch14"
     pick = PickScore()
     assert (pick.path, pick.processor_path) == ("yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K")

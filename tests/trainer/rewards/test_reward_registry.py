@@ -134,7 +134,7 @@ def test_nothing_is_loaded_and_every_argument_can_be_given(tmp_path):
         (
             {"clipscore": 1},
             ValueError,
-            "got unknown name 'clipscore', expected one of aesthetic, classifier, clip, http",
+            "got unknown name 'clipscore', expected one of aesthetic, classifier, clip, hpsv2, http",
         ),
         (["jpeg", "python:os:system"], ValueError, r"rewards\[1\]: got unknown name 'python:os:system'.*'callable'"),
         ([{"name": "os:getcwd"}], ValueError, "got unknown name 'os:getcwd'"),
@@ -160,8 +160,12 @@ def test_nothing_is_loaded_and_every_argument_can_be_given(tmp_path):
         ([{"name": "jpeg", "weight": {"a": None}}], ValueError, "weight of 'a': got None"),
         (["jpeg", "jpeg"], ValueError, "got 'jpeg' more than once, expected a different 'label' each"),
         ([{"name": "jpeg", "label": "a/b"}], ValueError, "got label 'a/b', expected a text without '/'"),
-        ([{"callable": "os.path"}], ValueError, "callable: got 'os.path', expected 'package.module:attribute'"),
-        ([{"callable": "os:no_such"}], ValueError, "callable: 'os:no_such' cannot be imported"),
+        ([{"callable": "os.path"}], ValueError, "callable: got 'os.path', expected package.module:attribute"),
+        (
+            [{"callable": "os:no_such"}],
+            ValueError,
+            "rewards\\[0\\].callable: got 'os:no_such', which cannot be imported",
+        ),
         ([{"callable": "no_such_package:x"}], ValueError, "cannot be imported"),
         ([{"callable": "test_reward_registry:NO_CALLABLE"}], TypeError, "gives int, expected something that can be"),
         ([{"callable": "os:getcwd", "power": 2}], ValueError, "got unknown power, expected name, callable, arguments"),

@@ -1,0 +1,244 @@
+"""What surrounds a run: the caller's state of torch, interruptions in the same process, names and sizes that differ."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+
+import pytest
+import torch
+
+from flowdppo_fast.runs.row_log import read_rows
+from flowdppo_fast.trainer import FlowDPPOTrainer
+from flowdppo_fast.trainer.pipeline_calls import join_rewards, shared_options
+
+PROMPTS = ["3", "8", "1"]
+
+
+@pytest.fixture
+def config(small_config, tmp_path):
+    numbers = itertools.count()
+
+    def make(**sections):
+        shape = {"num_steps": 4, "sde_steps": [0, 1], "prompts_per_rollout": 2, "group_size": 2}
+        usual = {
+            "model": {"train": "lora", "lora_rank": 2},
+            "sampling": shape,
+            "optimizer": {"learning_rate": 0.05, "micro_batch_size": 2, "updates_per_rollout": 2, "inner_epochs": 1},
+            "run": {"iterations": 2, "output_dir": str(tmp_path / f"run{next(numbers)}")},
+        }
+        return small_config(**{name: {**usual.get(name, {}), **sections.get(name, {})} for name in {*usual, *sections}})
+
+    return make
+
+
+def bright(images, prompts, metadata):
+    return images.float().flatten(1).mean(1)
+
+
+def weights_of(trainer):
+    return torch.cat([p.detach().flatten() for p in trainer.weights.parameters])
+
+
+@contextlib.contextmanager
+def defaults(dtype, device):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+        torch.set_default_device(None)
+
+
+STATES = {
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "autocast switched off": lambda: torch.autocast("cpu", torch.bfloat16, enabled=False),
+    "no_grad": torch.no_grad,
+    "inference": torch.inference_mode,
+    "defaults": lambda: defaults(torch.float64, "meta"),
+}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "no"])
+def test_a_run_is_the_same_in_any_state_of_the_caller(pipes, config, precision):
+    """An outer autocast once kept half-precision copies of the weights of the start for the whole run."""
+
+    def run(state):
+        pipeline, settings = pipes.digits(), config(model={"mixed_precision": precision})
+        with state():
+            trainer = FlowDPPOTrainer(pipeline, bright, PROMPTS, settings)
+            history = trainer.train()
+        return weights_of(trainer), [row["kl_new_old_mean"] for row in history]
+
+    expected, drift = run(contextlib.nullcontext)
+    assert all(kl > 0 for kl in drift)
+    for name, state in STATES.items():
+        found, drifted = run(state)
+        assert torch.equal(found, expected), name
+        assert drifted == drift, name
+
+
+def interrupted(trainer, method, error, after):
+    """Makes the call number ``after`` of a trainer's method fail."""
+    inner, calls = getattr(trainer, method), itertools.count(1)
+
+    def failing(*args, **options):
+        result = inner(*args, **options)
+        if next(calls) == after:
+            raise error
+        return result
+
+    setattr(trainer, method, failing)
+
+
+@pytest.mark.parametrize(
+    ("method", "after", "error"),
+    [
+        ("_micro_batch", 6, RuntimeError("out of memory")),
+        ("update", 3, KeyboardInterrupt()),
+        ("sample", 2, KeyboardInterrupt()),
+        ("_read", 2, RuntimeError("disk full")),
+    ],
+)
+def test_going_on_after_an_interruption_is_never_having_stopped(pipes, config, method, after, error):
+    whole = FlowDPPOTrainer(pipes.digits(), bright, PROMPTS, config(run={"iterations": 3}))
+    norms = [row["grad_norm"] for row in whole.train()]
+    trainer = FlowDPPOTrainer(pipes.digits(), bright, PROMPTS, config(run={"iterations": 3}))
+    interrupted(trainer, method, error, after)
+    with pytest.raises(type(error)):
+        trainer.train()
+    assert [row["grad_norm"] for row in trainer.train(resume=True)] == norms
+    assert torch.equal(weights_of(trainer), weights_of(whole))
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_an_interruption_before_the_first_checkpoint_is_told(pipes, config, resume):
+    trainer = FlowDPPOTrainer(pipes.digits(), bright, PROMPTS, config())
+    interrupted(trainer, "update", KeyboardInterrupt(), 1)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    with pytest.raises(RuntimeError, match="no checkpoint to go back to"):
+        trainer.train(resume=resume)
+
+
+class OtherNames:
+    """A reward whose call number ``number`` returns other names."""
+
+    def __init__(self, number, names):
+        self.calls, self.number, self.names = itertools.count(), number, names
+
+    def __call__(self, images, prompts, metadata):
+        names = self.names if next(self.calls) == self.number else ("a", "b")
+        return {name: bright(images, prompts, metadata) * (1 + (name == "b")) for name in names}
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("names", [("a",), ("a", "c"), ("a", "b", "c")])
+def test_names_of_rewards_that_change_are_an_error(pipes, config, number, names):
+    """Between the calls of a rollout, and between rollouts."""
+    settings = config(sampling={"batch_size": 2}, advantage={"history": 4})
+    trainer = FlowDPPOTrainer(pipes.digits(), OtherNames(number, names), PROMPTS, settings)
+    with pytest.raises(ValueError, match=rf"reward: got the names .* in call {number % 2}, expected \['a', 'b'\]"):
+        trainer.train()
+
+
+def test_the_order_of_names_means_nothing(pipes, config):
+    def run(names):
+        reward = OtherNames(1, names)
+        settings = config(sampling={"batch_size": 2}, advantage={"reward_weights": {"a": 1.0, "b": -3.0}})
+        return FlowDPPOTrainer(pipes.digits(), reward, PROMPTS, settings).train()
+
+    assert [row["reward/b"] for row in run(("b", "a"))] == [row["reward/b"] for row in run(("a", "b"))]
+
+
+class Told:
+    """Stands in for the processes of a run: what the others say."""
+
+    def __init__(self, *others):
+        self.others, self.count = others, 1 + len(others)
+
+    def gather_objects(self, own):
+        return [*self.others, *own]
+
+
+def test_processes_are_told_who_had_other_names():
+    own = [{"b": torch.ones(2), "a": torch.zeros(2)}, {"a": torch.zeros(1), "b": torch.ones(1)}]
+    joined = join_rewards(own, Told([["a", "b"]]))
+    assert list(joined) == ["a", "b"]
+    assert joined["b"].tolist() == [1.0] * 3
+    with pytest.raises(ValueError, match=r"\['a', 'b'\] in call 0 of process 1, expected \['a', 'c'\] as in call 0 of"):
+        join_rewards(own, Told([["a", "c"]]))
+
+
+def test_other_prompts_on_resume_are_an_error(pipes, config):
+    settings = config(run={"iterations": 1})
+    FlowDPPOTrainer(pipes.digits(), bright, PROMPTS, settings).train()
+    settings.run.iterations = 2
+    for prompts in (["8", "3", "1"], ["3", "8", "1", "1"], ["3", "8"]):
+        with pytest.raises(ValueError, match=rf"prompts: got {len(prompts)}, .* expected its 3 prompts"):
+            FlowDPPOTrainer(pipes.digits(), bright, prompts, settings).train(resume=True)
+    FlowDPPOTrainer(pipes.digits(), bright, PROMPTS, settings).train(resume=True)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("optimizer", "micro_batch_size", 1),
+        ("optimizer", "steps_per_micro_batch", 1),
+        ("sampling", "batch_size", 2),
+        ("sampling", "offload_trajectories", True),
+        ("model", "offload_idle", True),
+    ],
+)
+def test_after_running_out_of_memory_a_run_goes_on_with_less(pipes, config, section, key, value):
+    settings = config(run={"iterations": 1})
+    FlowDPPOTrainer(pipes.digits(), bright, PROMPTS, settings).train()
+    setattr(getattr(settings, section), key, value)
+    settings.run.iterations = 2
+    assert len(FlowDPPOTrainer(pipes.digits(), bright, PROMPTS, settings).train(resume=True)) == 2
+
+
+def test_other_settings_of_what_is_computed_are_still_refused(pipes, config):
+    settings = config(run={"iterations": 1})
+    FlowDPPOTrainer(pipes.digits(), bright, PROMPTS, settings).train()
+    settings.sampling.eta = 0.5
+    with pytest.raises(ValueError, match=r"other settings of sampling\.eta"):
+        FlowDPPOTrainer(pipes.digits(), bright, PROMPTS, settings).train(resume=True)
+
+
+def test_nats_and_elements_are_those_of_each_row(pipes, config):
+    """Two sizes in one rollout: half of the rows have four times the elements."""
+    given = {name: value[0] for name, value in pipes.text_inputs(1).items() if not name.startswith("negative")}
+    prompts = [{**given, "height": size, "width": size} for size in (8, 16)]
+    settings = config(sampling={"pipeline_kwargs": {"guidance_scale": 1.0}, "output_type": "latent"})
+    trainer = FlowDPPOTrainer(pipes.sd3(), bright, prompts, settings)
+    history = trainer.train()
+    lines = [json.loads(line) for line in (trainer.output / "rows.jsonl").read_text().splitlines()]
+    sizes = sorted({line["elements"] for line in lines})
+    assert sizes[1] == 4 * sizes[0]
+    rows = read_rows(trainer.output / "rows.jsonl")
+    second = rows.where(rows.iteration == 1)
+    assert history[0]["kl_new_old_nats"] == pytest.approx(float(second.kl.mean()), rel=1e-4)
+
+
+def test_one_negative_serves_all_prompts_of_a_call():
+    given = {"prompt": ["a", "b"]}
+    embedded = torch.randn(1, 5, 4)
+    with torch.inference_mode():
+        made = torch.ones(1, 3)
+    options = {"negative_prompt": "x", "negative_prompt_embeds": embedded, "negative_pooled": made, "prompt_2": "y"}
+    shared = shared_options(options, given, torch.device("cpu"))
+    assert shared["negative_prompt"] == ["x", "x"]
+    assert shared["prompt_2"] == "y"
+    assert shared["negative_prompt_embeds"].shape == (2, 5, 4)
+    assert not shared["negative_pooled"].is_inference()
+
+
+def test_true_guidance_without_a_negative_is_not_left_off_in_silence(pipes, config):
+    given = {name: value[0] for name, value in pipes.text_inputs(1).items() if not name.startswith("negative")}
+    settings = config(sampling={"pipeline_kwargs": {"true_cfg_scale": 3.0}})
+    with pytest.raises(ValueError, match=r"true_cfg_scale=3\.0 without a negative prompt"):
+        FlowDPPOTrainer(pipes.flux(), bright, [given], settings)
