@@ -12,7 +12,17 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_checks import SAMPLER_STEP, check_grad, check_stats, check_step, epilogue, in_double, sampler_step, source
+from kernel_checks import (
+    SAMPLER_STEP,
+    check_grad,
+    check_stats,
+    check_step,
+    epilogue,
+    in_double,
+    sampler_step,
+    some,
+    source,
+)
 from ptx.machine import Program
 from ptx.parse import Address, Fault, Immediate, Instruction, bits_of
 from support import given_rows
@@ -100,6 +110,8 @@ CASES = [
     # rows alone take no tickets; a gradient is not added up
     if fault not in {"given": ("ticket",), "gradient": ("barrier", "ticket", "shuffle")}.get(kernel, ())
 ]
+# one of each kind
+SOME = [("forward", "barrier"), ("forward", "ticket"), ("given", "shuffle"), ("gradient", "load"), ("step", "store")]
 
 
 def broken(program: Program, at: int, change: Callable[[Instruction], Instruction] | None) -> Program:
@@ -132,8 +144,10 @@ def visits(program: Program, places: list[int], seen: set[int]) -> Program:
     return other
 
 
-@pytest.mark.parametrize("most", [pytest.param(2, id="some"), pytest.param(None, id="all", marks=pytest.mark.full)])
-@pytest.mark.parametrize(("kernel", "fault"), CASES)
+@pytest.mark.parametrize(
+    ("kernel", "fault", "most"),
+    some([(*case, 2) for case in SOME], [(*case, None) for case in CASES]),
+)
 def test_it_is_noticed(cuda, monkeypatch, kernel, fault, most):
     is_place, change = FAULTS[fault]
     scenario = SCENARIOS[kernel]

@@ -245,7 +245,11 @@ def everything(cuda, arguments, objective):
 
 
 @pytest.mark.parametrize("seeded", some([False], [True]), ids=["stored", "seeded"])
-@pytest.mark.parametrize("objective", [DPPO(1e-3), GRPOGuard(0.05, 0.05, "batch")], ids=["dppo", "coupled"])
+@pytest.mark.parametrize(
+    "objective",
+    [pytest.param(DPPO(1e-3), marks=pytest.mark.full), GRPOGuard(0.05, 0.05, "batch")],
+    ids=["dppo", "coupled"],
+)
 @pytest.mark.parametrize("dtypes", [COMPILED[1], *some([], [(MIXTURES[0],)])], ids=name_of)
 def test_the_order_of_blocks_changes_no_bit(cuda, dtypes, objective, seeded):
     arguments = source((1, 3, 4104), dtypes, seeded=seeded)
@@ -258,7 +262,7 @@ def test_the_order_of_blocks_changes_no_bit(cuda, dtypes, objective, seeded):
 
 def test_calls_of_any_shape_follow_each_other(cuda):
     """Tickets are back at zero and scratch memory is not read before it is written, whatever ran before."""
-    shapes = [(1, 3, 2056), (3, 1, 40), (1, 1, 5000), (2, 2, 1)]
+    shapes = [(1, 3, 2056), (3, 1, 40), (2, 2, 1)]
     cases = [source(shape) for shape in shapes]
     first = [everything(cuda, arguments, RatioClip()) for arguments in cases]
     for arguments, expected in reversed(list(zip(cases, first))):
@@ -273,7 +277,7 @@ def test_more_splits_than_threads(cuda):
     assert cuda.launched[-1].blocks == 301
 
 
-@pytest.mark.parametrize("dtypes", MIXTURES, ids=name_of)
+@pytest.mark.parametrize("dtypes", [MIXTURES[0], *some([], [(x,) for x in MIXTURES[1:]])], ids=name_of)
 def test_mixtures_are_those_of_their_casts(cuda, dtypes):
     """Bit for bit: the kernels get what float32 holds exactly, and the gradient is rounded once."""
     arguments = source((2, 3, 1032), dtypes)
