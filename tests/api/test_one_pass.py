@@ -147,6 +147,22 @@ def test_again_and_again(single_pass):
         assert torch.equal(out.grad, once)
 
 
+@pytest.mark.parametrize("single_pass", [None, True, False])
+def test_what_is_handed_out_is_the_callers_own(single_pass):
+    """A gradient of a graph that is kept may be changed in place."""
+    require(CPU)
+    velocity = leaf()
+    out = loss(velocity, single_pass=single_pass)
+    (first,) = torch.autograd.grad(out.loss, velocity, retain_graph=True)
+    once = first.clone()
+    first.zero_()
+    (second,) = torch.autograd.grad(out.loss, velocity)
+    assert torch.equal(second, once)
+    second.zero_()
+    if single_pass:
+        assert torch.equal(out.grad, once)
+
+
 def test_the_single_pass_form_needs_nothing_that_requires_grad():
     require(CPU)
     velocity = leaf()

@@ -517,7 +517,7 @@ def test_a_checked_call_is_checked_again_when_gradients_are_recorded():
 def test_settings_of_equal_numbers_are_told_apart():
     """What is kept for a number does not serve a bool that equals it, nor the other way round."""
     velocity_loss(reference_velocity=latents(), kl_weight=1.0, advantage_clip=1.0)
-    for wrong in ({"kl_weight": True}, {"advantage_clip": True}):
+    for wrong in ({"kl_weight": True, "advantage_clip": 1.0}, {"advantage_clip": True, "kl_weight": 1.0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             velocity_loss(reference_velocity=latents(), **wrong)
 
