@@ -89,8 +89,8 @@ def calls(backend: str) -> None:
             (fast.DPPO(1e-3), seeded, {"single_pass": True}),
         ):
             leaf = new if options.get("single_pass") else new.clone().requires_grad_()
-            out = fast.fused_velocity_policy_loss(
-                objective, leaf, old, source, step, advantages, backend=backend, **options
+            out = fast.fused_policy_velocity_loss(
+                leaf, old, source, step, advantages, objective=objective, backend=backend, **options
             )
             if leaf.requires_grad:
                 out.loss.backward()

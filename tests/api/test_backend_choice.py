@@ -236,7 +236,7 @@ def test_kernels_that_are_not_installed_are_missed(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name.endswith("kernels") else find(name))
     monkeypatch.setattr(backends, "_TRITON_PROBLEM", backends._kernels_problem())
     with pytest.raises(RuntimeError, match="cannot run: its kernels are not installed; pip install -e"):
-        fast.resolve("triton", "cuda")
+        fast.resolve_backend("triton", "cuda")
 
 
 def test_both_gpu_backends_have_operators_of_their_own():

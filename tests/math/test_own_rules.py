@@ -50,7 +50,7 @@ def test_a_penalty_is_that_of_the_textbook(region):
     expected = (-advantages * ratio + BETA * kl).mean()
     (wanted,) = torch.autograd.grad(expected, new)
     objective = OwnRule(unclipped, pull, threshold=BETA, trust_region=region)
-    out = fast.fused_velocity_policy_loss(objective, new, old, noise, STEP, advantages)
+    out = fast.fused_policy_velocity_loss(new, old, noise, STEP, advantages, objective=objective)
     out.loss.backward()
     assert out.backend == "reference"
     torch.testing.assert_close(out.loss, expected)
@@ -64,7 +64,7 @@ def test_a_function_alone_is_an_objective():
     assert 0 < int((ratio > 1.0).sum()) < 6
     expected = (-advantages * ratio.clamp(max=1.0)).mean()
     (wanted,) = torch.autograd.grad(expected, new)
-    out = fast.fused_velocity_policy_loss(capped, new, old, noise, STEP, advantages)
+    out = fast.fused_policy_velocity_loss(new, old, noise, STEP, advantages, objective=capped)
     out.loss.backward()
     torch.testing.assert_close(out.loss, expected)
     torch.testing.assert_close(new.grad, wanted)
@@ -74,7 +74,7 @@ def test_a_function_alone_is_an_objective():
 def test_a_built_in_rule_is_the_same_as_ones_own():
     new, old, noise, advantages = rows(torch.float32)
     results = [
-        fast.fused_velocity_policy_loss(objective, new, old, noise, STEP, advantages, backend="reference")
+        fast.fused_policy_velocity_loss(new, old, noise, STEP, advantages, objective=objective, backend="reference")
         for objective in (fast.DPPO(0.02), OwnRule(dppo, threshold=0.02))
     ]
     assert torch.equal(results[0].row_results, results[1].row_results)
@@ -92,13 +92,13 @@ def test_cxx_backends_refuse_it_and_say_what_runs_it(backend, monkeypatch):
     monkeypatch.setattr("flowdppo_fast.backend.problem", lambda name, device: None)
     new, old, noise, advantages = rows(torch.float32)
     with pytest.raises(RuntimeError, match=rf"backend='{backend}' cannot run: .*'triton' runs it fused"):
-        fast.fused_velocity_policy_loss(capped, new, old, noise, STEP, advantages, backend=backend)
+        fast.fused_policy_velocity_loss(new, old, noise, STEP, advantages, objective=capped, backend=backend)
 
 
 @pytest.mark.parametrize("wrong", [3, fast.DPPO, math.exp, None])
 def test_what_is_no_objective_is_refused(wrong):
     new, old, noise, advantages = rows()
     with pytest.raises(TypeError, match=r"objective: got .*, expected an instance of DPPO"):
-        fast.fused_velocity_policy_loss(wrong, new, old, noise, STEP, advantages)
+        fast.fused_policy_velocity_loss(new, old, noise, STEP, advantages, objective=wrong)
     with pytest.raises(TypeError, match="rule: got"):
         OwnRule(wrong)

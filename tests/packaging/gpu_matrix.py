@@ -80,8 +80,8 @@ def a_loss() -> dict:
             for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
                 given = noise.to(dtype) if isinstance(noise, torch.Tensor) else noise
                 policy = new.to(dtype, copy=True).requires_grad_()
-                out = fast.fused_velocity_policy_loss(
-                    fast.DPPO(1e-3), policy, old.to(dtype), given, step, advantages.to(dtype), backend=backend
+                out = fast.fused_policy_velocity_loss(
+                    policy, old.to(dtype), given, step, advantages.to(dtype), objective=fast.DPPO(1e-3), backend=backend
                 )
                 out.loss.backward()
                 results.append((out.loss.detach(), policy.grad))

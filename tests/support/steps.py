@@ -69,8 +69,8 @@ def check_step(call: StepCall, backend: str) -> None:
     velocity = call.velocity.detach().requires_grad_()
     source = {"noise": call.noise} if call.prev_sample is None else {"prev_sample": call.prev_sample}
     result = fast.sde_step(
-        call.sample, velocity, problem.step, return_mean=True, log_prob=call.log_prob, rows=row_dims, dtype=call.dtype,
-        backend=backend, **source,
+        call.sample, velocity, problem.step, return_mean=True, log_prob=call.log_prob, row_dims=row_dims,
+        dtype=call.dtype, backend=backend, **source,
     )  # fmt: skip
     compute = compute_dtype(call.sample)
     noise = problem.noise if call.noise is None else as_tensor(call.noise, call.sample, row_dims)
