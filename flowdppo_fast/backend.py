@@ -111,8 +111,9 @@ def _kernels_problem() -> str | None:
     found = importlib.util.find_spec("flowdppo_fast.kernels")
     if found is None or found.origin is None:
         return f"its kernels are not installed; pip install -e {_PACKAGE.parent} (or a wheel) brings them"
-    place = Path(found.origin).parent.resolve()
-    if place not in (_PACKAGE.resolve() / "kernels", _PACKAGE.resolve().parent / "kernels" / "triton"):
+    # links are followed, those of single files too: bench/gpu.sh puts the package together of them
+    place, home = Path(found.origin).resolve().parent, Path(__file__).resolve().parent
+    if place not in (home / "kernels", home.parent / "kernels" / "triton"):
         return f"the package is in {_PACKAGE} and its kernels are those of {place}; pip install -e {_PACKAGE.parent}"
     return None
 
