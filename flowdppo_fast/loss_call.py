@@ -16,7 +16,7 @@ from .noise import PhiloxNoise
 from .objectives import DPPO, EpilogueOptions, GRPOGuard, Objective, as_objective
 from .results import LossOutput
 from .rows import RowPlan, RowSource, plan_of
-from .rules import BUILT_IN
+from .rules import BUILT_IN, RowValues
 
 _T = TypeVar("_T")
 
@@ -55,7 +55,7 @@ def streams_of(noise: Tensor | PhiloxNoise, plan: RowPlan) -> tuple[Tensor | Non
     return noise.kernel_source(plan.rows, plan.device)
 
 
-def check_call(objective: Objective, named: dict[str, Tensor], advantages: Tensor) -> RowPlan:
+def check_call(objective: object, named: dict[str, Tensor], advantages: Tensor) -> RowPlan:
     """Objective, and shapes, dtypes and gradients of all latents; the first one gets the gradient."""
     if not isinstance(objective, Objective):
         as_objective(objective)
@@ -76,7 +76,7 @@ class Settings(NamedTuple):
 
 @_kept
 def settings_of(
-    objective: Objective,
+    objective: Objective | Callable[[RowValues], tuple],
     velocities: bool,
     with_reference: bool,
     with_dt: bool,

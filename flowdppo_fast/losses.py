@@ -11,6 +11,7 @@ without recompiling.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -24,6 +25,7 @@ from .noise import PhiloxNoise
 from .objectives import LogProbKind, Objective, ReferenceKL, TrustRegionName
 from .results import LossOutput
 from .rows import Form, plan_of
+from .rules import RowValues
 from .samplers import SDEStep
 from .step_arguments import mean_step, velocity_step
 
@@ -37,7 +39,7 @@ def fused_policy_velocity_loss(
     step: SDEStep,
     advantages: Tensor,
     *,
-    objective: Objective,
+    objective: Objective | Callable[[RowValues], tuple],
     reference_velocity: Tensor | None = None,
     kl_weight: float = 0.0,
     reference_kl: ReferenceKL = "gaussian",
@@ -59,7 +61,8 @@ def fused_policy_velocity_loss(
         noise: same shape, the standard normal noise that was drawn, or :class:`PhiloxNoise` to regenerate it.
         step: the :class:`SDEStep` of the rows: one for all, or stacked to broadcast against the rows.
         advantages: ``[B]`` or ``[B, S]``, floating point: one per row, and what says which leading dims are rows.
-        objective: :class:`DPPO`, :class:`RatioClip`, :class:`GRPOGuard` or :class:`Unclipped`.
+        objective: :class:`DPPO`, :class:`RatioClip`, :class:`GRPOGuard` or :class:`Unclipped`; or a rule of your own, a
+            function of :class:`~flowdppo_fast.rules.RowValues`.
         reference_velocity: same shape, the reference policy's output, for a KL term and its metric. Default None.
         kl_weight: weight of the KL to the reference policy, >= 0; needs a reference. Default 0.
         reference_kl: ``"gaussian"`` (default), or ``"without_dt"`` for flow_grpo's ``(mu-mu_ref)**2 /
@@ -115,7 +118,7 @@ def fused_policy_loss(
     std: float | Tensor,
     advantages: Tensor,
     *,
-    objective: Objective,
+    objective: Objective | Callable[[RowValues], tuple],
     dt: float | Tensor | None = None,
     reference_prev_sample_mean: Tensor | None = None,
     kl_weight: float = 0.0,
@@ -139,7 +142,8 @@ def fused_policy_loss(
         std: standard deviation ``S`` of the step in latent units (``std_dev_t * sqrt(-dt)`` for Flow-SDE), > 0: a
             number, or a tensor that broadcasts to the rows, trailing dims of size 1 allowed (``[B, 1, 1, 1]``).
         advantages: ``[B]`` or ``[B, S]``, floating point: one per row, and what says which leading dims are rows.
-        objective: :class:`DPPO`, :class:`RatioClip`, :class:`GRPOGuard` or :class:`Unclipped`.
+        objective: :class:`DPPO`, :class:`RatioClip`, :class:`GRPOGuard` or :class:`Unclipped`; or a rule of your own, a
+            function of :class:`~flowdppo_fast.rules.RowValues`.
         dt: ``sigma_next - sigma``, negative, a number or a tensor like ``std``; GRPO-Guard and
             ``reference_kl="without_dt"`` need it. Default None.
         reference_prev_sample_mean: same shape, the reference policy's mean, for a KL term and its metric. Default None.

@@ -38,17 +38,19 @@ def draw_sheet(
 ) -> None:
     """The first seed of evenly spaced prompts: what was asked, what was drawn, what the second reader read."""
     count = len(next(iter(pages.values())))
-    chosen = range(0, count, max(1, count // shown // SEEDS) * SEEDS)[:shown]
-    figure, axes = figures.panels(2, height=6.2)
+    prompts = count // SEEDS
+    # one typeface after the other
+    chosen = [min(place * prompts // shown + place % 3, prompts - 1) * SEEDS for place in range(min(shown, prompts))]
+    figure, axes = figures.panels(2, height=5.4)
     for axis, (title, images) in zip(axes, pages.items()):
         asked, read = numbers[title]["asked"], numbers[title][f"{SECOND_NAME} read"]
         height, width = images.shape[-2:]
         gap = 4
         rows = -(-len(chosen) // 2)
-        axis.set_xlim(0, 2 * 2.6 * width)
+        axis.set_xlim(0, 2 * 2.8 * width)
         axis.set_ylim(rows * (height + gap), -height)
         for place, number in enumerate(chosen):
-            left, top = (place // rows) * 2.6 * width, (place % rows) * (height + gap)
+            left, top = (place // rows) * 2.8 * width, (place % rows) * (height + gap)
             right = read[number] == asked[number]
             axis.text(left, top + height / 2, asked[number], va="center", fontsize=8)
             axis.imshow(
@@ -62,7 +64,7 @@ def draw_sheet(
             )  # fmt: skip
         for column in range(2):
             for offset, head in ((0, "asked"), (0.75, "drawn"), (1.82, "read")):
-                axis.text((2.6 * column + offset) * width, -height / 3, head, fontsize=8, style="italic")
+                axis.text((2.8 * column + offset) * width, -height / 3, head, fontsize=8, style="italic")
         exact = sum(numbers[title][f"{SECOND_NAME} exact"]) / count
         axis.set_title(f"{title} fine-tuning: {exact:.0%} of {count} read exactly")
         axis.axis("off")

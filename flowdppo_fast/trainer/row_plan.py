@@ -6,10 +6,13 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from .config import FlowDPPOConfig, SamplingConfig
 from .prompts import PromptSource, text_of
 from .seeds import derive_seed
 from .weights.distributed import Workers
+from .weights.policy import PolicyWeights
 
 STEP_CHOICES = ("random", "window", "random_window")
 
@@ -96,3 +99,24 @@ def check_processes(config: FlowDPPOConfig, workers: Workers, prompts: PromptSou
         raise ValueError(f"optimizer.skip_dropped_backward: got True, expected False {how}")
     if workers.sharded and config.sampling.per_group_steps and transformers > 1:
         raise ValueError(f"sampling.per_group_steps: got True with {transformers} transformers, expected False {how}")
+
+
+def summary(config: FlowDPPOConfig, workers: Workers, weights: PolicyWeights, device: torch.device) -> str:
+    """What will be done with what, in a few lines: device, processes, weights, images and updates of an iteration."""
+    s, o, count = config.sampling, config.optimizer, workers.count
+    trained = sum(shape.numel() for shape in workers.sharding.shapes.values())
+    layers = len({name.rpartition(".lora_")[0] for name in weights.names})
+    what = f"LoRA on {layers} layers" if config.model.train == "lora" else "all weights"
+    idle = torch.cuda.device_count() - count if device.type == "cuda" else 0
+    lines = [
+        f"{count} process{'es' * (count > 1)} on {device.type}, {workers.sharding.kind}"
+        + (f"; {idle} more GPUs are idle (accelerate launch uses them)" if idle > 0 else ""),
+        f"{what} of {', '.join(weights.modules)}: {trained:,} numbers, {config.model.mixed_precision} autocast",
+        f"per iteration {s.prompts_per_rollout * s.group_size} images, {s.group_size} of each of "
+        f"{s.prompts_per_rollout} prompts, "
+        f"{s.num_steps} steps, of which {s.sde_steps_per_rollout or len(s.candidate_steps)} are trained, "
+        f"{o.updates_per_rollout * o.inner_epochs} updates by {config.objective.name}",
+    ]
+    if device.type == "cpu" and config.run.device == "auto":
+        lines.append("torch sees no GPU: this run is on the CPU (run.device: cpu says that it is meant to be)")
+    return "\n".join(lines)

@@ -38,7 +38,7 @@ from .record.trajectory import Trajectory, trajectory_bytes
 from .resume import RunState
 from .rewards import BackgroundScorer, Reward
 from .rollout import Rollout, captions
-from .row_plan import check_processes, choose_steps, plan_calls, plan_updates
+from .row_plan import check_processes, choose_steps, plan_calls, plan_updates, summary
 from .seeds import derive_seed
 from .weights.arrival import check_arrival
 from .weights.distributed import Workers
@@ -203,7 +203,7 @@ class FlowDPPOTrainer:
         ) as log:
             log.start(history)
             self._doing = log.doing
-            log.say(self.summary())
+            log.say(summary(self.config, self.workers, self.weights, self.device))
             ended = self.iteration >= run.iterations or bool(history and self._over_budget(history[-1]))
             while not ended:
                 metrics = self._iterate()
@@ -224,26 +224,6 @@ class FlowDPPOTrainer:
                         f"expected at most optimizer.max_skipped_updates={self.config.optimizer.max_skipped_updates}"
                     )
         return history
-
-    def summary(self) -> str:
-        """What will be done with what, in a few lines: device, processes, weights, images and calls of an iteration."""
-        c, s, o = self.config, self.config.sampling, self.config.optimizer
-        count, images = self.workers.count, s.prompts_per_rollout * s.group_size
-        trained = sum(shape.numel() for shape in self.workers.sharding.shapes.values())
-        layers = len({name.rpartition(".lora_")[0] for name in self.weights.names})
-        what = f"LoRA on {layers} layers" if c.model.train == "lora" else "all weights"
-        idle = torch.cuda.device_count() - count if self.device.type == "cuda" else 0
-        lines = [
-            f"{count} process{'es' * (count > 1)} on {self.device.type}, {self.workers.sharding.kind}"
-            + (f"; {idle} more GPUs are idle (accelerate launch uses them)" if idle > 0 else ""),
-            f"{what} of {', '.join(self.recorder.modules)}: {trained:,} numbers, {c.model.mixed_precision} autocast",
-            f"per iteration {images} images ({s.prompts_per_rollout} prompts of {s.group_size}), {s.num_steps} steps, "
-            f"of which {s.sde_steps_per_rollout or len(s.candidate_steps)} are trained, "
-            f"{o.updates_per_rollout * o.inner_epochs} updates by {c.objective.name}",
-        ]
-        if self.device.type == "cpu" and c.run.device == "auto":
-            lines.append("torch sees no GPU: this run is on the CPU (run.device: cpu says that it is meant to be)")
-        return "\n".join(lines)
 
     @own_state()
     def sample(self, iteration: int) -> Rollout:

@@ -29,13 +29,17 @@ FORMS = (
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """By the kernel's own account: vector registers, how many spilled, and bytes of local and of shared memory."""
+    """By the kernel's own account: vector registers, how many spilled, and bytes of local and of shared memory.
+
+    ``scalars_moved`` counts scalar registers that are kept in lanes of a vector register, which is no memory either.
+    """
 
     name: str
     kernel: str
     arch: str
     registers: int
     spills: int
+    scalars_moved: int
     local: int
     shared: int
 
@@ -77,7 +81,8 @@ def inspect(spec: Specialisation, arch: str) -> Report:
         kernel=spec.kernel,
         arch=arch,
         registers=number("vgpr_count"),
-        spills=number("vgpr_spill_count") + number("sgpr_spill_count"),
+        spills=number("vgpr_spill_count"),
+        scalars_moved=number("sgpr_spill_count"),
         local=number("private_segment_fixed_size"),
         shared=number("group_segment_fixed_size"),
     )
@@ -104,9 +109,10 @@ def main() -> None:
     if options.json:
         print(json.dumps([dataclasses.asdict(report) for report in found]))
         return
-    print("| kernel | GPU | registers | spilled | local bytes | shared bytes |\n|---|---|---|---|---|---|")
+    print("| kernel | GPU | registers | spilled | scalars moved | local bytes | shared bytes |")
+    print("|---" * 7 + "|")
     for r in found:
-        print(f"| {r.name} | {r.arch} | {r.registers} | {r.spills} | {r.local} | {r.shared} |")
+        print(f"| {r.name} | {r.arch} | {r.registers} | {r.spills} | {r.scalars_moved} | {r.local} | {r.shared} |")
 
 
 if __name__ == "__main__":

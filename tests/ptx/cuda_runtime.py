@@ -252,15 +252,23 @@ class Cuda:
         try:
             found = getattr(torch.ops.flowdppo_cuda, op).default(*arguments)
         except RuntimeError:
+            # a GPU would be lost
+            self._clear()
             if self._failure is not None:
                 raise self._failure from None
             raise
-        for address, size in self._kept:
-            tickets = np.frombuffer(ctypes.string_at(address, _TICKET_BYTES), np.uint32)
-            assert not tickets.any(), "a launch left its tickets behind"
-            # nothing may be read that this call did not write
-            ctypes.memset(address + _TICKET_BYTES, POISON, size - _TICKET_BYTES)
+        assert self._clear(), "a launch left its tickets behind"
         return found
+
+    def _clear(self) -> bool:
+        """Makes kept memory as it has to be between calls; whether its tickets were."""
+        clean = True
+        for address, size in self._kept:
+            clean &= not any(ctypes.string_at(address, _TICKET_BYTES))
+            ctypes.memset(address, 0, _TICKET_BYTES)
+            # nothing may be read that a call did not write
+            ctypes.memset(address + _TICKET_BYTES, POISON, size - _TICKET_BYTES)
+        return clean
 
     def __getattr__(self, name: str) -> Any:
         if name in ops.SCHEMAS:
