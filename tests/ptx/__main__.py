@@ -91,7 +91,8 @@ def main() -> int:
         saved = json.loads(output.read_text())
         if (saved["environment"]["git_sha"], saved["arch"]) != (git_sha(), args.arch):
             sys.exit(f"{output}: was begun at another commit or for another GPU; remove it to start afresh")
-        parts = saved["files"]
+        # as it was when the run began: its own tally is no change
+        parts, environment = saved["files"], saved["environment"]
     output.parent.mkdir(parents=True, exist_ok=True)
     for name in args.only or files():
         if name in parts:
