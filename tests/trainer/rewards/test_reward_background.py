@@ -84,12 +84,14 @@ def test_the_thread_has_no_gradients_and_as_many_threads_as_the_caller():
     seen = []
 
     def reward(images, prompts, metadata):
-        seen.append((torch.is_grad_enabled(), torch.get_num_threads(), threading.current_thread().name))
+        thread = threading.current_thread()
+        # a thread that is no daemon, such as those of concurrent.futures, would be waited for at the end of the program
+        seen.append((torch.is_grad_enabled(), torch.get_num_threads(), thread.name, thread.daemon))
         return torch.zeros(len(prompts))
 
     with BackgroundScorer(reward, CPU) as scorer:
         scorer.submit(*batch()).result()
-    assert seen == [(False, torch.get_num_threads(), "flowdppo-rewards")]
+    assert seen == [(False, torch.get_num_threads(), "flowdppo-rewards", True)]
 
 
 def test_submit_waits_while_enough_is_pending():
