@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import pkgutil
 import re
 import typing
 from collections.abc import Iterable, Mapping
@@ -18,6 +17,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, Strict, StrictBool, Str
 
 from ..objectives import DPPO, GRPOGuard, Objective, OwnRule, RatioClip, Unclipped, as_objective
 from ..samplers import SAMPLERS
+from .callables import load_callable
 from .settings import NUMBER, Count, NotNegative, Number, Positive, build, check, check_known, plain, read_yaml, require
 
 # sections of a recipe beside those of the trainer
@@ -212,10 +212,7 @@ class ObjectiveConfig:
         return kind(kind.low if low is None else low, kind.high if high is None else high)
 
     def _own(self, name: str) -> Objective:
-        try:
-            found = pkgutil.resolve_name(name)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ValueError(f"objective.callable: got {name!r}, which cannot be imported ({error})") from error
+        found = load_callable(name, "objective.callable")
         if not isinstance(found, FunctionType):
             return as_objective(found)
         threshold, low, high = (

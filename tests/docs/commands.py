@@ -160,6 +160,9 @@ def _check_arguments(file: Path, arguments: list[str], patch: pytest.MonkeyPatch
     patch.setattr(sys, "argv", [str(file), *arguments])
     # as python does for a script
     patch.syspath_prepend(str(file.parent if run is runpy.run_path else ROOT))
+    # scripts of several examples have helpers of one name
+    for helper in file.parent.glob("*.py"):
+        patch.delitem(sys.modules, helper.stem, raising=False)
     # runpy warns of modules that are imported already
     with warnings.catch_warnings(action="ignore", category=RuntimeWarning), pytest.raises(Parsed):
         run(name, run_name="__main__")

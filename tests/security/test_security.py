@@ -36,8 +36,10 @@ SAFE_LOADERS = {"yaml.SafeLoader", "_UniqueKeyLoader"}
 # the one exception class of the one reader of .pth files, which loads weights only; the other one writes
 # pickles of plain values and goes through those of servers opcode by opcode
 MAY_NAME_PICKLERS = {"flowdppo_fast/trainer/rewards/aesthetic.py", "flowdppo_fast/trainer/rewards/protocols.py"}
-# callables of a config, a component's library (one of two), packages of integrations, commands of the program
+# samplers and callables of a config, a component's library (one of two), packages of integrations, commands of the
+# program
 MAY_IMPORT_BY_NAME = {
+    "flowdppo_fast/samplers.py",
     "flowdppo_fast/trainer/callables.py",
     "flowdppo_fast/trainer/recipe/preflight.py",
     "flowdppo_fast/integrations/_require.py",

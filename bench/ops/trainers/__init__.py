@@ -29,8 +29,9 @@ class Pair(NamedTuple):
         objective: ``"dppo"`` or ``"ratio_clip"``.
         before, after: rollout -> call.
         single_pass: the trainer's own function runs the backward too.
-        host_reads: reads, before and after, of tensors that a training run keeps on the CPU (a schedule, step indices);
-            no syncs, but like them in a trace of a CPU.
+        host_reads: reads, before and after, of tensors that a training run keeps on the CPU (a schedule, step indices),
+            and that of the C++ library's backward, which looks at the gradient from above. No syncs, but like them in a
+            trace of a CPU.
         needs: packages that the integration or the stand-in imports.
     """
 
@@ -47,11 +48,16 @@ class Pair(NamedTuple):
 
 
 TRAINERS: dict[str, Pair] = {
-    "flow_grpo": Pair("ratio_clip", scripts.flow_grpo_before, scripts.flow_grpo_after),
+    "flow_grpo": Pair("ratio_clip", scripts.flow_grpo_before, scripts.flow_grpo_after, host_reads=(0, 1)),
     "verl_omni": Pair("dppo", classes.verl_omni_before, classes.verl_omni_after, needs=("diffusers",)),
     "unirl": Pair("dppo", classes.unirl_before, classes.unirl_after, single_pass=True, host_reads=(3, 3)),
     "flow_factory": Pair(
-        "dppo", classes.flow_factory_before, classes.flow_factory_after, single_pass=True, needs=("tqdm",)
+        "dppo",
+        classes.flow_factory_before,
+        classes.flow_factory_after,
+        single_pass=True,
+        host_reads=(0, 1),
+        needs=("tqdm",),
     ),
     "dance_grpo": Pair("ratio_clip", scripts.dance_grpo_before, scripts.dance_grpo_after, host_reads=(0, 2)),
     "mix_grpo": Pair("ratio_clip", scripts.mix_grpo_before, scripts.mix_grpo_after, host_reads=(0, 1)),
