@@ -51,7 +51,7 @@ def finetuned(architecture: str, folder: Path, capsys) -> float:
     pipeline = getattr(importlib.import_module("tiny_models"), architecture)()
     # diffusers reads what was trained
     adapter = str(folder / "final" / "transformer")
-    pipeline.transformer.load_lora_adapter(adapter, prefix=None, use_safetensors=True)
+    pipeline.transformer.load_lora_adapter(adapter, use_safetensors=True)
     trained = [p for name, p in pipeline.transformer.named_parameters() if "lora_B" in name]
     assert trained
     assert all(weight.any() for weight in trained)

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from flowdppo_fast.runs import logs, plots
 from flowdppo_fast.runs.grids import caption, frames_of, image_grid
-from flowdppo_fast.runs.logs import METRICS_FILE, drop_later_lines
+from flowdppo_fast.runs.logs import METRICS_FILE, drop_later_lines, from_json
 from flowdppo_fast.runs.tracking import RunLog
 
 
@@ -68,7 +68,7 @@ def quiet(accelerator, folder, **options) -> RunLog:
 
 
 def lines_of(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
+    return [from_json(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
 
 
 def test_metrics_go_through_a_kill(accelerator, tmp_path):

@@ -137,7 +137,7 @@ def test_settings_of_sd3_with_embeddings_guidance_a_reference_and_several_reward
     assert history[0]["reward"] == pytest.approx(history[0]["reward/ink"] + 0.5 * history[0]["reward/red"], rel=1e-5)
     trainer.save_pretrained(trainer.output / "final")
     fresh = pipes.sd3().transformer
-    fresh.load_lora_adapter(str(trainer.output / "final" / "transformer"), prefix=None, use_safetensors=True)
+    fresh.load_lora_adapter(str(trainer.output / "final" / "transformer"), use_safetensors=True)
     own = dict(zip(trainer.weights.names, trainer.weights.ema.averages))
     for name, parameter in fresh.named_parameters():
         if "lora" in name:
