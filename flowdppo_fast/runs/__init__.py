@@ -1,0 +1,1 @@
+"""What a run leaves and reads back: logs, plots, pages of images, and what `flowdppo diagnose` makes of them."""
