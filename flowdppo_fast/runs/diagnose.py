@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from . import figures
 from ..objectives import DPPO, GRPOGuard, RatioClip
+from ..samplers import sde_schedule
+from . import figures
 from .logs import from_json
 from .row_log import Rows, clip_against_mask, read_rows
-from ..samplers import sde_schedule
 
 # root-mean-square rounding of standard normal numbers in bfloat16
 BF16_ROUNDING = 1.7e-3

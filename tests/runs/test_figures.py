@@ -7,8 +7,7 @@ import pytest
 from PIL import Image
 from support.figures import overlapping_texts
 
-from flowdppo_fast.runs import figures
-from flowdppo_fast.runs import plots
+from flowdppo_fast.runs import figures, plots
 
 
 def drawn() -> figures.Figure:
