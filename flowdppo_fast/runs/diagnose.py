@@ -242,9 +242,9 @@ def _falling(folder: RunFolder) -> Iterator[str]:
         down = _change(folder.series(name))
         if down is not None and down[2] <= -_CHANGE:
             yield (
-                f"{name} fell from {down[0]:.3g} to {down[1]:.3g} (means of the first and the last third): stop this run "
+                f"{name} fell from {down[0]:.3g} to {down[1]:.3g} (means of the first and the last third): stop this run "  # noqa: E501
                 "and go back to a checkpoint from before; a larger rollout (sampling.prompts_per_rollout, "
-                "sampling.group_size), more trained steps or a lower optimizer.learning_rate make its gradient less noisy"
+                "sampling.group_size), more trained steps or a lower optimizer.learning_rate make its gradient less noisy"  # noqa: E501
             )
 
 
@@ -252,7 +252,7 @@ def _luck(folder: RunFolder) -> Iterator[str]:
     shares = folder.series("noise_share")
     if len(shares) and shares[-1] < _LEAST_NOISE_SHARE:
         yield (
-            f"the noise of the trained steps explains {shares[-1]:.1%} of the reward's variance within groups, the first "
+            f"the noise of the trained steps explains {shares[-1]:.1%} of the reward's variance within groups, the first "  # noqa: E501
             "latents explain the rest, which no update can change: train earlier or more steps (sampling.sde_steps), "
             "raise sampling.eta, or set sampling.same_latents"
         )

@@ -30,7 +30,7 @@ _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def to_json(values: Any) -> str:
-    """One line of strict JSON: numbers that are not finite are the strings ``"NaN"``, ``"Infinity"``, ``"-Infinity"``."""
+    """One line of strict JSON: numbers that are not finite are the texts ``"NaN"``, ``"Infinity"``, ``"-Infinity"``."""
     try:
         return json.dumps(values, allow_nan=False)
     except ValueError:

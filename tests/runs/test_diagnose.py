@@ -107,7 +107,7 @@ CASES = [
      {"extra": {"eval/reward": (0.8, 0.4)}, "reward": (0.5, 0.5)},
      "the reward rose"),
     ("reward falls", {"reward": (0.7, 0.5)}, {"reward": (0.7, 0.7)}, "reward fell from 0.6"),
-    ("reward falls", {"extra": {"eval/reward": (0.8, 0.4)}}, {"extra": {"eval/reward": (0.4, 0.8)}}, "eval/reward fell"),
+    ("reward falls", {"extra": {"eval/reward": (0.8, 0.4)}}, {"extra": {"eval/reward": (0.4, 0.8)}}, "eval/reward fell"),  # noqa: E501
     ("reward decided by the first latents", {"extra": {"noise_share": (0.05, 0.03)}},
      {"extra": {"noise_share": (0.3, 0.3)}}, "of the reward's variance within groups"),
     ("threshold under the noise of bf16 means", {"objective": {"name": "dppo", "threshold": 1e-6}, "kl": 0.002},
