@@ -29,14 +29,18 @@ SPLITS = {
 _PAPER_ROWS = 3
 
 
-def draw(pipeline: WordsPipeline, prompts: list[str], seeds: int, num_steps: int = 10) -> torch.Tensor:
-    """Each prompt with each of ``seeds`` by the ODE without guidance, ``[prompts * seeds, 1, H, W]``."""
+def draw(
+    pipeline: WordsPipeline, prompts: list[str], seeds: int, num_steps: int = 6, guidance_scale: float = 4.0
+) -> torch.Tensor:
+    """Each prompt with each of ``seeds`` by the ODE, ``[prompts * seeds, 1, H, W]``."""
     pipeline.set_progress_bar_config(disable=True)
     asked = [text for text in prompts for _ in range(seeds)]
     # one seed for each image; rollouts draw 63-bit hashes
     generators = [torch.Generator().manual_seed(number) for number in range(len(asked))]
     parts = [
-        pipeline(asked[k : k + 90], num_steps, generator=generators[k : k + 90], output_type="pt").images
+        pipeline(
+            asked[k : k + 90], num_steps, guidance_scale, generator=generators[k : k + 90], output_type="pt"
+        ).images
         for k in range(0, len(asked), 90)
     ]
     return torch.cat(parts)
