@@ -1,6 +1,6 @@
 """What two readers make of drawn words: exact reads, edit similarity, and what may get worse meanwhile.
 
-    python examples/words/evaluate.py [--checkpoint FOLDER] [--words held_out|tuning|withheld] [--seeds 2]
+    python examples/words/evaluate.py [--checkpoint FOLDER] [--words held_out|tuning|withheld] [--guidance 4]
 
 prints one line and, with ``--json FILE``, writes every image's numbers. Same seeds, so two runs can be paired.
 """
@@ -30,7 +30,7 @@ _PAPER_ROWS = 3
 
 
 def draw(
-    pipeline: WordsPipeline, prompts: list[str], seeds: int, num_steps: int = 6, guidance_scale: float = 4.0
+    pipeline: WordsPipeline, prompts: list[str], seeds: int, num_steps: int = 6, guidance_scale: float = 1.0
 ) -> torch.Tensor:
     """Each prompt with each of ``seeds`` by the ODE, ``[prompts * seeds, 1, H, W]``."""
     pipeline.set_progress_bar_config(disable=True)
@@ -82,11 +82,13 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=HERE / "checkpoint")
     parser.add_argument("--words", choices=SPLITS, default="held_out")
     parser.add_argument("--seeds", type=int, default=2, help="images of each prompt")
+    parser.add_argument("--guidance", type=float, default=1.0, help="scale of guidance (default: none)")
     parser.add_argument("--json", type=Path, help="where every image's numbers go")
     args = parser.parse_args()
     torch.set_num_threads(1)
     prompts = SPLITS[args.words]
-    numbers = measure(draw(WordsPipeline.from_pretrained(args.checkpoint), prompts, args.seeds), prompts, args.seeds)
+    pipeline = WordsPipeline.from_pretrained(args.checkpoint)
+    numbers = measure(draw(pipeline, prompts, args.seeds, guidance_scale=args.guidance), prompts, args.seeds)
     shown = ", ".join(f"{name} {value:.3f}" for name, value in means(numbers).items())
     print(f"{args.words}, {len(prompts) * args.seeds} images: {shown}")
     if args.json:
