@@ -42,7 +42,7 @@ MAY_IMPORT_BY_NAME = {
     "flowdppo_fast/samplers.py",
     "flowdppo_fast/trainer/callables.py",
     "flowdppo_fast/trainer/recipe/preflight.py",
-    "flowdppo_fast/integrations/_require.py",
+    "flowdppo_fast/integrations/_trainer.py",
     "flowdppo_fast/cli/__init__.py",
 }
 # the reward client and server, which somebody has to name in a config or start, and the config of a base model that was

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
-from .images import DEFAULT_FRAMES, check_positive, scored_pixels
+from .images import DEFAULT_FRAMES, check_all_positive, scored_pixels
 from .protocols import FlowDPPOProtocol, FlowGRPOProtocol, UniRLProtocol, WireProtocol
 from .wire import Format, excerpt
 
@@ -89,7 +89,7 @@ class HTTPReward:
         send_metadata: bool = True,
         frames: int = DEFAULT_FRAMES,
     ):
-        check_positive(
+        check_all_positive(
             batch_size=batch_size, parallel=parallel, timeout=timeout, deadline=deadline, backoff=backoff,
             max_response_bytes=max_response_bytes, frames=frames,
         )  # fmt: skip

@@ -17,7 +17,7 @@ _TRAINER = {
 }
 
 
-def require_trainer() -> None:
+def check_extra() -> None:
     """Raises:
     ValueError: a package of the ``trainer`` extra is not installed.
     """
