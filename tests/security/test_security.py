@@ -23,7 +23,8 @@ ROOT = Path(__file__).parents[2]
 SOURCES = sorted([*(ROOT / "flowdppo_fast").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 PICKLERS = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "jsonpickle"}
 NETWORK = {
-    "http", "socket", "ssl", "requests", "httpx", "aiohttp", "ftplib", "smtplib", "huggingface_hub", "urllib.request",
+    "http", "socket", "ssl", "requests", "httpx", "httpx2", "anyio", "aiohttp", "ftplib", "smtplib", "huggingface_hub",
+    "urllib.request",
 }  # fmt: skip
 RUNNERS = {"subprocess", "runpy", "code", "pty", "os.system", "os.popen"}
 RUNS_TEXT = {"eval", "exec", "compile", "__import__"}
