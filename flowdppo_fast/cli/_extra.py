@@ -6,7 +6,9 @@ import importlib.util
 
 _TRAINER = {
     "accelerate": "accelerate",
+    "anyio": "anyio",
     "diffusers": "diffusers",
+    "httpx2": "httpx2",
     "matplotlib": "matplotlib",
     "peft": "peft",
     "pydantic": "pydantic",
