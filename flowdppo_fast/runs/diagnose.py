@@ -286,7 +286,9 @@ CHECKS: dict[str, Callable[[RunFolder], Iterator[str]]] = {
 
 def numbers(folder: RunFolder) -> dict[str, Any]:
     """What the plots show, as numbers: KL, ratio noise and dropped share by step and sign of the advantage."""
-    moved = folder.rows.moved
+    moved, first = folder.rows.moved, folder.rows.where(folder.rows.update == 0)
+    # rollout against training at unchanged weights
+    mismatch = {int(step): first.kl[first.step == step] for step in np.unique(first.step)}
     steps = {}
     for step in np.unique(moved.step):
         here = moved.where(moved.step == step)
@@ -307,6 +309,7 @@ def numbers(folder: RunFolder) -> dict[str, Any]:
         "objective": folder.objective,
         "threshold_nats": folder.threshold,
         "clip_nats": folder.clip or folder.guard_clip,
+        "mismatch_kl_nats": {step: {"mean": float(kl.mean()), "max": float(kl.max())} for step, kl in mismatch.items()},
         "steps": steps,
         "clip_against_mask": found,
     }

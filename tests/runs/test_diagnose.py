@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 
 import numpy as np
@@ -175,6 +176,10 @@ def test_report_plots_and_status(tmp_path, capsys, monkeypatch):
     assert diagnose.run(parser.parse_args([str(bad), "--json", "--plot", str(tmp_path / "here.png")])) == 1
     report = json.loads(capsys.readouterr().out)
     assert report["moved_rows"] == 0
+    floor = inspect.signature(write_run).parameters["floor"].default
+    assert list(report["mismatch_kl_nats"]) == ["0", "2", "4"]
+    for values in report["mismatch_kl_nats"].values():
+        assert values == {"mean": pytest.approx(floor), "max": pytest.approx(floor)}
     assert [trouble["name"] for trouble in report["troubles"]] == ["one update per rollout"]
     assert (tmp_path / "here.png").exists()
     assert overlapping == {"diagnose.png": [], "here.png": []}
