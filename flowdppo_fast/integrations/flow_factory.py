@@ -21,14 +21,14 @@ from ..objectives import DPPO
 from ..results import LossOutput
 from ..rows import stats_dtype
 from ..samplers import SDEStep, on_host
-from ._require import require
 from ._rows import squared_drift
+from ._trainer import module_of
 
 _SOURCE = "https://github.com/X-GenGroup/Flow-Factory"
-_dppo = require("flow_factory.trainers.dppo", "Flow-Factory", _SOURCE)
-_registry = require("flow_factory.trainers.registry", "Flow-Factory", _SOURCE)
-_utils = require("flow_factory.utils.base", "Flow-Factory", _SOURCE)
-_dist = require("flow_factory.utils.dist", "Flow-Factory", _SOURCE)
+_dppo = module_of("flow_factory.trainers.dppo", "Flow-Factory", _SOURCE)
+_registry = module_of("flow_factory.trainers.registry", "Flow-Factory", _SOURCE)
+_utils = module_of("flow_factory.utils.base", "Flow-Factory", _SOURCE)
+_dist = module_of("flow_factory.utils.dist", "Flow-Factory", _SOURCE)
 _DPPOTrainer: Any = _dppo.DPPOTrainer
 
 __all__ = ["DPPOTrainer", "register"]

@@ -129,7 +129,7 @@ def test_every_check_has_a_case():
 
 def test_spurious_clips_are_counted_by_the_exact_kl():
     """Five rows that move away and one that comes back. Log-ratios pick the 2nd, 3rd and 5th, KLs the 3rd to 5th."""
-    rows = row_log.Rows(
+    rows = row_log.LoggedRows(
         iteration=np.ones(6, int), update=np.ones(6, int), step=np.zeros(6, int),
         advantage=np.array([1.0, 1.0, -1.0, -1.0, 1.0, 1.0]), log_ratio=np.array([0.1, 2.0, -3.0, -0.2, 4.0, -9.0]),
         kl=np.array([0.1, 0.2, 2.0, 1.0, 5.0, 9.0]), kept=np.ones(6, bool), elements=ELEMENTS,
