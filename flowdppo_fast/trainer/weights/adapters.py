@@ -158,10 +158,14 @@ def write_lora(
     for key, value in tensors.items():
         value = value * scale if ".lora_B." in key else value
         packed[f"transformer.{with_name(key, '')}"] = value.detach().to(dtype or value.dtype).cpu().contiguous()
+    return save_lora_file(packed, folder, {LORA_ADAPTER_METADATA_KEY: json.dumps(described, indent=2, sort_keys=True)})
+
+
+def save_lora_file(tensors: Mapping[str, Tensor], folder: Path, metadata: Mapping[str, str] | None = None) -> Path:
+    """Writes the file that ``load_lora_weights(folder)`` looks for."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LORA_FILE
-    text = json.dumps(described, indent=2, sort_keys=True)
-    save_file(packed, path, metadata={"format": "pt", LORA_ADAPTER_METADATA_KEY: text})
+    save_file({key: value.contiguous() for key, value in tensors.items()}, path, {"format": "pt", **(metadata or {})})
     return path
 
 
