@@ -45,6 +45,14 @@ _Beta = Annotated[float, Field(ge=0, lt=1), NUMBER]
 _Precision = Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)]
 
 
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
+
+
 @dataclass
 class ModelConfig:
     """> Parameters that control what is trained.
@@ -52,7 +60,8 @@ class ModelConfig:
     Args:
         train: ``"lora"`` or ``"full"`` weights of the transformer(s).
         lora_rank, lora_alpha: of the LoRA adapters; None means 32 and twice the rank.
-        lora_targets: names of the layers that get an adapter; None means the attention projections.
+        lora_targets: names of the layers that get an adapter or their ends, one pattern that whole names match, or
+            ``all-linear``; None means the attention projections.
         gradient_checkpointing: recompute activations in the backward.
         mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"`` autocast (the last with a loss scale); trained weights are
             kept in float32.
@@ -66,7 +75,7 @@ class ModelConfig:
     train: Literal["lora", "full"] = "lora"
     lora_rank: Count | None = None
     lora_alpha: Positive | None = None
-    lora_targets: tuple[str, ...] | None = None
+    lora_targets: tuple[str, ...] | str | None = None
     gradient_checkpointing: StrictBool = False
     mixed_precision: _Precision = "no"
     compile: StrictBool = False
@@ -450,6 +459,10 @@ class FlowDPPOConfig:
             self.optimizer.updates_per_rollout,
             "2 or more, or optimizer.inner_epochs of 2 or more: in the only update of a rollout every ratio is 1, so "
             f"{o.callable or o.name} bounds nothing; objective.allow_idle=true accepts that",
+        )
+        targets = self.model.lora_targets
+        require(
+            not isinstance(targets, str) or _compiles(targets), "model.lora_targets", targets, "a regular expression"
         )
         if self.model.train == "full":
             for name in ("lora_rank", "lora_alpha", "lora_targets"):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .. import checkpoint
 from ..config import FlowDPPOConfig
-from ..weights.adapters import ATTENTION_TARGETS, add_lora, release, save_lora_file, with_name, write_lora
+from ..weights.adapters import add_lora, as_targets, release, save_lora_file, with_name, write_lora
 from ..weights.layouts import kohya
 from ..weights.names import bare, plain_name
 from .recipe import PipelineConfig, Recipe
@@ -222,7 +222,10 @@ def _export_lora(
     if layout == "kohya":
         plain = {with_name(key, ""): value.to(dtype or value.dtype) for key, value in tensors.items()}
         return save_lora_file(kohya(plain, alpha, kind), folder)
-    targets = list(run.config.model.lora_targets or ATTENTION_TARGETS)
+    targets = as_targets(run.config.model.lora_targets)
+    if isinstance(targets, str):
+        # loaders want names
+        targets = sorted({key.partition(".lora_")[0] for key in tensors})
     settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)  # type: ignore[arg-type]
     return write_lora(tensors, settings, folder, dtype=dtype, fold_alpha=fold_alpha)
 
