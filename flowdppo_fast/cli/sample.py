@@ -91,7 +91,8 @@ def _call_arguments(settings: list[str]) -> dict[str, Any]:
 def _draw(options: argparse.Namespace, arguments: dict[str, Any]) -> tuple[list[Any], list[str]]:
     import torch
 
-    from ..trainer.recipe.export import SavedRun, apply_weights, same_precision
+    from ..trainer.ambient import autocast
+    from ..trainer.recipe.export import SavedRun, apply_weights
     from ..trainer.recipe.loading import load_pipeline
     from ..trainer.recipe.preflight import check_environment, inspect_pipeline
 
@@ -122,7 +123,7 @@ def _draw(options: argparse.Namespace, arguments: dict[str, Any]) -> tuple[list[
     for prompt in options.prompt:
         for seed in range(options.seed, options.seed + options.n):
             generator = torch.Generator().manual_seed(seed)
-            with torch.no_grad(), same_precision(saved.config, device):
+            with torch.no_grad(), autocast(device.type, saved.config.model.autocast_dtype):
                 drawn = pipeline(prompt=prompt, generator=generator, output_type="pil", return_dict=False, **arguments)[
                     0
                 ]
