@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._require import require_trainer
+from ._extra import check_extra
 
 if TYPE_CHECKING:
     from ..trainer.recipe.recipe import Recipe
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     try:
-        require_trainer()
+        check_extra()
         if options.n < 1:
             raise ValueError(f"--n: got {options.n}, expected at least 1")
         if options.output.suffix not in (*_SUFFIXES, ""):

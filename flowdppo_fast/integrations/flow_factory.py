@@ -27,8 +27,8 @@ from ..objectives import DPPO
 from ..results import LossOutput
 from ..rows import stats_dtype
 from ..samplers import SDEStep, on_host
-from ._require import require
 from ._rows import log_prob_policy_loss, squared_drift
+from ._trainer import module_of
 
 _TRAINER, _SOURCE = "Flow-Factory", "https://github.com/X-GenGroup/Flow-Factory"
 
@@ -36,15 +36,15 @@ _TRAINER, _SOURCE = "Flow-Factory", "https://github.com/X-GenGroup/Flow-Factory"
 def _dppo_module() -> Any:
     """``dppo`` moved to ``trainers.rl`` in September 2026."""
     try:
-        return require("flow_factory.trainers.rl.dppo", _TRAINER, _SOURCE)
+        return module_of("flow_factory.trainers.rl.dppo", _TRAINER, _SOURCE)
     except ModuleNotFoundError:
         raise
     except ImportError:
-        return require("flow_factory.trainers.dppo", _TRAINER, _SOURCE)
+        return module_of("flow_factory.trainers.dppo", _TRAINER, _SOURCE)
 
 
 _DPPOTrainer: Any = _dppo_module().DPPOTrainer
-_registry = require("flow_factory.trainers.registry", _TRAINER, _SOURCE)
+_registry = module_of("flow_factory.trainers.registry", _TRAINER, _SOURCE)
 
 __all__ = ["DPPOTrainer", "launch", "register"]
 
@@ -131,7 +131,7 @@ class DPPOTrainer(_DPPOTrainer):
 
     def _replayed_batch(self, batch: Any) -> Iterator[Callable[[], _Replayed]]:
         """A replay for every train timestep of ``batch``."""
-        utils = require("flow_factory.utils.base", _TRAINER, _SOURCE)
+        utils = module_of("flow_factory.utils.base", _TRAINER, _SOURCE)
         # read once per batch; indexing by device scalars would wait for the device at every step
         where = batch["latent_index_map"].tolist()
         columns = batch["callback_index_map"][0].tolist()
@@ -308,7 +308,7 @@ class DPPOTrainer(_DPPOTrainer):
         )
         self.optimizer.step()
         self.optimizer.zero_grad()
-        dist = require("flow_factory.utils.dist", _TRAINER, _SOURCE)
+        dist = module_of("flow_factory.utils.dist", _TRAINER, _SOURCE)
         reduced = dist.reduce_loss_info(self.accelerator, loss_info)
         reduced["grad_norm"] = grad_norm
         self.log_data({f"train/{name}": value for name, value in reduced.items()}, step=self.step)
@@ -346,7 +346,7 @@ def launch() -> None:
     Raises:
         RuntimeError: the command that ``ff-train`` made runs no ``flow_factory.train`` that could be replaced.
     """
-    cli = require("flow_factory.cli", _TRAINER, _SOURCE)
+    cli = module_of("flow_factory.cli", _TRAINER, _SOURCE)
     theirs, ours = "flow_factory.train", f"{__package__}.flow_factory_train"
 
     def run(command: list[str], **options: Any) -> Any:

@@ -4,9 +4,9 @@
 of the recipe. A launcher of your own runs ``-m flowdppo_fast.integrations.flow_factory_train recipe.yaml``.
 """
 
-from ._require import require
+from ._trainer import module_of
 from .flow_factory import register
 
 if __name__ == "__main__":
     register()
-    require("flow_factory.train", "Flow-Factory", "https://github.com/X-GenGroup/Flow-Factory").main()
+    module_of("flow_factory.train", "Flow-Factory", "https://github.com/X-GenGroup/Flow-Factory").main()

@@ -24,15 +24,15 @@ from ..losses import fused_policy_loss
 from ..objectives import DPPO, LogProbKind
 from ..results import LossMetrics, LossOutput
 from ..rows import stats_dtype
-from ..samplers import Schedule, SDEStep, diffusion, on_host
+from ..samplers import ScheduleLevels, SDEStep, diffusion, on_host
 from ..sampling import sde_step
-from ._require import require
 from ._rows import UNIRL_METRICS, log_prob_policy_loss, squared_drift
+from ._trainer import module_of
 
 _SOURCE = "https://github.com/Tencent-Hunyuan/UniRL"
-_kernels = require("unirl.sde.kernels", "UniRL", _SOURCE)
-_flowdppo = require("unirl.algorithms.flowdppo", "UniRL", _SOURCE)
-_base = require("unirl.algorithms.base", "UniRL", _SOURCE)
+_kernels = module_of("unirl.sde.kernels", "UniRL", _SOURCE)
+_flowdppo = module_of("unirl.algorithms.flowdppo", "UniRL", _SOURCE)
+_base = module_of("unirl.algorithms.base", "UniRL", _SOURCE)
 _FlowSDEStrategy: Any = _kernels.FlowSDEStrategy
 _CPSSDEStrategy: Any = _kernels.CPSSDEStrategy
 _DanceSDEStrategy: Any = _kernels.DanceSDEStrategy
@@ -46,7 +46,7 @@ _SILENT = 1e-7
 
 
 def _step(sampler: str, sigma: Tensor, sigma_next: Tensor, eta: float, sigma_max: float | Tensor) -> SDEStep:
-    schedule = Schedule(sigma_max, math.nan, math.nan)
+    schedule = ScheduleLevels(sigma_max, math.nan, math.nan)
     return SDEStep.from_levels(
         sampler, diffusion(sampler, sigma, sigma_next, eta=eta, schedule=schedule), sigma, sigma_next
     )

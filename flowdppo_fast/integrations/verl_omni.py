@@ -26,11 +26,11 @@ from ..results import LossOutput
 from ..samplers import on_host
 from ..sampling import sde_step
 from ..schedule import HostSchedule, per_row
-from ._require import require
 from ._rows import UNIRL_METRICS, log_prob_policy_loss, squared_drift
+from ._trainer import module_of
 
 _SOURCE = "https://github.com/verl-project/verl-omni"
-_algos = require("verl_omni.trainer.diffusion.diffusion_algos", "verl-omni", _SOURCE)
+_algos = module_of("verl_omni.trainer.diffusion.diffusion_algos", "verl-omni", _SOURCE)
 _FlowGRPOLoss: Any = _algos.FlowGRPOLoss
 _FlowDPPOLoss: Any = _algos.FlowDPPOLoss
 _GRPOGuardLoss: Any = _algos.GRPOGuardLoss
@@ -480,5 +480,5 @@ def _detached(value: Tensor | None) -> Tensor | None:
 
 
 def _scheduler_class() -> Any:
-    module = require("verl_omni.pipelines.schedulers.flow_match_sde", "verl-omni", _SOURCE)
+    module = module_of("verl_omni.pipelines.schedulers.flow_match_sde", "verl-omni", _SOURCE)
     return module.FlowMatchSDEDiscreteScheduler

@@ -19,7 +19,7 @@ from ..objectives import DPPO, GRPOGuard, RatioClip
 from ..samplers import sde_schedule
 from . import figures
 from .logs import from_json
-from .row_log import Rows, clip_against_mask, read_rows
+from .row_log import LoggedRows, clip_against_mask, read_rows
 
 # root-mean-square rounding of standard normal numbers in bfloat16
 BF16_ROUNDING = 1.7e-3
@@ -48,7 +48,7 @@ class RunFolder:
     path: Path
     config: Mapping[str, Any]
     metrics: list[dict[str, float]]
-    rows: Rows
+    rows: LoggedRows
     shift: float = 1.0
 
     @classmethod
@@ -286,7 +286,9 @@ CHECKS: dict[str, Callable[[RunFolder], Iterator[str]]] = {
 
 def numbers(folder: RunFolder) -> dict[str, Any]:
     """What the plots show, as numbers: KL, ratio noise and dropped share by step and sign of the advantage."""
-    moved = folder.rows.moved
+    moved, first = folder.rows.moved, folder.rows.where(folder.rows.update == 0)
+    # rollout against training at unchanged weights
+    mismatch = {int(step): first.kl[first.step == step] for step in np.unique(first.step)}
     steps = {}
     for step in np.unique(moved.step):
         here = moved.where(moved.step == step)
@@ -294,7 +296,7 @@ def numbers(folder: RunFolder) -> dict[str, Any]:
             "rows": len(here),
             "kl_median_nats": float(np.median(here.kl)),
             "kl_90_nats": float(np.quantile(here.kl, 0.9)),
-            "noise_over_predicted": float(here.noise.std()),
+            "noise_over_predicted": float(here.standardised.std()),
             "dropped_positive_advantage": _dropped(here, here.advantage > 0),
             "dropped_negative_advantage": _dropped(here, here.advantage < 0),
         }
@@ -307,12 +309,13 @@ def numbers(folder: RunFolder) -> dict[str, Any]:
         "objective": folder.objective,
         "threshold_nats": folder.threshold,
         "clip_nats": folder.clip or folder.guard_clip,
+        "mismatch_kl_nats": {step: {"mean": float(kl.mean()), "max": float(kl.max())} for step, kl in mismatch.items()},
         "steps": steps,
         "clip_against_mask": found,
     }
 
 
-def _dropped(rows: Rows, chosen: np.ndarray) -> float | None:
+def _dropped(rows: LoggedRows, chosen: np.ndarray) -> float | None:
     return float(1 - rows.kept[chosen].mean()) if chosen.any() else None
 
 
@@ -332,7 +335,7 @@ def draw(folder: RunFolder, path: Path) -> None:
     figures.save(figure, path)
 
 
-def _draw_kl(folder: RunFolder, moved: Rows, axis: Any) -> None:
+def _draw_kl(folder: RunFolder, moved: LoggedRows, axis: Any) -> None:
     for number, step in enumerate(np.unique(moved.step)):
         here = moved.where(moved.step == step)
         iterations = np.unique(here.iteration)
@@ -348,7 +351,7 @@ def _draw_kl(folder: RunFolder, moved: Rows, axis: Any) -> None:
     )  # fmt: skip
 
 
-def _draw_noise(folder: RunFolder, moved: Rows, axis: Any) -> None:
+def _draw_noise(folder: RunFolder, moved: LoggedRows, axis: Any) -> None:
     edges = np.geomspace(moved.kl.min(), moved.kl.max() * 1.0001, 13)
     place = np.digitize(moved.kl, edges)
     points = [moved.where(place == number) for number in np.unique(place) if (place == number).sum() >= 10]
@@ -367,7 +370,7 @@ def _draw_noise(folder: RunFolder, moved: Rows, axis: Any) -> None:
     )  # fmt: skip
 
 
-def _draw_decisions(folder: RunFolder, moved: Rows, axis: Any) -> None:
+def _draw_decisions(folder: RunFolder, moved: LoggedRows, axis: Any) -> None:
     shown = moved.where(np.arange(len(moved)) % max(1, len(moved) // 3000) == 0)
     clip = folder.clip or np.sqrt(2 * (folder.threshold or float(np.quantile(moved.kl, 0.9))))
     found = clip_against_mask(moved, clip)
@@ -393,7 +396,7 @@ def _draw_decisions(folder: RunFolder, moved: Rows, axis: Any) -> None:
     axis.set(title="What clip and mask drop", xlabel="KL of a row [nats]", ylabel="log-ratio of a row [nats]")
 
 
-def _draw_dropped(folder: RunFolder, moved: Rows, axis: Any) -> None:
+def _draw_dropped(folder: RunFolder, moved: LoggedRows, axis: Any) -> None:
     steps = np.unique(moved.step)
     # the looks that metrics.png gives the two signs
     for offset, label, sign, look, hatch in (

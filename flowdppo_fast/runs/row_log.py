@@ -82,7 +82,7 @@ def row_lines(
 
 
 @dataclass(frozen=True)
-class Rows:
+class LoggedRows:
     """All rows of a row log as flat arrays of one length.
 
     Attributes:
@@ -105,17 +105,17 @@ class Rows:
     def __len__(self) -> int:
         return len(self.kl)
 
-    def where(self, chosen: np.ndarray) -> Rows:
+    def where(self, chosen: np.ndarray) -> LoggedRows:
         """The rows at which ``chosen`` is True."""
-        return Rows(**{name: getattr(self, name)[chosen] for name in _ARRAYS}, elements=self.elements)
+        return LoggedRows(**{name: getattr(self, name)[chosen] for name in _ARRAYS}, elements=self.elements)
 
     @property
-    def moved(self) -> Rows:
+    def moved(self) -> LoggedRows:
         """Rows after the first update of their rollout: before it the policies are one, with nothing to decide."""
         return self.where((self.update > 0) & (self.kl > 0))
 
     @property
-    def noise(self) -> np.ndarray:
+    def standardised(self) -> np.ndarray:
         """``(L + D) / sqrt(2*D)``: standard normal where the noise knows nothing of the change of the policy."""
         return (self.log_ratio + self.kl) / np.sqrt(2 * self.kl)
 
@@ -125,10 +125,10 @@ class Rows:
         return self.advantage * self.log_ratio > 0
 
 
-_ARRAYS = tuple(field.name for field in fields(Rows) if field.name != "elements")
+_ARRAYS = tuple(field.name for field in fields(LoggedRows) if field.name != "elements")
 
 
-def read_rows(path: Path) -> Rows:
+def read_rows(path: Path) -> LoggedRows:
     """The row log at ``path``.
 
     Raises:
@@ -158,10 +158,10 @@ def read_rows(path: Path) -> Rows:
             columns[name].append(part.reshape(-1))
     if not elements:
         raise ValueError(f"{path}: got no rows, expected a run of at least one iteration")
-    return Rows(**{name: np.concatenate(columns[name]) for name in _ARRAYS}, elements=elements)
+    return LoggedRows(**{name: np.concatenate(columns[name]) for name in _ARRAYS}, elements=elements)
 
 
-def clip_against_mask(rows: Rows, clip: float) -> dict[str, float] | None:
+def clip_against_mask(rows: LoggedRows, clip: float) -> dict[str, float] | None:
     """What a clip range (nats over the whole latent) drops, against the mask that drops as many of the same rows.
 
     Both rules only drop rows that move away; the clip where the log-ratio is large, the mask where the KL is. None if

@@ -104,6 +104,7 @@ class RunState:
             "skipped_updates": self.skipped_updates,
             "reward_names": self.reward_names,
             "prompts": self.prompts,
+            "classes": weights.classes,
             "config": self.config.to_dict(),
         }
         if workers.is_main:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ from torch import Tensor, nn
 
 from .. import checkpoint
 from ..config import FlowDPPOConfig
-from ..weights.adapters import ATTENTION_TARGETS, add_lora, release, with_name, write_lora
+from ..weights.adapters import add_lora, as_targets, release, save_lora_file, with_name, write_lora
+from ..weights.layouts import kohya
 from ..weights.names import bare, plain_name
 from .recipe import PipelineConfig, Recipe
 
 RECIPE_FILE, ORIGIN_FILE = "recipe.yaml", "flowdppo.json"
+LAYOUTS = ("diffusers", "kohya")
 _WEIGHTS_FILE = "diffusion_pytorch_model"
 
 
@@ -35,6 +37,7 @@ class SavedRun:
         iteration: finished iterations.
         config: settings of the run.
         kind: ``"ema"`` or ``"weights"``, which of the checkpoint's weights are meant.
+        classes: of the transformers, by name; empty where an older version wrote the checkpoint.
     """
 
     folder: Path
@@ -42,6 +45,7 @@ class SavedRun:
     iteration: int
     config: FlowDPPOConfig
     kind: str
+    classes: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: str | Path, *, iteration: int | None = None, average: bool | None = None) -> SavedRun:
@@ -70,7 +74,8 @@ class SavedRun:
         if average and not has_average:
             raise ValueError(f"average: {folder} keeps no moving average, expected a run with model.ema_decay")
         kind = "ema" if (has_average if average is None else average) else "weights"
-        return cls(folder, chosen[-1], state["iteration"], FlowDPPOConfig.from_dict(state["config"]), kind)
+        config = FlowDPPOConfig.from_dict(state["config"])
+        return cls(folder, chosen[-1], state["iteration"], config, kind, state.get("classes", {}))
 
     @property
     def recipe_file(self) -> Path:
@@ -140,7 +145,12 @@ def same_precision(config: FlowDPPOConfig, device: torch.device) -> Iterator[Non
 
 
 def export_run(
-    run: SavedRun, folder: str | Path, *, dtype: torch.dtype | None = None, fold_alpha: bool = False
+    run: SavedRun,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    fold_alpha: bool = False,
+    layout: str = "diffusers",
 ) -> list[Path]:
     """Writes the trained weights as diffusers loads them, without loading the base model.
 
@@ -154,20 +164,22 @@ def export_run(
         dtype: of the written weights; None keeps float32.
         fold_alpha: multiply LoRA weights by ``alpha / rank`` and say alpha = rank, for programs that do not read the
             alpha that diffusers keeps in the file's metadata.
+        layout: of LoRA files: ``"diffusers"``, or ``"kohya"``, the published checkpoint's names of layers with an alpha
+            each (:mod:`..weights.layouts`).
 
     Returns:
         The files that were written.
 
     Raises:
-        ValueError: full weights of a run without recipe, or whose base cannot be read.
+        ValueError: full weights of a run without recipe, or whose base cannot be read; a layout that does not fit.
     """
+    _check_layout(layout, run, fold_alpha)
     folder = Path(folder).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, tensors in run.tensors().items():
         if run.config.model.train == "lora":
             target = folder if name == "transformer" else folder / name
-            written.append(_export_lora(run, tensors, target, dtype, fold_alpha))
+            written.append(_export_lora(run, tensors, target, dtype, fold_alpha, layout, run.classes.get(name)))
         else:
             written += _export_full(run, tensors, name, folder / name, dtype)
     origin = {
@@ -186,13 +198,34 @@ def _rank_and_alpha(run: SavedRun, tensors: Mapping[str, Tensor]) -> tuple[int, 
     return rank, 2.0 * rank if alpha is None else alpha
 
 
+def _check_layout(layout: str, run: SavedRun, fold_alpha: bool) -> None:
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout: got {layout!r}, expected one of {', '.join(LAYOUTS)}")
+    if layout == "kohya" and run.config.model.train != "lora":
+        raise ValueError(f"layout: got 'kohya' for full weights in {run.folder}, expected a run with model.train=lora")
+    if layout == "kohya" and fold_alpha:
+        raise ValueError("fold_alpha: got True with layout 'kohya', whose files have an alpha per layer; leave it out")
+
+
 def _export_lora(
-    run: SavedRun, tensors: Mapping[str, Tensor], folder: Path, dtype: torch.dtype | None, fold_alpha: bool
+    run: SavedRun,
+    tensors: Mapping[str, Tensor],
+    folder: Path,
+    dtype: torch.dtype | None,
+    fold_alpha: bool,
+    layout: str,
+    kind: str | None,
 ) -> Path:
     from peft import LoraConfig
 
     rank, alpha = _rank_and_alpha(run, tensors)
-    targets = list(run.config.model.lora_targets or ATTENTION_TARGETS)
+    if layout == "kohya":
+        plain = {with_name(key, ""): value.to(dtype or value.dtype) for key, value in tensors.items()}
+        return save_lora_file(kohya(plain, alpha, kind), folder)
+    targets = as_targets(run.config.model.lora_targets)
+    if isinstance(targets, str):
+        # loaders want names
+        targets = sorted({key.partition(".lora_")[0] for key in tensors})
     settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)  # type: ignore[arg-type]
     return write_lora(tensors, settings, folder, dtype=dtype, fold_alpha=fold_alpha)
 

@@ -20,7 +20,7 @@ _TRAINED_COPIES = 4
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def estimate(
+def estimate_memory(
     config: FlowDPPOConfig,
     module: nn.Module,
     arguments: Callable[[int], Mapping[str, Any]],
@@ -102,7 +102,7 @@ def replay_bytes(
 ) -> int:
     """Most bytes that ``calls`` forwards and the backward through all of them hold at a time.
 
-    Weights, arguments and the gradients of weights do not count; the latter are :func:`estimate`'s.
+    Weights, arguments and the gradients of weights do not count; the latter are :func:`estimate_memory`'s.
 
     Args:
         module: a transformer on the meta device with what is trained of it requiring gradients.
