@@ -41,12 +41,22 @@ def run(options: argparse.Namespace) -> int:
         if options.output.suffix not in (*_SUFFIXES, ""):
             raise ValueError(f"--output: got {options.output}, expected a folder or a file in {', '.join(_SUFFIXES)}")
         arguments = _call_arguments(options.set)
+        _check_output(options.output)
         images, captions = _draw(options, arguments)
     except (ValueError, TypeError) as error:
         options.parser.error(str(error))
     for path in _write(images, captions, options.output, options.n):
         print(path)
     return 0
+
+
+def _check_output(output: Path) -> None:
+    from ..runs.folder import CHECKPOINTS, check_elsewhere
+
+    # a picture beside a run's files is nobody's trouble
+    folder = output if output.suffix == "" or CHECKPOINTS in output.absolute().parts else None
+    if folder is not None:
+        check_elsewhere(folder, "--output")
 
 
 def _constant_arguments(recipe: Recipe) -> dict[str, Any]:

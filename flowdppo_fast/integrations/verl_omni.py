@@ -56,7 +56,8 @@ class Options:
     """Where verl-omni's conventions can be had instead of the exact ones.
 
     Args:
-        sde_type: ``"sde"``, ``"cps"`` or ``"dance_sde"``; None reads ``config.model_config.algo.sde_type``.
+        sde_type: ``"sde"``, ``"cps"`` or ``"dance_sde"``; None reads ``config.model_config.algo.sde_type``, and is
+            ``"sde"`` for a config without it, as verl-omni's own default for the key.
         sigma: ``"exact"`` divides the KL by the standard deviation of the sampler at hand; ``"verl-omni"`` by
             ``std_dev_t * sqrt_dt`` under every sampler, which is too small for ``cps`` and ``dance_sde`` (their
             ``std_dev_t`` is the standard deviation already, so the KL comes out ``1/|dt|`` too large).
@@ -106,9 +107,10 @@ class Options:
         """The sampler's name here.
 
         Raises:
-            ValueError: it was neither registered nor found in ``config``.
+            ValueError: ``config`` names one that verl-omni has not.
         """
         found = self.sde_type or getattr(getattr(getattr(config, "model_config", None), "algo", None), "sde_type", None)
+        found = "sde" if found is None else found
         if found not in _SAMPLERS:
             raise ValueError(
                 f"sde_type: got {found!r} from config.model_config.algo.sde_type, expected 'sde', 'cps' or "

@@ -32,6 +32,7 @@ class PolicyWeights:
         names: of the trained weights.
         parameters: this process's own tensors of them (:mod:`.sharding`), float32.
         ema: their moving average, or None.
+        classes: of the transformers, by name.
 
     Raises:
         ValueError: processes that start from different weights.
@@ -47,6 +48,8 @@ class PolicyWeights:
         workers: Workers,
     ):
         self.modules = {name: bare(module) for name, module in modules.items()}
+        # sharding gives them classes of its own
+        self.classes = {name: type(module).__name__ for name, module in self.modules.items()}
         self.model, self.workers = model, workers
         for name, module in self.modules.items():
             # no dropout of activations or labels: the replay must be the function that the rollout was
