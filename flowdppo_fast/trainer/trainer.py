@@ -189,19 +189,7 @@ class FlowDPPOTrainer:
         """
         run = self.config.run
         self.pipeline.set_progress_bar_config(disable=True)
-        with (
-            self.state.begun(resume) as history,
-            RunLog(
-                self.accelerator,
-                self.output,
-                trackers=run.trackers,
-                project=run.project,
-                config=self.config.to_dict(),
-                total=run.iterations,
-                progress=run.progress,
-                plot_every=run.plot_every,
-            ) as log,
-        ):
+        with self.state.begun(resume) as history, self._log() as log:
             log.start(history)
             self._doing = log.doing
             log.say(summary(self.config, self.workers, self.weights, self.device))
@@ -225,6 +213,13 @@ class FlowDPPOTrainer:
                         f"expected at most optimizer.max_skipped_updates={self.config.optimizer.max_skipped_updates}"
                     )
         return history
+
+    def _log(self) -> RunLog:
+        run = self.config.run
+        return RunLog(
+            self.accelerator, self.output, trackers=run.trackers, project=run.project, config=self.config.to_dict(),
+            total=run.iterations, progress=run.progress, plot_every=run.plot_every,
+        )  # fmt: skip
 
     @own_state()
     def sample(self, iteration: int) -> Rollout:
