@@ -304,7 +304,7 @@ def grpo_guard_loss_from_sample(
     j: int,
     prev_sample_mean: Tensor,
     std_dev_t: Tensor,
-    sqrt_dt: Tensor,
+    sqrt_dt: Tensor | None = None,
     *,
     clip_range: float | tuple[float, float] = 2e-6,
     bias: Literal["row", "batch"] = "row",
