@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FunctionType
 from typing import Annotated, Any, Literal
 
+import torch
 import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, Strict, StrictBool, StrictInt
 
@@ -81,6 +82,21 @@ class ModelConfig:
     compile: StrictBool = False
     ema_decay: _BetweenZeroAndOne | None = None
     offload_idle: StrictBool = False
+
+    @property
+    def rank(self) -> int:
+        """Of the LoRA adapters."""
+        return self.lora_rank or 32
+
+    @property
+    def alpha(self) -> float:
+        """Of the LoRA adapters."""
+        return 2.0 * self.rank if self.lora_alpha is None else self.lora_alpha
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """What transformers compute in, None without autocast."""
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.mixed_precision)
 
 
 @dataclass

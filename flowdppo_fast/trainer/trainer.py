@@ -183,23 +183,13 @@ class FlowDPPOTrainer:
             on_iteration: called after each iteration with its metrics.
 
         Raises:
-            ValueError: the folder holds a run and ``resume`` is False, or one with other settings.
+            ValueError: the folder holds a run that goes on, or has other settings, or ``resume`` is False.
             RuntimeError: too many updates were skipped because a loss or gradient was not finite, or an interrupted
                 iteration has to be undone and there is no checkpoint to go back to.
         """
         run = self.config.run
-        history = self.state.begin(resume)
         self.pipeline.set_progress_bar_config(disable=True)
-        with RunLog(
-            self.accelerator,
-            self.output,
-            trackers=run.trackers,
-            project=run.project,
-            config=self.config.to_dict(),
-            total=run.iterations,
-            progress=run.progress,
-            plot_every=run.plot_every,
-        ) as log:
+        with self.state.begun(resume) as history, self._log() as log:
             log.start(history)
             self._doing = log.doing
             log.say(summary(self.config, self.workers, self.weights, self.device))
@@ -223,6 +213,13 @@ class FlowDPPOTrainer:
                         f"expected at most optimizer.max_skipped_updates={self.config.optimizer.max_skipped_updates}"
                     )
         return history
+
+    def _log(self) -> RunLog:
+        run = self.config.run
+        return RunLog(
+            self.accelerator, self.output, trackers=run.trackers, project=run.project, config=self.config.to_dict(),
+            total=run.iterations, progress=run.progress, plot_every=run.plot_every,
+        )  # fmt: skip
 
     @own_state()
     def sample(self, iteration: int) -> Rollout:

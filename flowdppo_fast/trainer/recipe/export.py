@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ...runs.folder import CHECKPOINTS, RECIPE_FILE, check_elsewhere
 from .. import checkpoint
 from ..config import FlowDPPOConfig
-from ..weights.adapters import add_lora, as_targets, release, save_lora_file, with_name, write_lora
+from ..weights.adapters import LORA_FILE, add_lora, as_targets, release, save_lora_file, with_name, write_lora
 from ..weights.layouts import kohya
 from ..weights.names import bare, plain_name
 from .recipe import PipelineConfig, Recipe
 
-RECIPE_FILE, ORIGIN_FILE = "recipe.yaml", "flowdppo.json"
+ORIGIN_FILE = "flowdppo.json"
 LAYOUTS = ("diffusers", "kohya")
 _WEIGHTS_FILE = "diffusion_pytorch_model"
 
@@ -61,7 +62,7 @@ class SavedRun:
             ValueError: no such run or checkpoint, or an average is wanted and there is none.
         """
         folder = Path(folder).expanduser()
-        found = checkpoint.checkpoints(folder / "checkpoints")
+        found = checkpoint.checkpoints(folder / CHECKPOINTS)
         if not found:
             raise ValueError(f"run: {folder} has no complete checkpoint, expected the output folder of a training run")
         states = {path: json.loads((path / "state.json").read_text()) for path in found}
@@ -119,8 +120,8 @@ def apply_weights(run: SavedRun, pipeline: Any) -> None:
             )
         module = bare(module)
         if run.config.model.train == "lora":
-            rank, alpha = _rank_and_alpha(run, tensors)
-            adapter = add_lora(module, rank, alpha, run.config.model.lora_targets, 0)
+            model = run.config.model
+            adapter = add_lora(module, model.rank, model.alpha, model.lora_targets, 0)
             # it is the pipeline's from now on, to be drawn with or trained further
             release(module)
             # the pipeline may have adapters of its own, then and now
@@ -133,15 +134,6 @@ def apply_weights(run: SavedRun, pipeline: Any) -> None:
             parameter = parameters[key]
             dtype = value.dtype if run.config.model.train == "lora" else parameter.dtype
             parameter.data = value.to(device=parameter.device, dtype=dtype)
-
-
-@contextlib.contextmanager
-def same_precision(config: FlowDPPOConfig, device: torch.device) -> Iterator[None]:
-    """The autocast that the trainer samples under."""
-    formats = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    dtype = formats.get(config.model.mixed_precision)
-    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-        yield
 
 
 def export_run(
@@ -175,8 +167,11 @@ def export_run(
     """
     _check_layout(layout, run, fold_alpha)
     folder = Path(folder).expanduser()
+    check_elsewhere(folder, "folder")
+    named = run.tensors()
+    _check_folder(folder, named if run.config.model.train == "full" else ())
     written = []
-    for name, tensors in run.tensors().items():
+    for name, tensors in named.items():
         if run.config.model.train == "lora":
             target = folder if name == "transformer" else folder / name
             written.append(_export_lora(run, tensors, target, dtype, fold_alpha, layout, run.classes.get(name)))
@@ -191,11 +186,14 @@ def export_run(
     return [*written, folder / ORIGIN_FILE]
 
 
-def _rank_and_alpha(run: SavedRun, tensors: Mapping[str, Tensor]) -> tuple[int, float]:
-    rank = next(len(value) for key, value in tensors.items() if ".lora_A." in key)
-    alpha = run.config.model.lora_alpha
-    # what the trainer does where alpha is not set
-    return rank, 2.0 * rank if alpha is None else alpha
+def _check_folder(folder: Path, components: Iterable[str]) -> None:
+    """An export is replaced by another one, a model or adapter from elsewhere by none."""
+    files = (folder / LORA_FILE, folder / "model_index.json", *(folder / name / "config.json" for name in components))
+    there = [str(path.relative_to(folder)) for path in files if path.exists()]
+    if there and not (folder / ORIGIN_FILE).exists():
+        raise ValueError(
+            f"folder: {folder} has {', '.join(there)}, which no export wrote, expected another folder or an export's"
+        )
 
 
 def _check_layout(layout: str, run: SavedRun, fold_alpha: bool) -> None:
@@ -218,15 +216,15 @@ def _export_lora(
 ) -> Path:
     from peft import LoraConfig
 
-    rank, alpha = _rank_and_alpha(run, tensors)
+    model = run.config.model
     if layout == "kohya":
         plain = {with_name(key, ""): value.to(dtype or value.dtype) for key, value in tensors.items()}
-        return save_lora_file(kohya(plain, alpha, kind), folder)
-    targets = as_targets(run.config.model.lora_targets)
+        return save_lora_file(kohya(plain, model.alpha, kind), folder)
+    targets = as_targets(model.lora_targets)
     if isinstance(targets, str):
         # loaders want names
         targets = sorted({key.partition(".lora_")[0] for key in tensors})
-    settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)  # type: ignore[arg-type]
+    settings = LoraConfig(r=model.rank, lora_alpha=model.alpha, target_modules=targets)  # type: ignore[arg-type]
     return write_lora(tensors, settings, folder, dtype=dtype, fold_alpha=fold_alpha)
 
 
@@ -238,6 +236,9 @@ def _export_full(
     base = run.recipe().pipeline
     state = {**_base_tensors(base, name, without=tensors), **tensors}
     folder.mkdir(parents=True, exist_ok=True)
+    # of an earlier export, which may have had more of them
+    for old in folder.glob(f"{_WEIGHTS_FILE}*"):
+        old.unlink()
     shutil.copyfile(_base_file(base, name, "config.json"), folder / "config.json")
     width = dtype or torch.float32
     save_torch_state_dict(

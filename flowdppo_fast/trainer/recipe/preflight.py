@@ -93,9 +93,8 @@ def inspect_pipeline(recipe: Recipe) -> PipelinePlan:
         require("vae" in entries, "pipeline.vae_tiling", True, f"False: {kind.__name__} has no VAE")
     _check_call(recipe, kind)
     targets = recipe.config.model.lora_targets
-    rank = recipe.config.model.lora_rank or 32
     components = {
-        name: _measure(settings, name, library, class_name, targets, rank)
+        name: _measure(settings, name, library, class_name, targets, recipe.config.model.rank)
         for name, (library, class_name) in entries.items()
     }
     if recipe.config.model.train == "lora":

@@ -199,6 +199,32 @@ def test_full_weights_need_their_base(trained, tmp_path):
         export_run(SavedRun.open(trainer.output), tmp_path / "out")
 
 
+def test_an_export_replaces_an_export_and_nothing_else(pipes, trained, tmp_path):
+    base = pipes.sd3()
+    base.save_pretrained(tmp_path / "base")
+    trainer, _ = trained("sd3", model={"train": "full"})
+    leave_recipe(trainer, tmp_path / "base")
+    run = SavedRun.open(trainer.output)
+    before = (tmp_path / "base" / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=r"has model_index\.json, transformer/config\.json, which no export wrote"):
+        export_run(run, tmp_path / "base")
+    assert (tmp_path / "base" / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes() == before
+    for folder in (trainer.output, trainer.output / "checkpoints" / "export"):
+        with pytest.raises(ValueError, match=r"folder: got .*, which the run in .* writes to, expected another"):
+            export_run(run, folder)
+    export_run(run, tmp_path / "out")
+    stale = tmp_path / "out" / "transformer" / "diffusion_pytorch_model-00001-of-00002.safetensors"
+    stale.touch()
+    export_run(run, tmp_path / "out")
+    assert not stale.exists()
+    adapter = tmp_path / "mine" / "pytorch_lora_weights.safetensors"
+    adapter.parent.mkdir()
+    adapter.touch()
+    lora, _ = trained("sd3", model=LORA, run={"iterations": 1, "output_dir": str(tmp_path / "lora")})
+    with pytest.raises(ValueError, match=r"has pytorch_lora_weights\.safetensors, which no export wrote"):
+        export_run(SavedRun.open(lora.output), adapter.parent)
+
+
 def make_wan() -> WanPipeline:
     def transformer(seed: int) -> WanTransformer3DModel:
         torch.manual_seed(seed)
