@@ -134,7 +134,8 @@ def main() -> None:
                 "step": step, "loss": sum(recent) / len(recent), "learning_rate": optimizer.param_groups[0]["lr"],
                 "cpu_seconds": spent + time.process_time(),
             }  # fmt: skip
-            print("step {step}  loss {loss:.4f}  rate {learning_rate:.2e}  {cpu_seconds:.0f} CPU s".format(**record), flush=True)
+            line = "step {step}  loss {loss:.4f}  rate {learning_rate:.2e}  {cpu_seconds:.0f} CPU s"
+            print(line.format(**record), flush=True)
             if args.curve is not None:
                 with args.curve.open("a") as file:
                     file.write(json.dumps(record) + "\n")

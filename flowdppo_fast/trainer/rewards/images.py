@@ -117,7 +117,7 @@ def check_texts(prompts: Sequence[Any]) -> None:
         )
 
 
-def check_positive(**values: int | float) -> None:
+def check_all_positive(**values: int | float) -> None:
     """Raises ValueError for the first of ``values`` that is not > 0."""
     for name, value in values.items():
         if not value > 0:
