@@ -6,12 +6,12 @@ PIP := $(PY) -m pip --disable-pip-version-check -q
 export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 0
 
-.PHONY: help demo demo-digits test pytest test-cpus lint audit check-tables docs bench bench-quick bench-train bench-learning bench-learning-quick ptx gpu gpu-matrix build clean
+.PHONY: help demo demo-words test pytest test-cpus lint audit check-tables docs bench bench-quick bench-train bench-learning bench-learning-quick ptx gpu gpu-matrix build clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo         teach a small text-to-image model to spell, with an OCR reader as reward (minutes)"
-	@echo "make demo-digits  make digits bold: the quick one (about a minute)"
+	@echo "make demo         fine-tune a small flow model with Flow-DPPO and look at the result (about a minute)"
+	@echo "make demo-words   teach another one to spell, with an OCR reader as reward (minutes)"
 	@echo "make test         lint, types and all tests"
 	@echo "make test-cpus    tests that compare bits or learn, on every x86 processor this one can play"
 	@echo "make docs         the documentation site, into build/site; warnings are errors"
@@ -44,10 +44,10 @@ build: .venv/.installed
 		FLOWDPPO_BUILD_CPU=1 $(PIP) install -c constraints.txt --no-build-isolation --no-deps -e . && touch .venv/.installed; fi
 
 demo: build
-	$(PY) examples/words/demo.py
-
-demo-digits: build
 	$(PY) examples/digits/demo.py
+
+demo-words: build
+	$(PY) examples/words/demo.py
 
 lint: build
 	.venv/bin/ruff check .
@@ -81,7 +81,7 @@ test-cpus: build
 # the generated tables in README.md and docs/ against the committed result folders they are made from
 README_RESULTS := bench/results/cpu/2026-11-30-2f797059d5 bench/results/cpu/2026-11-20-749900e5a2
 GOALS_RESULTS := bench/results/cpu/2026-11-30-2f797059d5 bench/results/cpu/2026-11-20-749900e5a2 bench/results/cpu/2026-11-20-ff6d2f5be9-video
-HOST_RESULTS := bench/results/host/2026-11-30-0391ba1eea
+HOST_RESULTS := bench/results/host/2026-12-01-a18e6bc562
 # folders in which GPU backends passed `pytest -m gpu`
 EVIDENCE :=
 check-tables: build

@@ -30,7 +30,7 @@ _PAPER_ROWS = 3
 
 
 def draw(
-    pipeline: WordsPipeline, prompts: list[str], seeds: int, num_steps: int = 6, guidance_scale: float = 1.0
+    pipeline: WordsPipeline, prompts: list[str], seeds: int, num_steps: int = 10, guidance_scale: float = 1.0
 ) -> torch.Tensor:
     """Each prompt with each of ``seeds`` by the ODE, ``[prompts * seeds, 1, H, W]``."""
     pipeline.set_progress_bar_config(disable=True)

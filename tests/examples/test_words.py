@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import random
+import subprocess
 import sys
 from pathlib import Path
 
@@ -120,39 +122,30 @@ def test_intervals_are_those_of_paired_differences(words):
     assert high - low == pytest.approx(2 * 1.96 * 0.2 / 300**0.5, rel=0.15)
 
 
-# words of a middling likelihood, so that there is something to gain and something to gain it from
-SHORT_PROMPTS = ['"garden" in mono', '"planet" in serif', '"brown" in sans', '"winter" in mono']
-
-
 @pytest.mark.slow
-def test_the_demo_in_short_raises_the_reward_masks_and_leaves_what_it_says(
-    words, monkeypatch, tmp_path, capsys, learning
-):
-    demo = words("demo")
+def test_the_demo_in_short_trains_masks_reads_and_leaves_what_it_says(tmp_path):
     folder = tmp_path / "demo"
-    # the few prompts that it trains on are drawn before and after: held-out words need the whole run
-    assert set(SHORT_PROMPTS) <= set(demo.train_prompts())
-    monkeypatch.setattr(demo, "train_prompts", lambda: SHORT_PROMPTS)
-    monkeypatch.setitem(demo.SPLITS, "tuning", SHORT_PROMPTS)
-    monkeypatch.setattr(demo, "SEEDS", 12)
     short = [
-        "run.iterations=8", "run.progress=false", "sampling.prompts_per_rollout=4", "sampling.group_size=24",
-        "sampling.batch_size=96", "optimizer.micro_batch_size=96",
+        "run.iterations=2", "run.progress=false", "sampling.prompts_per_rollout=2", "sampling.batch_size=32",
+        "optimizer.updates_per_rollout=2", "optimizer.micro_batch_size=16", "objective.threshold=1e-6",
     ]  # fmt: skip
-    result = demo.main(["--output", str(folder), "--words", "tuning", *short])
-    change, low, high = result["change"]["PP-OCRv6 likelihood"]
-    # over four seeds (FLOWDPPO_LEARNING_SEEDS=4): TODO
-    learning.check(change, 0.05)
-    assert result["after"]["PP-OCRv6 likelihood"] == pytest.approx(result["before"]["PP-OCRv6 likelihood"] + change)
-    assert low < change < high
+    command = [sys.executable, str(EXAMPLE / "demo.py"), "--output", str(folder), "--prompts", "6", *short]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr
     history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert len(history) == 8
+    assert len(history) == 2
     assert all(0 < m["reward/ocr/likelihood"] == m["reward"] < m["reward/ocr/edit"] < 1 for m in history)
     assert all(m["ratio_moved_fraction"] >= 0.4 for m in history)
+    result = json.loads((folder / "result.json").read_text())
+    assert result["rows"] == 2 * 2 * 16 * 5
     assert 0 < result["masked_fraction"] < 0.8
-    said = capsys.readouterr().out
+    change, low, high = result["change"]["PP-OCRv6 likelihood"]
+    assert result["after"]["PP-OCRv6 likelihood"] == pytest.approx(result["before"]["PP-OCRv6 likelihood"] + change)
+    assert low < change < high
+    assert change != 0
     for name in ("sheet.png", "metrics.png", "metrics.jsonl", "config.yaml", "final"):
         assert (folder / name).exists()
-        assert str(folder / name) in said
-    assert "PP-OCRv4 had no part in training" in said
-    assert "48 images, tuning words" in said
+        assert str(folder / name) in done.stdout
+    assert "PP-OCRv4 had no part in training" in done.stdout
+    assert "12 images, held_out words" in done.stdout

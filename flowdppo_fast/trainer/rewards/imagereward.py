@@ -20,6 +20,10 @@ from .preprocess import Preprocessor
 _MEAN, _STD = 0.16717362830052426, 1.0333394966054072
 _LENGTH = 35
 _WEIGHTS, _TEXT_CONFIG = ("ImageReward.safetensors", "ImageReward.pt"), "med_config.json"
+_TEXT_SETTINGS = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
+    "hidden_act", "layer_norm_eps",
+)  # fmt: skip
 # where the published file has the parts that transformers has under other names
 _RENAMED = (
     ("blip.visual_encoder.patch_embed.proj.", "vision.embeddings.patch_embedding."),
@@ -122,9 +126,7 @@ class ImageRewardScore(ModelReward):
             raise ValueError(
                 f"path: {self.path} holds no weight {error}, expected those of ImageReward as published (blip.*, mlp.*)"
             ) from error
-        taken = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        taken = (*taken, "max_position_embeddings", "hidden_act", "layer_norm_eps")
-        settings = {name: text[name] for name in taken if name in text}
+        settings = {name: text[name] for name in _TEXT_SETTINGS if name in text}
         reads = BlipTextConfig(vocab_size=words, encoder_hidden_size=width, is_decoder=True, **settings)
         model = nn.ModuleDict(
             {
