@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .backend import is_traced, operator
+from .backend import is_traced, launches_itself, operator, triton_kernels
 from .layout import to_rows
 from .objectives import RowField
 from .rows import Form, RowPlan, RowSource
@@ -48,6 +48,7 @@ class LossCall(NamedTuple):
     """A :class:`RowCall` and what an objective takes besides, in the schemas' order; C++'s ``ObjectiveArguments``.
 
     Attributes:
+        geometry: of Triton's kernels, which then take the rows as the caller has them; else None.
         advantages, row_weights, old_log_prob: ``[R]``.
         ints, floats: of :class:`~flowdppo_fast.objectives.EpilogueOptions`.
         reduction: over rows.
@@ -58,6 +59,7 @@ class LossCall(NamedTuple):
     rows: RowSource
     plan: RowPlan
     backend: str
+    geometry: Any
     advantages: Tensor
     row_weights: Tensor | None
     old_log_prob: Tensor | None
@@ -68,10 +70,10 @@ class LossCall(NamedTuple):
     wanted: bool
 
 
-def _row_grad(ctx, new: Tensor, saved: tuple, coefficients: Tensor, upstream: Tensor, factor: float) -> Tensor:
-    call = ctx.call
+def _row_grad(call: RowCall | LossCall, rows: RowSource, lines: Tensor, upstream: Tensor, factor: float) -> Tensor:
+    """The gradient in the shape of the tensor it belongs to; the last three of ``lines`` are the coefficients."""
     row_grad = operator("row_grad", call.backend, call.plan.device.type)
-    return call.plan.gradient(row_grad(new, *saved[1:6], *call.rows[6:], coefficients, upstream, factor))
+    return call.plan.gradient(row_grad(*rows, lines[-3:], upstream, factor))
 
 
 def policy_loss(call: LossCall) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -79,17 +81,26 @@ def policy_loss(call: LossCall) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
 
     ``loss`` is the mean (0-d), the sum (0-d) or the vector of row losses ``[R]``; ``grad`` is None unless it is wanted.
     """
-    rows, plan, backend, *inputs, reduction, in_forward, wanted = call
+    inputs: list[Any]
+    rows, plan, backend, geometry, *inputs, reduction, in_forward, wanted = call
     # autograd sees the loss alone, which is what a call costs it
-    new, grad = plan.to_rows(rows.new.detach()), None
+    new, grad = rows.new.detach(), None
     if in_forward:
         count = call.advantages.shape[0]
-        factor = 1.0 / count if reduction == "mean" and count > 0 else 1.0
+        inputs.append(1.0 / count if reduction == "mean" and count > 0 else 1.0)
+    if geometry is not None:
+        kernels, source = triton_kernels(), RowSource(new, *rows[1:])
+        if in_forward:
+            loss, results, summary, grad = kernels.launch_policy_loss_and_grad(source, geometry, plan.shape, *inputs)
+        else:
+            loss, results, summary = kernels.launch_policy_loss(source, geometry, *inputs)
+    elif in_forward:
         one_pass = operator("policy_loss_and_grad", backend, plan.device.type)
-        loss, results, summary, grad = one_pass(new, *rows[1:], *inputs, factor)
+        loss, results, summary, grad = one_pass(plan.to_rows(new), *rows[1:], *inputs)
         grad = plan.gradient(grad)
     else:
-        loss, results, summary = operator("policy_loss", backend, plan.device.type)(new, *rows[1:], *inputs)
+        compute = operator("policy_loss", backend, plan.device.type)
+        loss, results, summary = compute(plan.to_rows(new), *rows[1:], *inputs)
     if reduction == "none":
         loss = results[RowField.LOSS].clone()
     elif reduction == "sum":
@@ -136,8 +147,14 @@ class PolicyLoss(torch.autograd.Function):
                 grad_loss = grad_loss / count
             else:
                 factor = 1.0 / count
-        new = call.plan.to_rows(saved[0])
-        return _row_grad(ctx, new, saved, results[RowField.GRAD_P :], grad_loss, factor), None, None
+        rows, plan = RowSource(*saved[:6], *call.rows[6:]), call.plan
+        if call.geometry is not None:
+            if launches_itself(call.backend, plan.device.type):
+                launch = triton_kernels().launch_gradient
+                return launch(rows, call.geometry, results, grad_loss, factor, plan.shape), None, None
+            rows = plan.in_rows(rows)
+        rows = rows._replace(new=plan.to_rows(rows.new))
+        return _row_grad(call, rows, results, grad_loss, factor), None, None
 
 
 def _scaled(grad: Tensor, upstream: Tensor, kept: bool) -> Tensor:
@@ -208,8 +225,8 @@ class RowStatistics(torch.autograd.Function):
     def backward(ctx, grad_stats):
         # E does not depend on the new policy
         coefficients = torch.cat((grad_stats[:2], grad_stats[3:]))
-        saved = ctx.saved_tensors
-        return _row_grad(ctx, saved[0], saved, coefficients, grad_stats.new_ones(1), 1.0), None, None
+        rows = RowSource(*ctx.saved_tensors, *ctx.call.rows[6:])
+        return _row_grad(ctx.call, rows, coefficients, grad_stats.new_ones(1), 1.0), None, None
 
 
 class SamplerStep(torch.autograd.Function):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import layout
 from .autograd import LossCall, policy_loss
-from .backend import is_traced, resolve_backend
+from .backend import is_traced, launches_itself, resolve_backend, triton_kernels
 from .noise import PhiloxNoise
 from .objectives import DPPO, EpilogueOptions, GRPOGuard, Objective, as_objective
 from .results import LossOutput
@@ -137,10 +137,12 @@ def run(
     kind = (plan.rows, plan.device, plan.dtype)
     if one_pass and single_pass is None:
         one_pass = _is_quicker_in_one_pass(source.new, name)
+    geometry = _geometry(source, plan, name)
     call = LossCall(
-        source,
+        plan.in_rows(source) if geometry is None else source,
         plan,
         name,
+        geometry,
         layout.row_vector(advantages, "advantages", *kind),
         None if row_weights is None else layout.row_vector(row_weights, "row_weights", *kind),
         None if old_log_prob is None else layout.row_vector(old_log_prob, "old_log_prob", *kind),
@@ -154,6 +156,19 @@ def run(
     if reduction == "none":
         loss = loss.reshape(plan.rows)
     return LossOutput(loss, rows, summary, plan.rows, metrics, name, grad)
+
+
+def _geometry(source: RowSource, plan: RowPlan, backend: str) -> Any:
+    """What Triton's kernels know of latents that they take as the caller has them.
+
+    None where operators are called, or a tensor has to be permuted or copied first.
+    """
+    if plan.whole is None or not launches_itself(backend, plan.device.type):
+        return None
+    if not plan.kept:
+        rows = plan.in_rows(source)._replace(new=plan.to_rows(source.new.detach()))
+        plan.kept.append(triton_kernels().geometry_of(rows))
+    return plan.kept[0]
 
 
 def _is_quicker_in_one_pass(new: Tensor, backend: str) -> bool:
