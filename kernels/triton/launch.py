@@ -175,12 +175,22 @@ class Kind:
         programs: how many.
         ints: integers that Triton may specialise on.
         constants: ``tl.constexpr`` parameters.
+        overlaps: whether it is one of two launches of which the second may begin before the first one ends, where the
+            GPU can do that; None for a kernel without the parameter ``OVERLAPS``.
         handles: what was compiled, by what Triton specialises on besides.
     """
 
-    __slots__ = ("constants", "handles", "ints", "num_warps", "programs")
+    __slots__ = ("constants", "handles", "ints", "num_warps", "overlaps", "programs")
 
-    def __init__(self, programs: int, num_warps: int, ints: tuple[int | None, ...], constants: tuple[Any, ...]) -> None:
+    def __init__(
+        self,
+        programs: int,
+        num_warps: int,
+        ints: tuple[int | None, ...],
+        constants: tuple[Any, ...],
+        overlaps: bool | None = None,
+    ) -> None:
+        self.overlaps = overlaps
         self.programs, self.num_warps, self.ints, self.constants = programs, num_warps, ints, constants
         self.handles: dict[tuple, tuple] = {}
 
@@ -198,13 +208,17 @@ class Launcher:
     Triton's rules. What Triton reads from the environment when it compiles counts as it was at the first launch of a
     kind. Hooks on launches see every launch: then Triton's own way is taken.
 
-    Parameters of the kernel are in the order ``tensors, floats, ints, counters, constants``; counters are integers
-    annotated as int64, on which Triton does not specialise.
+    Parameters of the kernel are in the order ``tensors, floats, ints, counters, constants, OVERLAPS``; counters are
+    integers annotated as int64, on which Triton does not specialise. ``OVERLAPS`` (programmatic dependent launch, from
+    sm_90 on) is for two launches in a row: the first lets the second one start, the second (``waits``) does what needs
+    none of the first one's results, and waits for them. What ran before both has ended by then.
     """
 
-    def __init__(self, kernel: Any, *, fp_fusion: bool) -> None:
+    def __init__(self, kernel: Any, *, fp_fusion: bool, waits: bool = False) -> None:
         self.kernel = kernel
         self._fp_fusion = fp_fusion
+        self._waits = waits
+        self._can_overlap: dict[int, bool] = {}
         self._compiled = isinstance(kernel, triton.JITFunction)
         self._driver: Any = None
         self._sizes_count = False
@@ -219,7 +233,7 @@ class Launcher:
         """Launches on the device of the first tensor."""
         arguments = (*tensors, *floats, *kind.ints, *counters, *kind.constants)
         if not self._compiled:
-            self._launch_by_name(kind, arguments)
+            self._launch_by_name(kind, arguments if kind.overlaps is None else (*arguments, False))
             return
         driver = triton.runtime.driver.active
         device, own = driver.get_current_device(), tensors[0].get_device()  # type: ignore[union-attr]
@@ -228,6 +242,12 @@ class Launcher:
             with torch.cuda.device(own):
                 self(kind, tensors, floats, counters)
             return
+        if driver is not self._driver:
+            self._driver, self._sizes_count = driver, driver.get_current_target().backend == "hip"
+            self._can_overlap.clear()
+        if kind.overlaps is not None:
+            can = self._can_overlap.get(device)
+            arguments += (kind.overlaps and (self._ask(device) if can is None else can),)
         runtime = knobs.runtime
         if (
             # hooks: a chain of them, or what somebody put in its place
@@ -240,8 +260,6 @@ class Launcher:
         ):
             self._launch_by_name(kind, arguments)
             return
-        if driver is not self._driver:
-            self._driver, self._sizes_count = driver, driver.get_current_target().backend == "hip"
         bits = 0
         # handles belong to the kernel and to the driver that loaded them
         key = [self, driver, device]
@@ -268,5 +286,15 @@ class Launcher:
         run, function, metadata = handle
         run(kind.programs, 1, 1, driver.get_current_stream(device), function, metadata, None, None, None, *arguments)
 
+    def _ask(self, device: int) -> bool:
+        """Whether the current device can start a launch before the one ahead of it has ended."""
+        target = self._driver.get_current_target()
+        can = self._can_overlap[device] = target.backend == "cuda" and target.arch >= 90
+        return can
+
     def _launch_by_name(self, kind: Kind, arguments: tuple) -> Any:
-        return self.kernel[(kind.programs,)](*arguments, num_warps=kind.num_warps, enable_fp_fusion=self._fp_fusion)
+        # an option that Triton's compiler for AMD does not know
+        options = {"launch_pdl": True} if self._waits and arguments[-1] else {}
+        return self.kernel[(kind.programs,)](
+            *arguments, num_warps=kind.num_warps, enable_fp_fusion=self._fp_fusion, **options
+        )

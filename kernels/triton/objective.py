@@ -27,7 +27,7 @@ _ROW_FIELDS, _SUMMARIES = len(RowField), len(SUMMARY)
 _NO_NUMBERS = (None,) * 5
 
 # unfused, so that decisions see the reference's roundings
-_launch_kernel = Launcher(epilogue_kernel, fp_fusion=False)
+_launch_kernel = Launcher(epilogue_kernel, fp_fusion=False, waits=True)
 
 
 def launch_policy_loss(
@@ -123,7 +123,7 @@ def _launch_epilogue(
         # like step_arguments(): python floats reach kernels as float32
         numbers, options = _NO_NUMBERS, advantages.new_tensor(floats)
     columns = 0 if step is None else step.shape[1]
-    of = ("epilogue", mean_form, drift, old_log_prob is not None, columns, *ints)
+    of = ("epilogue", mean_form, drift, old_log_prob is not None, columns, options is None, *ints)
     kind = geometry.prepared.get(of)
     if kind is None:
         rows, splits = geometry.rows, geometry.cut.splits
@@ -135,6 +135,8 @@ def _launch_epilogue(
                 2 + (old_log_prob is not None) + drift, row_block, row_blocks,
                 tiles.row_block, tiles.row_blocks, tiles.split_block, tiles.split_blocks,
             ),
+            # float64 has its tables made between the two launches
+            overlaps=given[1] is not None and options is None,
         )  # fmt: skip
     _launch_kernel(
         kind, (*given, step, row_weights, old_log_prob, loss, row_results, summary, options), (*values, *numbers)

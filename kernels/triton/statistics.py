@@ -54,7 +54,11 @@ def partials_kernel(
     SECOND_MOMENT: tl.constexpr,
     BLOCKS: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,  # with the launch behind; see launch.Launcher
 ):
+    if OVERLAPS:
+        # it waits for this one's results, and by then it is there
+        tl.extra.cuda.gdc_launch_dependents()
     dtype: tl.constexpr = partials.dtype.element_ty
     program = tl.program_id(0)
     row = program // splits
@@ -134,10 +138,13 @@ def statistics_kernel(
     ROW_BLOCK: tl.constexpr,
     SPLIT_BLOCK: tl.constexpr,
     SPLIT_BLOCKS: tl.constexpr,
+    OVERLAPS: tl.constexpr,  # with the launch ahead
 ):
     dtype: tl.constexpr = partials.dtype.element_ty
     row = tl.program_id(0) * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
     _, k, _ = training_step(step, std, scale, neg_dt, row, rows, dtype, ROW_BLOCK, COLUMNS, MEAN_FORM)
+    if OVERLAPS:
+        tl.extra.cuda.gdc_wait()
     fields: tl.constexpr = 2 + SECOND_MOMENT + DRIFT
     cross, square, moment, drift = row_sums(partials, row, rows, splits, fields, ROW_BLOCK, SPLIT_BLOCK, SPLIT_BLOCKS)
     if DRIFT and not SECOND_MOMENT:
@@ -152,7 +159,7 @@ def statistics_kernel(
 
 
 _launch_partials = Launcher(partials_kernel, fp_fusion=True)
-_launch_statistics = Launcher(statistics_kernel, fp_fusion=False)
+_launch_statistics = Launcher(statistics_kernel, fp_fusion=False, waits=True)
 
 
 def launch_partials(source: RowSource, geometry: Geometry, second_moment: bool, like: Tensor) -> Tensor:
@@ -174,7 +181,7 @@ def _prepared(source: RowSource, geometry: Geometry, second_moment: bool) -> tup
     """The launch, and how many numbers its results take."""
     rows, (blocks, splits), strides = geometry.rows, geometry.cut, geometry.strides
     ints = (geometry.numel, splits, strides.rows1, *strides.outer, *strides.inner)
-    kind = Kind(rows * splits, NUM_WARPS, ints, (source.form == MEAN, second_moment, blocks, BLOCK))
+    kind = Kind(rows * splits, NUM_WARPS, ints, (source.form == MEAN, second_moment, blocks, BLOCK), overlaps=True)
     return kind, (2 + second_moment + (source.reference is not None)) * rows * (splits + 1)
 
 
@@ -195,6 +202,7 @@ def row_stats(source: RowSource, second_moment: bool) -> Tensor:
             0 if step is None else step.shape[1], source.form == MEAN, second_moment, source.reference is not None,
             tiles.row_block, tiles.split_block, tiles.split_blocks,
         ),
+        True,
     )  # fmt: skip
     _launch_statistics(kind, (partials, step, stats), tuple(values))
     return stats

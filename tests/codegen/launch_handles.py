@@ -160,7 +160,7 @@ def changed(draw: random.Random, arguments: tuple) -> tuple:
         constants[i] = draw.choice((False, True) if isinstance(constants[i], bool) else (0, 1, 2, 4))
     if draw.random() < 0.1:
         num_warps = draw.choice((1, 2, 4, 8))
-    return kind_of(kind.programs, num_warps, ints, tuple(constants)), *groups
+    return kind_of(kind.programs, num_warps, ints, tuple(constants), kind.overlaps), *groups
 
 
 def mutations(watch: Watch, arguments: dict[str, tuple], rounds: int) -> None:
