@@ -31,10 +31,10 @@ def _first_order(backward: Callable) -> Callable:
 
 
 class RowCall(NamedTuple):
-    """Rows on their way through autograd; ``new`` goes beside them.
+    """Rows on their way through autograd; what it is to see of ``rows.new`` goes beside them.
 
     Attributes:
-        rows: as the operators take them but for ``rows.new``, which is as the caller has it.
+        rows: as the operators take them, detached.
         plan: what is known of the latents.
         backend: who computes.
     """
@@ -76,37 +76,36 @@ def _row_grad(call: RowCall | LossCall, rows: RowSource, lines: Tensor, upstream
     return call.plan.gradient(row_grad(*rows, lines[-3:], upstream, factor))
 
 
-def policy_loss(call: LossCall) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """``(loss, rows, summary, grad)`` of an objective; ``loss`` is differentiable in ``call.rows.new``.
+def policy_loss(new: Tensor, call: LossCall) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """``(loss, rows, summary, grad)`` of an objective; ``loss`` is differentiable in ``new``.
 
     ``loss`` is the mean (0-d), the sum (0-d) or the vector of row losses ``[R]``; ``grad`` is None unless it is wanted.
     """
     inputs: list[Any]
     rows, plan, backend, geometry, *inputs, reduction, in_forward, wanted = call
     # autograd sees the loss alone, which is what a call costs it
-    new, grad = rows.new.detach(), None
+    grad = None
     if in_forward:
         count = call.advantages.shape[0]
         inputs.append(1.0 / count if reduction == "mean" and count > 0 else 1.0)
     if geometry is not None:
-        kernels, source = triton_kernels(), RowSource(new, *rows[1:])
+        kernels = triton_kernels()
         if in_forward:
-            loss, results, summary, grad = kernels.launch_policy_loss_and_grad(source, geometry, plan.shape, *inputs)
+            loss, results, summary, grad = kernels.launch_policy_loss_and_grad(rows, geometry, plan.shape, *inputs)
         else:
-            loss, results, summary = kernels.launch_policy_loss(source, geometry, *inputs)
+            loss, results, summary = kernels.launch_policy_loss(rows, geometry, *inputs)
     elif in_forward:
         one_pass = operator("policy_loss_and_grad", backend, plan.device.type)
-        loss, results, summary, grad = one_pass(plan.to_rows(new), *rows[1:], *inputs)
+        loss, results, summary, grad = one_pass(*rows, *inputs)
         grad = plan.gradient(grad)
     else:
-        compute = operator("policy_loss", backend, plan.device.type)
-        loss, results, summary = compute(plan.to_rows(new), *rows[1:], *inputs)
+        loss, results, summary = operator("policy_loss", backend, plan.device.type)(*rows, *inputs)
     if reduction == "none":
         loss = results[RowField.LOSS].clone()
     elif reduction == "sum":
         loss = results[RowField.LOSS].sum()
-    if rows.new.requires_grad and torch.is_grad_enabled():
-        loss = PolicyLoss.apply(rows.new, call, _Made(loss, results, grad))
+    if new.requires_grad and torch.is_grad_enabled():
+        loss = PolicyLoss.apply(new, call, _Made(loss, results, grad))
     return loss, results, summary, grad if wanted else None
 
 
@@ -153,7 +152,9 @@ class PolicyLoss(torch.autograd.Function):
                 launch = triton_kernels().launch_gradient
                 return launch(rows, call.geometry, results, grad_loss, factor, plan.shape), None, None
             rows = plan.in_rows(rows)
-        rows = rows._replace(new=plan.to_rows(rows.new))
+        else:
+            # not kept as rows: that may be a copy
+            rows = rows._replace(new=plan.to_rows(rows.new))
         return _row_grad(call, rows, results, grad_loss, factor), None, None
 
 
@@ -214,9 +215,8 @@ class RowStatistics(torch.autograd.Function):
     @staticmethod
     def forward(ctx, new, call: RowCall, second_moment: bool):
         rows, plan, backend = call
-        new = plan.to_rows(new)
-        stats = operator("row_stats", backend, plan.device.type)(new, *rows[1:], second_moment)
-        ctx.save_for_backward(new, *rows[1:6])
+        stats = operator("row_stats", backend, plan.device.type)(*rows, second_moment)
+        ctx.save_for_backward(*rows[:6])
         ctx.call = call
         return stats
 

@@ -121,6 +121,7 @@ def settings_of(
 
 
 def run(
+    new: Tensor,
     source: RowSource,
     plan: RowPlan,
     settings: Settings,
@@ -131,12 +132,12 @@ def run(
     single_pass: bool | None,
     backend: str,
 ) -> LossOutput:
-    """What both forms share: row tensors, backend, autograd."""
+    """What both forms share: row tensors, backend, autograd, which sees ``new``; the source has it detached."""
     ints, floats, metrics, one_pass = settings
     name = resolve_backend(backend, plan.device.type, plan.dtype, own_rule=ints[0] >= BUILT_IN)
     kind = (plan.rows, plan.device, plan.dtype)
     if one_pass and single_pass is None:
-        one_pass = _is_quicker_in_one_pass(source.new, name)
+        one_pass = _is_quicker_in_one_pass(new, name)
     geometry = _geometry(source, plan, name)
     call = LossCall(
         plan.in_rows(source) if geometry is None else source,
@@ -152,7 +153,7 @@ def run(
         one_pass,
         single_pass is True,
     )
-    loss, rows, summary, grad = policy_loss(call)
+    loss, rows, summary, grad = policy_loss(new, call)
     if reduction == "none":
         loss = loss.reshape(plan.rows)
     return LossOutput(loss, rows, summary, plan.rows, metrics, name, grad)
@@ -166,8 +167,7 @@ def _geometry(source: RowSource, plan: RowPlan, backend: str) -> Any:
     if plan.whole is None or not launches_itself(backend, plan.device.type):
         return None
     if not plan.kept:
-        rows = plan.in_rows(source)._replace(new=plan.to_rows(source.new.detach()))
-        plan.kept.append(triton_kernels().geometry_of(rows))
+        plan.kept.append(triton_kernels().geometry_of(plan.in_rows(source)))
     return plan.kept[0]
 
 

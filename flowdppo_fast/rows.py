@@ -93,10 +93,10 @@ class RowPlan(NamedTuple):
         return layout.to_rows(x, self.row_dims, self.order) if self.whole is None else x.view(self.whole)
 
     def in_rows(self, source: RowSource) -> RowSource:
-        """A source of latents in the caller's shape as the operators take it; ``new`` stays, for autograd to see it."""
+        """A source of latents in the caller's shape as the operators take it."""
         noise, reference = source.noise, source.reference
         return RowSource(
-            source.new,
+            self.to_rows(source.new),
             self.to_rows(source.old),
             None if noise is None else self.to_rows(noise),
             None if reference is None else self.to_rows(reference),
