@@ -147,7 +147,7 @@ class Geometry:
 
     Attributes:
         rows, numel: as the latents' ``[R0, R1, N]`` has them.
-        strides: of ``new, old, noise, reference``.
+        strides: of ``new, old, drawn, reference``.
         prepared: kinds of launches, by what else they depend on; of whoever launches.
     """
 

@@ -103,7 +103,7 @@ def _nothing(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _launch_epilogue(
     geometry: Geometry,
     mean_form: bool,
-    drift: bool,
+    reference: bool,
     given: tuple[Tensor | None, ...],
     step: Tensor | None,
     step_values: list[float],
@@ -123,7 +123,7 @@ def _launch_epilogue(
         # like step_arguments(): python floats reach kernels as float32
         numbers, options = _NO_NUMBERS, advantages.new_tensor(floats)
     columns = 0 if step is None else step.shape[1]
-    of = ("epilogue", mean_form, drift, old_log_prob is not None, columns, options is None, *ints)
+    of = ("epilogue", mean_form, reference, old_log_prob is not None, columns, options is None, *ints)
     kind = geometry.prepared.get(of)
     if kind is None:
         rows, splits = geometry.rows, geometry.cut.splits
@@ -131,8 +131,8 @@ def _launch_epilogue(
         kind = geometry.prepared[of] = Kind(
             1, num_warps, (rows, splits, geometry.numel),
             (
-                *rule_constants(ints[0]), *ints[1:], columns, mean_form, drift,
-                2 + (old_log_prob is not None) + drift, row_block, row_blocks,
+                *rule_constants(ints[0]), *ints[1:], columns, mean_form, reference,
+                2 + (old_log_prob is not None) + reference, row_block, row_blocks,
                 tiles.row_block, tiles.row_blocks, tiles.split_block, tiles.split_blocks,
             ),
             # float64 has its tables made between the two launches

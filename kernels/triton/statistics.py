@@ -76,7 +76,7 @@ def partials_kernel(
     cross = tl.full((BLOCK,), 0.0, dtype)
     square = tl.full((BLOCK,), 0.0, dtype)
     moment = tl.full((BLOCK,), 0.0, dtype)
-    drift = tl.full((BLOCK,), 0.0, dtype)
+    apart = tl.full((BLOCK,), 0.0, dtype)
     for i in range(BLOCKS):
         at = tl.arange(0, BLOCK) + i * BLOCK
         inside = at < remaining
@@ -106,7 +106,7 @@ def partials_kernel(
             moment += z * z
         if reference is not None:
             w = x - w.to(dtype)
-            drift += w * w
+            apart += w * w
 
     out = partials + program
     total = tl.num_programs(0).to(tl.int64)
@@ -117,7 +117,7 @@ def partials_kernel(
         tl.store(out, tl.sum(moment, axis=0))
         out += total
     if reference is not None:
-        tl.store(out, tl.sum(drift, axis=0))
+        tl.store(out, tl.sum(apart, axis=0))
 
 
 @triton.jit(do_not_specialize=["rows", "splits", "numel"])
@@ -134,7 +134,7 @@ def statistics_kernel(
     COLUMNS: tl.constexpr,
     MEAN_FORM: tl.constexpr,
     SECOND_MOMENT: tl.constexpr,
-    DRIFT: tl.constexpr,
+    REFERENCE: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
     SPLIT_BLOCK: tl.constexpr,
     SPLIT_BLOCKS: tl.constexpr,
@@ -145,11 +145,11 @@ def statistics_kernel(
     _, k, _ = training_step(step, std, scale, neg_dt, row, rows, dtype, ROW_BLOCK, COLUMNS, MEAN_FORM)
     if OVERLAPS:
         tl.extra.cuda.gdc_wait()
-    fields: tl.constexpr = 2 + SECOND_MOMENT + DRIFT
-    cross, square, moment, drift = row_sums(partials, row, rows, splits, fields, ROW_BLOCK, SPLIT_BLOCK, SPLIT_BLOCKS)
-    if DRIFT and not SECOND_MOMENT:
-        moment, drift = drift, moment
-    p, q, e, r = row_statistics(cross, square, moment, drift, numel, k, MEAN_FORM)
+    fields: tl.constexpr = 2 + SECOND_MOMENT + REFERENCE
+    cross, square, moment, apart = row_sums(partials, row, rows, splits, fields, ROW_BLOCK, SPLIT_BLOCK, SPLIT_BLOCKS)
+    if REFERENCE and not SECOND_MOMENT:
+        moment, apart = apart, moment
+    p, q, e, r = row_statistics(cross, square, moment, apart, numel, k, MEAN_FORM)
     inside = row < rows
     line = rows.to(tl.int64)
     tl.store(stats + row, p, mask=inside)
