@@ -114,6 +114,34 @@ def test_going_on_after_an_interruption_is_never_having_stopped(pipes, config, m
     assert torch.equal(weights_of(trainer), weights_of(whole))
 
 
+@pytest.mark.parametrize("after", [1, 2])
+@pytest.mark.parametrize("where", ["log", "finish"])
+def test_going_on_after_a_tracker_failed_is_never_having_stopped(pipes, config, monkeypatch, after, where):
+    pytest.importorskip("tensorboard")
+    whole = FlowDPPOTrainer(pipes.digits(), bright, PROMPTS, config(run={"iterations": 3}))
+    expected = [row["grad_norm"] for row in whole.train()]
+    trainer = FlowDPPOTrainer(
+        pipes.digits(), bright, PROMPTS, config(run={"iterations": 3, "trackers": ["tensorboard"]})
+    )
+    calls, log = itertools.count(1), trainer.accelerator.log
+
+    def failing(*args, **options):
+        if next(calls) == after:
+            raise ConnectionError("the tracker's server is gone")
+        log(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.accelerator, "log", failing)
+        if where == "finish":
+            patch.setattr("accelerate.tracking.TensorBoardTracker.finish", failing)
+        with pytest.raises(ConnectionError):
+            trainer.train()
+    assert [row["grad_norm"] for row in trainer.train(resume=True)] == expected
+    lines = (trainer.output / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["iteration"] for line in lines] == [1, 2, 3]
+    assert torch.equal(weights_of(trainer), weights_of(whole))
+
+
 @pytest.mark.parametrize("resume", [True, False])
 def test_an_interruption_before_the_first_checkpoint_is_told(pipes, config, resume):
     trainer = FlowDPPOTrainer(pipes.digits(), bright, PROMPTS, config())
