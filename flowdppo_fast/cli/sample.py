@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..runs.folder import given
 from ._require import require_trainer
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--offload", action="store_true", help="keep on the GPU only the component that is at work")
     parser.add_argument("--device", help="as torch names it (default: a GPU if there is one)")
     parser.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="FILE",
+        "-o", "--output", type=given, required=True, metavar="FILE",
         help="one image, or a grid of several (.png, .jpg); .gif animates a video; a folder gets a file per image",
     )  # fmt: skip
 
