@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..runs.folder import given
-from ._require import require_trainer
+from ._extra import check_extra
 
 DTYPES = ("float32", "bfloat16", "float16")
 LAYOUTS = ("diffusers", "kohya")
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     try:
-        require_trainer()
+        check_extra()
         import torch
 
         from ..trainer.recipe.export import SavedRun, export_run

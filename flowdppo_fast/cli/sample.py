@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..runs.folder import given
-from ._require import require_trainer
+from ._extra import check_extra
 
 if TYPE_CHECKING:
     from ..trainer.recipe.recipe import Recipe
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     try:
-        require_trainer()
+        check_extra()
         if options.n < 1:
             raise ValueError(f"--n: got {options.n}, expected at least 1")
         if options.output.suffix not in (*_SUFFIXES, ""):
@@ -92,7 +92,8 @@ def _call_arguments(settings: list[str]) -> dict[str, Any]:
 def _draw(options: argparse.Namespace, arguments: dict[str, Any]) -> tuple[list[Any], list[str]]:
     import torch
 
-    from ..trainer.recipe.export import SavedRun, apply_weights, same_precision
+    from ..trainer.ambient import autocast
+    from ..trainer.recipe.export import SavedRun, apply_weights
     from ..trainer.recipe.loading import load_pipeline
     from ..trainer.recipe.preflight import check_environment, inspect_pipeline
 
@@ -123,7 +124,7 @@ def _draw(options: argparse.Namespace, arguments: dict[str, Any]) -> tuple[list[
     for prompt in options.prompt:
         for seed in range(options.seed, options.seed + options.n):
             generator = torch.Generator().manual_seed(seed)
-            with torch.no_grad(), same_precision(saved.config, device):
+            with torch.no_grad(), autocast(device.type, saved.config.model.autocast_dtype):
                 drawn = pipeline(prompt=prompt, generator=generator, output_type="pil", return_dict=False, **arguments)[
                     0
                 ]

@@ -1,26 +1,24 @@
 """``flowdppo diagnose RUN``: what a run's logs say about its trust region, drawn, with likely trouble named.
 
 Reads ``metrics.jsonl``, ``rows.jsonl`` and ``config.yaml`` of a run folder of :class:`~.trainer.FlowDPPOTrainer`. What
-a row is, and what its noise should be: :mod:`~.row_data`.
+a row is, and what its noise should be: :mod:`~.row_log`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..objectives import DPPO, GRPOGuard, RatioClip
-from ..samplers import sde_schedule
 from . import figures
 from .folder import given
-from .logs import from_json
-from .row_log import Rows, clip_against_mask, read_rows
+from .reading import RunFolder
+from .row_log import LoggedRows, clip_against_mask
 
 # root-mean-square rounding of standard normal numbers in bfloat16
 BF16_ROUNDING = 1.7e-3
@@ -32,93 +30,6 @@ _HALF = 0.5
 _LEAST_NOISE_SHARE = 0.1
 # how many standard errors a change from the first to the last third of a run must have
 _CHANGE = 5.0
-
-
-@dataclass(frozen=True)
-class RunFolder:
-    """A run's logs.
-
-    Attributes:
-        path: the folder.
-        config: sections as in ``config.yaml``.
-        metrics: one mapping per iteration.
-        rows: the row log.
-        shift: of the model's schedule, which a run folder does not hold.
-    """
-
-    path: Path
-    config: Mapping[str, Any]
-    metrics: list[dict[str, float]]
-    rows: Rows
-    shift: float = 1.0
-
-    @classmethod
-    def load(cls, path: Path, shift: float = 1.0) -> RunFolder:
-        """Reads a run folder.
-
-        Raises:
-            ValueError: a file is missing or is no log of a run.
-        """
-        import yaml
-
-        for name in ("config.yaml", "metrics.jsonl"):
-            if not (path / name).is_file():
-                raise ValueError(f"{path}: no {name} there, expected a run folder of FlowDPPOTrainer")
-        metrics = [from_json(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-        if not metrics:
-            raise ValueError(f"{path}: metrics.jsonl is empty, expected a run of at least one iteration")
-        config = yaml.safe_load((path / "config.yaml").read_text())
-        return cls(path, config, metrics, read_rows(path / "rows.jsonl"), shift)
-
-    def setting(self, section: str, name: str, default: Any = None) -> Any:
-        value = self.config.get(section, {}).get(name)
-        return default if value is None else value
-
-    @property
-    def objective(self) -> str:
-        return self.setting("objective", "name", "dppo")
-
-    @property
-    def threshold(self) -> float | None:
-        """Threshold of the mask, nats per element; None where the objective has no mask."""
-        if not self.objective.startswith("dppo"):
-            return None
-        return self.setting("objective", "threshold", DPPO().threshold)
-
-    @property
-    def clip(self) -> float | None:
-        """Clip range of plain ratio clipping, the smaller side, nats per element; None for others."""
-        if self.objective != "ratio_clip":
-            return None
-        sides = (self.setting("objective", f"clip_{side}", getattr(RatioClip, side)) for side in ("low", "high"))
-        return min(sides)
-
-    @property
-    def guard_clip(self) -> float | None:
-        """The same of GRPO-Guard, whose exponent is ``P*S``; None for others."""
-        if self.objective != "grpo_guard":
-            return None
-        sides = (self.setting("objective", f"clip_{side}", getattr(GRPOGuard, side)) for side in ("low", "high"))
-        return min(sides)
-
-    def nats(self, value: Callable[[int], float]) -> str:
-        """In words what follows from N: one number of nats, or the least and the most where rows have several sizes."""
-        found = [f"{value(n):.2g}" for n in (min(self.rows.sizes), max(self.rows.sizes))]
-        return " to ".join(dict.fromkeys(found))
-
-    def step_stds(self) -> dict[int, float]:
-        """``S`` of the logged steps by index, for a schedule of evenly spaced levels with :attr:`shift`."""
-        count = self.setting("sampling", "num_steps", 10)
-        levels = [1 - place / count for place in range(count + 1)]
-        levels = [self.shift * level / (1 + (self.shift - 1) * level) for level in levels]
-        steps = sde_schedule(
-            self.setting("sampling", "sampler", "flow_sde"), levels, eta=self.setting("sampling", "eta", 0.7)
-        )
-        return {int(index): float(steps[index].std) for index in np.unique(self.rows.step)}
-
-    def series(self, name: str) -> np.ndarray:
-        """A metric over the iterations that have it."""
-        return np.array([line[name] for line in self.metrics if name in line], float)
 
 
 @dataclass(frozen=True)
@@ -304,18 +215,18 @@ def numbers(folder: RunFolder) -> dict[str, Any]:
 
     What follows from N is a list where rows have several sizes, smallest first.
     """
-    moved = folder.rows.moved
-    steps = {}
-    for step in np.unique(moved.step):
-        here = moved.where(moved.step == step)
-        steps[int(step)] = {
+    moved, first = folder.rows.moved, folder.rows.where(folder.rows.update == 0)
+    steps = {
+        step: {
             "rows": len(here),
             "kl_median_nats": float(np.median(here.kl)),
             "kl_90_nats": float(np.quantile(here.kl, 0.9)),
-            "noise_over_predicted": float(here.noise.std()),
+            "noise_over_predicted": float(here.standardised.std()),
             "dropped_positive_advantage": _dropped(here, here.advantage > 0),
             "dropped_negative_advantage": _dropped(here, here.advantage < 0),
         }
+        for step, here in _by_step(moved)
+    }
     found = None if folder.clip is None else clip_against_mask(moved, folder.clip * moved.elements)
     clip = folder.clip or folder.guard_clip
     return {
@@ -326,6 +237,10 @@ def numbers(folder: RunFolder) -> dict[str, Any]:
         "objective": folder.objective,
         "threshold_nats": _by_size(folder, folder.threshold),
         "clip_nats": _by_size(folder, clip),
+        # rollout against training at unchanged weights
+        "mismatch_kl_nats": {
+            step: {"mean": float(here.kl.mean()), "max": float(here.kl.max())} for step, here in _by_step(first)
+        },
         "steps": steps,
         "clip_against_mask": found,
     }
@@ -338,7 +253,11 @@ def _by_size(folder: RunFolder, per_element: float | None) -> Any:
     return values if len(values) > 1 else values[0]
 
 
-def _dropped(rows: Rows, chosen: np.ndarray) -> float | None:
+def _by_step(rows: LoggedRows) -> Iterator[tuple[int, LoggedRows]]:
+    return ((int(step), rows.where(rows.step == step)) for step in np.unique(rows.step))
+
+
+def _dropped(rows: LoggedRows, chosen: np.ndarray) -> float | None:
     return float(1 - rows.kept[chosen].mean()) if chosen.any() else None
 
 
@@ -359,7 +278,7 @@ def draw(folder: RunFolder, path: Path) -> None:
     figures.save(figure, path)
 
 
-def _draw_kl(folder: RunFolder, moved: Rows, axis: Any) -> None:
+def _draw_kl(folder: RunFolder, moved: LoggedRows, axis: Any) -> None:
     for number, step in enumerate(np.unique(moved.step)):
         here = moved.where(moved.step == step)
         iterations = np.unique(here.iteration)
@@ -377,7 +296,7 @@ def _draw_kl(folder: RunFolder, moved: Rows, axis: Any) -> None:
     )  # fmt: skip
 
 
-def _draw_noise(folder: RunFolder, moved: Rows, axis: Any) -> None:
+def _draw_noise(folder: RunFolder, moved: LoggedRows, axis: Any) -> None:
     for number, n in enumerate(moved.sizes):
         here = moved.where(moved.elements == n)
         edges = np.geomspace(here.kl.min(), here.kl.max() * 1.0001, 13)
@@ -399,7 +318,7 @@ def _draw_noise(folder: RunFolder, moved: Rows, axis: Any) -> None:
     )  # fmt: skip
 
 
-def _draw_decisions(folder: RunFolder, moved: Rows, axis: Any) -> None:
+def _draw_decisions(folder: RunFolder, moved: LoggedRows, axis: Any) -> None:
     # rows of several sizes are bounded by the same numbers per element only
     several = len(moved.sizes) > 1
     unit = moved.elements if several else np.ones(len(moved))
@@ -439,7 +358,7 @@ def _draw_decisions(folder: RunFolder, moved: Rows, axis: Any) -> None:
     axis.set(title="What clip and mask drop", xlabel=f"KL of a row [{nats}]", ylabel=f"log-ratio of a row [{nats}]")
 
 
-def _draw_dropped(folder: RunFolder, moved: Rows, axis: Any) -> None:
+def _draw_dropped(folder: RunFolder, moved: LoggedRows, axis: Any) -> None:
     steps = np.unique(moved.step)
     # the looks that metrics.png gives the two signs
     for offset, label, sign, look, hatch in (

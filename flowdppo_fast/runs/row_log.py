@@ -82,7 +82,7 @@ def row_lines(
 
 
 @dataclass(frozen=True)
-class Rows:
+class LoggedRows:
     """All rows of a row log as flat arrays of one length.
 
     Attributes:
@@ -105,9 +105,9 @@ class Rows:
     def __len__(self) -> int:
         return len(self.kl)
 
-    def where(self, chosen: np.ndarray) -> Rows:
+    def where(self, chosen: np.ndarray) -> LoggedRows:
         """The rows at which ``chosen`` is True."""
-        return Rows(**{name: getattr(self, name)[chosen] for name in _ARRAYS})
+        return LoggedRows(**{name: getattr(self, name)[chosen] for name in _ARRAYS})
 
     @property
     def sizes(self) -> list[int]:
@@ -115,12 +115,12 @@ class Rows:
         return np.unique(self.elements).tolist()
 
     @property
-    def moved(self) -> Rows:
+    def moved(self) -> LoggedRows:
         """Rows after the first update of their rollout: before it the policies are one, with nothing to decide."""
         return self.where((self.update > 0) & (self.kl > 0))
 
     @property
-    def noise(self) -> np.ndarray:
+    def standardised(self) -> np.ndarray:
         """``(L + D) / sqrt(2*D)``: standard normal where the noise knows nothing of the change of the policy."""
         return (self.log_ratio + self.kl) / np.sqrt(2 * self.kl)
 
@@ -130,10 +130,10 @@ class Rows:
         return self.advantage * self.log_ratio > 0
 
 
-_ARRAYS = tuple(field.name for field in fields(Rows))
+_ARRAYS = tuple(field.name for field in fields(LoggedRows))
 
 
-def read_rows(path: Path) -> Rows:
+def read_rows(path: Path) -> LoggedRows:
     """The row log at ``path``.
 
     Raises:
@@ -163,10 +163,10 @@ def read_rows(path: Path) -> Rows:
             columns[name].append(part.reshape(-1))
     if not columns["kl"]:
         raise ValueError(f"{path}: got no rows, expected a run of at least one iteration")
-    return Rows(**{name: np.concatenate(columns[name]) for name in _ARRAYS})
+    return LoggedRows(**{name: np.concatenate(columns[name]) for name in _ARRAYS})
 
 
-def clip_against_mask(rows: Rows, clip: float | np.ndarray) -> dict[str, float] | None:
+def clip_against_mask(rows: LoggedRows, clip: float | np.ndarray) -> dict[str, float] | None:
     """What a clip range (nats over the whole latent) drops, against the mask that drops as many of the same rows.
 
     A mask has one threshold per element for rows of all sizes. ``clip`` may be one number or one of each row.
@@ -176,9 +176,8 @@ def clip_against_mask(rows: Rows, clip: float | np.ndarray) -> dict[str, float] 
 
     Returns:
         ``dropped`` share of rows; ``threshold`` the KL (nats of the smallest rows) with which the mask drops as many;
-        ``spurious`` share of
-        the dropped rows that are nearer than that by their exact KL (with equal numbers, as many farther rows are
-        missed); ``kl_of_clipped_median`` and ``kl_of_masked_median``.
+        ``spurious`` share of the dropped rows that are nearer than that by their exact KL (with equal numbers, as many
+        farther rows are missed); ``kl_of_clipped_median`` and ``kl_of_masked_median``.
     """
     away = rows.away
     clipped = away & (np.abs(rows.log_ratio) > clip)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 
 import numpy as np
@@ -156,7 +157,7 @@ def test_every_check_has_a_case():
 
 def test_spurious_clips_are_counted_by_the_exact_kl():
     """Five rows that move away and one that comes back. Log-ratios pick the 2nd, 3rd and 5th, KLs the 3rd to 5th."""
-    rows = row_log.Rows(
+    rows = row_log.LoggedRows(
         iteration=np.ones(6, int), update=np.ones(6, int), step=np.zeros(6, int),
         advantage=np.array([1.0, 1.0, -1.0, -1.0, 1.0, 1.0]), log_ratio=np.array([0.1, 2.0, -3.0, -0.2, 4.0, -9.0]),
         kl=np.array([0.1, 0.2, 2.0, 1.0, 5.0, 9.0]), kept=np.ones(6, bool), elements=np.full(6, ELEMENTS),
@@ -203,6 +204,10 @@ def test_report_plots_and_status(tmp_path, capsys, monkeypatch):
     assert diagnose.run(parser.parse_args([str(bad), "--json", "--plot", str(tmp_path / "here.png")])) == 1
     report = json.loads(capsys.readouterr().out)
     assert report["moved_rows"] == 0
+    floor = inspect.signature(write_run).parameters["floor"].default
+    assert list(report["mismatch_kl_nats"]) == ["0", "2", "4"]
+    for values in report["mismatch_kl_nats"].values():
+        assert values == {"mean": pytest.approx(floor), "max": pytest.approx(floor)}
     assert [trouble["name"] for trouble in report["troubles"]] == ["one update per rollout"]
     assert (tmp_path / "here.png").exists()
     assert overlapping == {"diagnose.png": [], "here.png": []}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ...runs.folder import CHECKPOINTS, RECIPE_FILE, check_elsewhere
 from .. import checkpoint
 from ..config import FlowDPPOConfig
-from ..weights.adapters import ATTENTION_TARGETS, LORA_FILE, add_lora, release, save_lora_file, with_name, write_lora
+from ..weights.adapters import LORA_FILE, add_lora, as_targets, release, save_lora_file, with_name, write_lora
 from ..weights.layouts import kohya
 from ..weights.names import bare, plain_name
 from .recipe import PipelineConfig, Recipe
@@ -120,8 +120,8 @@ def apply_weights(run: SavedRun, pipeline: Any) -> None:
             )
         module = bare(module)
         if run.config.model.train == "lora":
-            rank, alpha = _rank_and_alpha(run, tensors)
-            adapter = add_lora(module, rank, alpha, run.config.model.lora_targets, 0)
+            model = run.config.model
+            adapter = add_lora(module, model.rank, model.alpha, model.lora_targets, 0)
             # it is the pipeline's from now on, to be drawn with or trained further
             release(module)
             # the pipeline may have adapters of its own, then and now
@@ -134,15 +134,6 @@ def apply_weights(run: SavedRun, pipeline: Any) -> None:
             parameter = parameters[key]
             dtype = value.dtype if run.config.model.train == "lora" else parameter.dtype
             parameter.data = value.to(device=parameter.device, dtype=dtype)
-
-
-@contextlib.contextmanager
-def same_precision(config: FlowDPPOConfig, device: torch.device) -> Iterator[None]:
-    """The autocast that the trainer samples under."""
-    formats = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    dtype = formats.get(config.model.mixed_precision)
-    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-        yield
 
 
 def export_run(
@@ -195,13 +186,6 @@ def export_run(
     return [*written, folder / ORIGIN_FILE]
 
 
-def _rank_and_alpha(run: SavedRun, tensors: Mapping[str, Tensor]) -> tuple[int, float]:
-    rank = next(len(value) for key, value in tensors.items() if ".lora_A." in key)
-    alpha = run.config.model.lora_alpha
-    # what the trainer does where alpha is not set
-    return rank, 2.0 * rank if alpha is None else alpha
-
-
 def _check_folder(folder: Path, components: Iterable[str]) -> None:
     """An export is replaced by another one, a model or adapter from elsewhere by none."""
     files = (folder / LORA_FILE, folder / "model_index.json", *(folder / name / "config.json" for name in components))
@@ -232,12 +216,15 @@ def _export_lora(
 ) -> Path:
     from peft import LoraConfig
 
-    rank, alpha = _rank_and_alpha(run, tensors)
+    model = run.config.model
     if layout == "kohya":
         plain = {with_name(key, ""): value.to(dtype or value.dtype) for key, value in tensors.items()}
-        return save_lora_file(kohya(plain, alpha, kind), folder)
-    targets = list(run.config.model.lora_targets or ATTENTION_TARGETS)
-    settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)  # type: ignore[arg-type]
+        return save_lora_file(kohya(plain, model.alpha, kind), folder)
+    targets = as_targets(model.lora_targets)
+    if isinstance(targets, str):
+        # loaders want names
+        targets = sorted({key.partition(".lora_")[0] for key in tensors})
+    settings = LoraConfig(r=model.rank, lora_alpha=model.alpha, target_modules=targets)  # type: ignore[arg-type]
     return write_lora(tensors, settings, folder, dtype=dtype, fold_alpha=fold_alpha)
 
 

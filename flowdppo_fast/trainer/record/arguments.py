@@ -19,7 +19,7 @@ _PLAIN = (type(None), numbers.Number, str, bytes, enum.Enum, torch.dtype, torch.
 
 
 @dataclass(eq=False)
-class Rows:
+class PerRow:
     """An argument with an entry per row.
 
     Attributes:
@@ -42,7 +42,7 @@ class Rows:
 
 @dataclass
 class Call:
-    """One transformer call: its arguments as flat leaves, those with an entry per row as :class:`Rows`."""
+    """One transformer call: its arguments as flat leaves, those with an entry per row as :class:`PerRow`."""
 
     module: nn.Module
     leaves: list[Any]
@@ -97,10 +97,10 @@ class ArgumentStore:
         self._kept[key].append(value.clone(memory_format=torch.contiguous_format))
         return self._kept[key][-1]
 
-    def _rows(self, value: Tensor | list[Any], batch: int) -> Rows:
+    def _rows(self, value: Tensor | list[Any], batch: int) -> PerRow:
         if isinstance(value, list):
             entries = [self._shared(entry) for entry in value]
-            return Rows(entries, torch.arange(len(entries)).view(-1, batch))
+            return PerRow(entries, torch.arange(len(entries)).view(-1, batch))
         value = value.detach()
         prints = _fingerprints(value.flatten(1) if value.ndim > 1 else value[:, None])
         key = ("rows", batch, value.shape, value.dtype, *prints)
@@ -114,7 +114,7 @@ class ArgumentStore:
         if not torch.equal(values[places], value):
             # two different rows with one fingerprint, or numbers that are not equal to themselves
             places, values = torch.arange(len(value), device=value.device), value.clone()
-        self._kept[key].append(Rows(values, places.view(-1, batch)))
+        self._kept[key].append(PerRow(values, places.view(-1, batch)))
         return self._kept[key][-1]
 
 
@@ -123,13 +123,13 @@ def joinable(a: Call, b: Call) -> bool:
     if a.module is not b.module or a.spec != b.spec:
         return False
     for left, right in zip(a.leaves, b.leaves):
-        if isinstance(left, Rows) and isinstance(right, Rows):
+        if isinstance(left, PerRow) and isinstance(right, PerRow):
             if len(left.places) != len(right.places) or type(left.values) is not type(right.values):
                 return False
             tensors = [x for x in (left.values, right.values) if isinstance(x, Tensor)]
             if len({(x.dtype, x.shape[1:]) for x in tensors}) > 1:
                 return False
-        elif isinstance(left, Rows) or isinstance(right, Rows) or not _same(left, right):
+        elif isinstance(left, PerRow) or isinstance(right, PerRow) or not _same(left, right):
             return False
     return True
 
@@ -145,7 +145,7 @@ def tensors_of(calls: Iterable[Call]) -> Iterator[Tensor]:
     """The tensors that calls hold; one that is shared comes as often as it is used."""
     for call in calls:
         for leaf in call.leaves:
-            values = [leaf.values, leaf.places] if isinstance(leaf, Rows) else [leaf]
+            values = [leaf.values, leaf.places] if isinstance(leaf, PerRow) else [leaf]
             yield from (x for x in tree_flatten(values)[0] if isinstance(x, Tensor))
 
 
@@ -157,7 +157,7 @@ def row_index(rows: Sequence[int], device: torch.device) -> Tensor:
 
 def _join_leaf(leaves: list[Any], rows: Sequence[int] | None, index: Tensor | None) -> Any:
     first = leaves[0]
-    if not isinstance(first, Rows):
+    if not isinstance(first, PerRow):
         return first
     if isinstance(first.values, list):
         taken = [leaf.take(rows, index) for leaf in leaves]

@@ -60,9 +60,17 @@ LORA = {"train": "lora", "lora_rank": 4, "lora_alpha": 3.0}
 
 
 @pytest.mark.bits(across="again")
-@pytest.mark.parametrize("name", ["sd3", "flux"])
-def test_lora_is_what_load_lora_weights_loads(pipes, trained, tmp_path, name):
-    trainer, draw = trained(name, model={**LORA, "lora_targets": ["to_q", "to_v", "to_out.0"]})
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [
+        ("sd3", ["to_q", "to_v", "to_out.0"]),
+        ("flux", ["to_q", "to_v", "to_out.0"]),
+        ("sd3", r"transformer_blocks\.\d+\.attn\.to_[qv]"),
+        ("flux", "all-linear"),
+    ],
+)
+def test_lora_is_what_load_lora_weights_loads(pipes, trained, tmp_path, name, targets):
+    trainer, draw = trained(name, model={**LORA, "lora_targets": targets})
     run = SavedRun.open(trainer.output)
     written = export_run(run, tmp_path / "out")
     assert [path.name for path in written] == ["pytorch_lora_weights.safetensors", "flowdppo.json"]
