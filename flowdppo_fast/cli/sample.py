@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..runs.folder import given
+from ..runs.logs import given
 from ._extra import check_extra
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check_output(output: Path) -> None:
-    from ..runs.folder import CHECKPOINTS, check_elsewhere
+    from ..trainer.run_folder import CHECKPOINTS, check_elsewhere
 
     # a picture beside a run's files is nobody's trouble
     folder = output if output.suffix == "" or CHECKPOINTS in output.absolute().parts else None

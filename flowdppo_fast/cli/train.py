@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..runs.folder import given
+from ..runs.logs import given
 from ._extra import check_extra
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from . import figures
-from .folder import given
+from .logs import given
 from .reading import RunFolder
 from .row_log import LoggedRows, clip_against_mask
 

@@ -13,13 +13,13 @@ from typing import Any
 from accelerate.logging import get_logger
 from torch import Tensor
 
-from ..runs.folder import CHECKPOINTS, CONFIG_FILE, FolderLock, check_ours
 from ..runs.logs import ADVICE, METRICS_FILE, ROWS_FILE, drop_later_lines, from_json
 from . import checkpoint
 from .advantages import RewardHistory
 from .config import FlowDPPOConfig
 from .record.guidance import GuidanceRule
 from .record.recorder import TrajectoryRecorder
+from .run_folder import CHECKPOINTS, CONFIG_FILE, FolderLock, check_ours
 from .weights.arrival import check_unchanged
 from .weights.distributed import Workers
 from .weights.optimizer import PolicyOptimizer

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from flowdppo_fast import evidence
 from flowdppo_fast.cli import main
 from flowdppo_fast.runs import diagnose
-from flowdppo_fast.runs.folder import FolderLock
 from flowdppo_fast.trainer import FlowDPPOTrainer
 from flowdppo_fast.trainer.recipe import Recipe
+from flowdppo_fast.trainer.run_folder import FolderLock
 
 ROOT = EXAMPLE.parents[1]
 CONFIG = "examples/configs/digits.yaml"

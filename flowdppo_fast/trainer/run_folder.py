@@ -23,11 +23,6 @@ CONFIG_FILE, RECIPE_FILE, INPUTS_FILE, CHECKPOINTS = "config.yaml", "recipe.yaml
 BEAT, SILENCE = 15.0, 120.0
 
 
-def given(path: str) -> Path:
-    """A path of the command line; shells leave the ``~`` of ``--output=~/x`` to the program."""
-    return Path(path).expanduser()
-
-
 class FolderLock:
     """Holds a run's folder for this process.
 
