@@ -30,6 +30,22 @@ def _first_order(backward: Callable) -> Callable:
     return either
 
 
+def _save(ctx: Any, *tensors: Tensor | None) -> None:
+    """``ctx.save_for_backward``, which refuses tensors of inference mode: these take no part in autograd, and are kept
+    beside."""
+    aside: dict[int, Tensor] = {}
+    if not is_traced():
+        aside = {place: x for place, x in enumerate(tensors) if x is not None and x.is_inference()}
+    ctx.aside = aside
+    ctx.save_for_backward(*(None if place in aside else x for place, x in enumerate(tensors)))
+
+
+def _saved(ctx: Any) -> tuple:
+    """What :func:`_save` was given."""
+    saved = ctx.saved_tensors
+    return tuple(ctx.aside.get(place, x) for place, x in enumerate(saved)) if ctx.aside else saved
+
+
 class RowCall(NamedTuple):
     """Rows on their way through autograd; what it is to see of ``rows.new`` goes beside them.
 
@@ -126,18 +142,19 @@ class PolicyLoss(torch.autograd.Function):
         if grad is not None:
             ctx.save_for_backward(grad)
         else:
-            ctx.save_for_backward(new, *call.rows[1:6], results)
+            _save(ctx, new, *call.rows[1:6], results)
         ctx.call = call
         return loss
 
     @staticmethod
     @_first_order
     def backward(ctx, grad_loss):
-        saved, call = ctx.saved_tensors, ctx.call
+        call = ctx.call
         if call.in_forward:
             # torch may take what it is handed for the .grad of a leaf, and add to it later
             kept = call.wanted or torch._C._autograd._get_current_graph_task_keep_graph()
-            return _scaled(saved[0], grad_loss, kept), None, None
+            return _scaled(ctx.saved_tensors[0], grad_loss, kept), None, None
+        saved = _saved(ctx)
         results, factor = saved[-1], 1.0
         count = results.shape[1]
         if call.reduction == "mean" and count > 0:
@@ -204,7 +221,7 @@ class LogProbLoss(torch.autograd.Function):
         loss, rows, summary = operator("log_prob_loss", backend, log_prob.device.type)(
             log_prob, old_log_prob, drift, reference_drift, *rest
         )
-        ctx.save_for_backward(rows, call.step)
+        _save(ctx, rows, call.step)
         ctx.step_values = call.step_values
         ctx.mark_non_differentiable(rows, summary)
         ctx.set_materialize_grads(False)
@@ -215,7 +232,7 @@ class LogProbLoss(torch.autograd.Function):
     def backward(ctx, grad_loss, grad_rows, grad_summary):
         if grad_loss is None:
             return (None,) * 4
-        rows, step = ctx.saved_tensors
+        rows, step = _saved(ctx)
         std = ctx.step_values[0] if step is None else step[:, 0]
         upstream = grad_loss / rows.shape[1]
         grads = [
@@ -234,7 +251,7 @@ class RowStatistics(torch.autograd.Function):
     def forward(ctx, new, call: RowCall, second_moment: bool):
         rows, plan, backend = call
         stats = operator("row_stats", backend, plan.device.type)(*rows, second_moment)
-        ctx.save_for_backward(*rows[:6])
+        _save(ctx, *rows[:6])
         ctx.call = call
         return stats
 
@@ -243,7 +260,7 @@ class RowStatistics(torch.autograd.Function):
     def backward(ctx, grad_stats):
         # E does not depend on the new policy
         coefficients = torch.cat((grad_stats[:2], grad_stats[3:]))
-        rows = RowSource(*ctx.saved_tensors, *ctx.call.rows[6:])
+        rows = RowSource(*_saved(ctx), *ctx.call.rows[6:])
         return _row_grad(ctx.call, rows, coefficients, grad_stats.new_ones(1), 1.0), None, None
 
 
@@ -272,7 +289,7 @@ class SamplerStep(torch.autograd.Function):
         form = Form.VELOCITY
         if given is not None:
             form, centre, drawn = Form.MEAN, mean, given
-        ctx.save_for_backward(centre, drawn, streams, step)
+        _save(ctx, centre, drawn, streams, step)
         ctx.numbers = (step_values, seed, first_stream, int(form))
         ctx.plan, ctx.backend, ctx.dtype, ctx.unnormalized = plan, backend, velocity.dtype, unnormalized
         ctx.set_materialize_grads(False)
@@ -290,7 +307,7 @@ class SamplerStep(torch.autograd.Function):
         like = grad_mean if grad_log_prob is None else grad_log_prob
         if like is None:
             return None, *nothing
-        centre, draw, streams, step = ctx.saved_tensors
+        centre, draw, streams, step = _saved(ctx)
         step_values, seed, first_stream, form = ctx.numbers
         rows = math.prod(ctx.plan.rows)
         if step is None:
