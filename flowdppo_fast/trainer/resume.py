@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,6 @@ from ..runs.logs import ADVICE, METRICS_FILE, ROWS_FILE, drop_later_lines, from_
 from . import checkpoint
 from .advantages import RewardHistory
 from .config import FlowDPPOConfig
-from .record.guidance import GuidanceRule
-from .record.recorder import TrajectoryRecorder
 from .weights.distributed import Workers
 from .weights.optimizer import PolicyOptimizer
 from .weights.policy import PolicyWeights
@@ -53,7 +50,7 @@ class RunState:
     Attributes:
         config: settings.
         output: folder of the run.
-        workers, weights, optimizer, history, recorder: the trainer's.
+        workers, weights, optimizer, history: the trainer's.
         prompts: fingerprints of the prompts, in order.
         iteration: iterations that are done.
         skipped_updates: updates so far whose loss or gradient was not finite.
@@ -67,7 +64,6 @@ class RunState:
     weights: PolicyWeights
     optimizer: PolicyOptimizer
     history: RewardHistory
-    recorder: TrajectoryRecorder
     prompts: list[str]
     iteration: int = 0
     skipped_updates: int = 0
@@ -98,8 +94,6 @@ class RunState:
         }
         state = {
             "version": _version(),
-            # tried first: where several rules fit, the run goes on with the one it had
-            "rules": [dataclasses.asdict(rule) for rule in self.recorder.rules],
             "random": [state for _, state in randoms],
             "skipped_updates": self.skipped_updates,
             "reward_names": self.reward_names,
@@ -196,9 +190,6 @@ class RunState:
                 len(state["random"]),
                 self.workers.count,
             )
-        self.recorder.rules = [
-            GuidanceRule(**{**rule, "terms": tuple(map(tuple, rule["terms"]))}) for rule in state["rules"]
-        ]
         self.iteration, self.skipped_updates = state["iteration"], state["skipped_updates"]
         self.reward_names, self.within = state.get("reward_names"), False
         logger.info("continuing from %s", path)
