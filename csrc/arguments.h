@@ -133,7 +133,7 @@ StepTable<T> step_table(
 struct SourceArguments {
   const Tensor& current;
   const Tensor& old;
-  const OptionalTensor& noise;
+  const OptionalTensor& drawn;
   const OptionalTensor& reference;
   const OptionalTensor& streams;
   const OptionalTensor& step;
@@ -149,12 +149,12 @@ struct SourceArguments {
     const int64_t rows = out.shape.rows();
     out.current = latents_of(current, out.shape, is_double(), "new");
     out.old = latents_of(old, out.shape, is_double(), "old");
-    out.noise = latents_of(noise, out.shape, is_double(), "noise");
+    out.noise = latents_of(drawn, out.shape, is_double(), "drawn");
     out.reference = latents_of(reference, out.shape, is_double(), "reference");
     STD_TORCH_CHECK(form == 0 || form == 1, "form: got ", form, ", expected 0 (velocities) or 1 (means)");
     out.form = static_cast<Form>(form);
     STD_TORCH_CHECK(
-        noise.has_value() || out.form == Form::kVelocity, "noise: got None, expected the next states that means need");
+        drawn.has_value() || out.form == Form::kVelocity, "drawn: got None, expected the next states that means need");
     out.streams = streams_of(streams, rows, seed, first_stream);
     out.step = step_table<T>(step, step_values, rows, out.form == Form::kMean);
     return out;

@@ -23,7 +23,7 @@ struct Operators {
   static Tensor row_stats(
       const Tensor& current,
       const Tensor& old,
-      const OptionalTensor& noise,
+      const OptionalTensor& drawn,
       const OptionalTensor& reference,
       const OptionalTensor& streams,
       const OptionalTensor& step,
@@ -33,13 +33,13 @@ struct Operators {
       int64_t form,
       bool second_moment) {
     return Backend::row_stats(
-        {current, old, noise, reference, streams, step, step_values, seed, first_stream, form}, second_moment);
+        {current, old, drawn, reference, streams, step, step_values, seed, first_stream, form}, second_moment);
   }
 
   static Tensor row_grad(
       const Tensor& current,
       const Tensor& old,
-      const OptionalTensor& noise,
+      const OptionalTensor& drawn,
       const OptionalTensor& reference,
       const OptionalTensor& streams,
       const OptionalTensor& step,
@@ -51,14 +51,14 @@ struct Operators {
       const Tensor& upstream,
       double factor) {
     return Backend::row_grad(
-        {current, old, noise, reference, streams, step, step_values, seed, first_stream, form}, coefficients, upstream,
+        {current, old, drawn, reference, streams, step, step_values, seed, first_stream, form}, coefficients, upstream,
         factor);
   }
 
   static LossTensors policy_loss(
       const Tensor& current,
       const Tensor& old,
-      const OptionalTensor& noise,
+      const OptionalTensor& drawn,
       const OptionalTensor& reference,
       const OptionalTensor& streams,
       const OptionalTensor& step,
@@ -72,14 +72,14 @@ struct Operators {
       const std::vector<int64_t>& ints,
       const std::vector<double>& floats) {
     return Backend::policy_loss(
-        {current, old, noise, reference, streams, step, step_values, seed, first_stream, form},
+        {current, old, drawn, reference, streams, step, step_values, seed, first_stream, form},
         {advantages, row_weights, old_log_prob, ints, floats}, 0.0, nullptr);
   }
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss_and_grad(
       const Tensor& current,
       const Tensor& old,
-      const OptionalTensor& noise,
+      const OptionalTensor& drawn,
       const OptionalTensor& reference,
       const OptionalTensor& streams,
       const OptionalTensor& step,
@@ -95,7 +95,7 @@ struct Operators {
       double factor) {
     Tensor grad;
     auto [loss, rows, summary] = Backend::policy_loss(
-        {current, old, noise, reference, streams, step, step_values, seed, first_stream, form},
+        {current, old, drawn, reference, streams, step, step_values, seed, first_stream, form},
         {advantages, row_weights, old_log_prob, ints, floats}, factor, &grad);
     return {loss, rows, summary, grad};
   }

@@ -11,11 +11,11 @@ namespace flowdppo {
 
 constexpr double kLogSqrt2Pi = 0.91893853320467274178;
 
-// What the first two latents and the noise are; `Form` in reference.py.
+// What the first two latents and what was drawn are; `Form` in rows.py.
 enum class Form : int64_t {
-  // velocities; noise holds e
+  // velocities; what was drawn is the noise e
   kVelocity = 0,
-  // step means; noise holds the next state x', e = k*(x' - old)
+  // step means; what was drawn is the next state x', e = k*(x' - old)
   kMean = 1,
 };
 

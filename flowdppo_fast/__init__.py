@@ -17,7 +17,7 @@ from .losses import (
 from .noise import PhiloxNoise
 from .objectives import DPPO, GRPOGuard, RatioClip, Unclipped
 from .results import LossMetrics, LossOutput, RowResults
-from .samplers import SAMPLERS, Schedule, SDEStep, sde_schedule
+from .samplers import SAMPLERS, ScheduleLevels, SDEStep, sde_schedule
 from .sampling import sde_step, sde_step_with_logprob
 
 __version__ = "0.1.0"
@@ -34,7 +34,7 @@ __all__ = [
     "RatioClip",
     "RowResults",
     "SDEStep",
-    "Schedule",
+    "ScheduleLevels",
     "Unclipped",
     "build_info",
     "fused_dppo_loss",

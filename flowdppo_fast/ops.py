@@ -24,7 +24,7 @@ from .objectives import SUMMARY, RowField
 from .rows import stats_dtype
 
 _SOURCE = (
-    "Tensor new, Tensor old, Tensor? noise, Tensor? reference, Tensor? streams, Tensor? step, "
+    "Tensor new, Tensor old, Tensor? drawn, Tensor? reference, Tensor? streams, Tensor? step, "
     "float[] step_values, int seed, int first_stream, int form"
 )
 _EPILOGUE = "Tensor advantages, Tensor? row_weights, Tensor? old_log_prob, int[] ints, float[] floats"

@@ -40,7 +40,7 @@ def row_streams(streams: Tensor | None, first_stream: int, rows: int, like: Tens
 
 def _differences(source: RowSource) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """``u, e, w, k`` of all rows, latents flattened to ``[R, N]`` in the accumulation dtype."""
-    new, old, noise, reference, streams, step, step_values, seed, first_stream, form = source
+    new, old, drawn, reference, streams, step, step_values, seed, first_stream, form = source
     dtype = stats_dtype(new)
     rows, numel = new.shape[0] * new.shape[1], new.shape[2]
 
@@ -51,10 +51,10 @@ def _differences(source: RowSource) -> tuple[Tensor, Tensor, Tensor | None, Tens
     _, scale, _ = row_numbers(step, step_values, form, rows, like)
     k = scale[:, None]
     u = k * (flat(new) - flat(old))
-    if noise is None:
+    if drawn is None:
         e = philox_normal(seed, row_streams(streams, first_stream, rows, new), numel).to(dtype)
     else:
-        e = k * (flat(noise) - flat(old)) if form == Form.MEAN else flat(noise)
+        e = k * (flat(drawn) - flat(old)) if form == Form.MEAN else flat(drawn)
     w = None if reference is None else k * (flat(new) - flat(reference))
     return u, e, w, k
 
@@ -68,8 +68,8 @@ def row_stats(
     u, e, w, _ = _differences(source)
     p, q = (e * u).mean(1), u.square().mean(1)
     moment = e.square().mean(1) if second_moment else torch.zeros_like(p)
-    drift = torch.zeros_like(p) if w is None else w.square().mean(1)
-    return torch.stack((p, q, moment, drift))
+    apart = torch.zeros_like(p) if w is None else w.square().mean(1)
+    return torch.stack((p, q, moment, apart))
 
 
 @takes_rows

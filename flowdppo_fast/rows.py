@@ -16,11 +16,11 @@ from . import layout
 
 
 class Form(enum.IntEnum):
-    """What the first two tensors and ``noise`` are.
+    """What the first two tensors and ``drawn`` are.
 
-    VELOCITY: ``new``/``old`` are velocities, ``noise`` is ``e`` (or None: regenerated from seed and streams), ``k =
-        b/S``.
-    MEAN: ``new``/``old`` are step means, ``noise`` is the next state ``x'``, ``k = 1/S`` and ``e = k*(x'-old)``.
+    VELOCITY: ``new``/``old`` are velocities, ``drawn`` is the noise ``e`` (or None: regenerated from seed and streams),
+        ``k = b/S``.
+    MEAN: ``new``/``old`` are step means, ``drawn`` is the next state ``x'``, ``k = 1/S`` and ``e = k*(x'-old)``.
     """
 
     VELOCITY = 0
@@ -36,7 +36,7 @@ class RowSource(NamedTuple):
     """The rows of a training operator, in the order of the schemas (``ops.py``); ``csrc/arguments.h`` has its twin.
 
     Attributes:
-        new, old, noise, reference: latents.
+        new, old, drawn, reference: latents; ``drawn`` is what the sampler drew (:class:`Form`).
         streams: ``[R]`` Philox streams of seeded noise, or None for consecutive ones from ``first_stream``.
         step: ``[R, 3]`` table of ``S, k, -dt``, or None where ``step_values`` has three numbers that serve all rows.
         seed: of seeded noise.
@@ -45,7 +45,7 @@ class RowSource(NamedTuple):
 
     new: Tensor
     old: Tensor
-    noise: Tensor | None
+    drawn: Tensor | None
     reference: Tensor | None
     streams: Tensor | None
     step: Tensor | None
@@ -94,7 +94,7 @@ class RowPlan(NamedTuple):
         self,
         new: Tensor,
         old: Tensor,
-        noise: Tensor | None,
+        drawn: Tensor | None,
         reference: Tensor | None,
         streams: Tensor | None,
         step: Tensor | None,
@@ -108,7 +108,7 @@ class RowPlan(NamedTuple):
         return RowSource(
             new,
             self.to_rows(old) if whole is None else old.view(whole),
-            None if noise is None else self.to_rows(noise) if whole is None else noise.view(whole),
+            None if drawn is None else self.to_rows(drawn) if whole is None else drawn.view(whole),
             None if reference is None else self.to_rows(reference),
             streams,
             step,

@@ -24,7 +24,7 @@ Level = float | Tensor
 
 
 @dataclass(frozen=True)
-class Schedule:
+class ScheduleLevels:
     """The noise levels a sampler may look at besides its own two: of the whole descending schedule, 1 -> 0.
 
     Args:
@@ -37,7 +37,7 @@ class Schedule:
     last: Level
 
     @classmethod
-    def from_sigmas(cls, sigmas: Sequence[float] | Tensor) -> Schedule:
+    def from_sigmas(cls, sigmas: Sequence[float] | Tensor) -> ScheduleLevels:
         """``sigma_max`` is ``sigmas[1]``, the level that stands in for 1 where ``1 - sigma`` would be 0.
 
         Raises:
@@ -54,7 +54,7 @@ def _sqrt(x: Level) -> Level:
     return torch.sqrt(x) if isinstance(x, Tensor) else math.sqrt(x)
 
 
-def _flow_sde_diffusion(sigma: Level, sigma_next: Level, eta: float, schedule: Schedule) -> Level:
+def _flow_sde_diffusion(sigma: Level, sigma_next: Level, eta: float, schedule: ScheduleLevels) -> Level:
     if isinstance(sigma, Tensor):
         guarded: Level = torch.where(sigma == 1.0, schedule.sigma_max, sigma)
     else:
@@ -62,21 +62,21 @@ def _flow_sde_diffusion(sigma: Level, sigma_next: Level, eta: float, schedule: S
     return eta * _sqrt(sigma / (1.0 - guarded))
 
 
-def _constant_diffusion(sigma: Level, sigma_next: Level, eta: float, schedule: Schedule) -> Level:
+def _constant_diffusion(sigma: Level, sigma_next: Level, eta: float, schedule: ScheduleLevels) -> Level:
     return torch.full_like(sigma, eta) if isinstance(sigma, Tensor) else eta
 
 
-def _linear_diffusion(sigma: Level, sigma_next: Level, eta: float, schedule: Schedule) -> Level:
+def _linear_diffusion(sigma: Level, sigma_next: Level, eta: float, schedule: ScheduleLevels) -> Level:
     # flow_grpo's video sampler has no noise level: eta only switches it off at 0
     on = 1.0 if eta > 0.0 else 0.0
     return on * (schedule.last + (schedule.first - schedule.last) * sigma)
 
 
-def _preserving_diffusion(sigma: Level, sigma_next: Level, eta: float, schedule: Schedule) -> Level:
+def _preserving_diffusion(sigma: Level, sigma_next: Level, eta: float, schedule: ScheduleLevels) -> Level:
     return sigma_next * math.sin(eta * math.pi / 2.0)
 
 
-def _no_diffusion(sigma: Level, sigma_next: Level, eta: float, schedule: Schedule) -> Level:
+def _no_diffusion(sigma: Level, sigma_next: Level, eta: float, schedule: ScheduleLevels) -> Level:
     return 0.0 * sigma
 
 
@@ -101,7 +101,7 @@ def _preserving_step(std_dev: Level, sigma: Level, sigma_next: Level) -> tuple[L
 class Sampler(NamedTuple):
     """``diffusion(sigma, sigma_next, eta, schedule)`` is trainers' ``std_dev_t``; ``step`` makes ``a, b, S`` of it."""
 
-    diffusion: Callable[[Level, Level, float, Schedule], Level]
+    diffusion: Callable[[Level, Level, float, ScheduleLevels], Level]
     step: Callable[[Level, Level, Level], tuple[Level, Level, Level]]
 
 
@@ -150,7 +150,7 @@ def _own_sampler(name: str) -> Sampler:
     return found if isinstance(found, Sampler) else Sampler(found, _reverse_sde)
 
 
-def diffusion(sampler: str, sigma: Tensor, sigma_next: Tensor, *, eta: float, schedule: Schedule) -> Tensor:
+def diffusion(sampler: str, sigma: Tensor, sigma_next: Tensor, *, eta: float, schedule: ScheduleLevels) -> Tensor:
     """What trainers call ``std_dev_t``, float64, shaped like ``sigma``: ``s`` of the SDE samplers, ``S`` of CPS.
 
     Raises:
@@ -160,9 +160,9 @@ def diffusion(sampler: str, sigma: Tensor, sigma_next: Tensor, *, eta: float, sc
     return on_host(formulas.diffusion(sigma.double(), sigma_next.double(), eta, _double(schedule)))
 
 
-def _double(schedule: Schedule) -> Schedule:
+def _double(schedule: ScheduleLevels) -> ScheduleLevels:
     levels = (schedule.sigma_max, schedule.first, schedule.last)
-    return Schedule(*(level.double() if isinstance(level, Tensor) else level for level in levels))
+    return ScheduleLevels(*(level.double() if isinstance(level, Tensor) else level for level in levels))
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ class SDEStep:
 
     @classmethod
     def from_sigmas(
-        cls, sampler: str, sigma: float, sigma_next: float, *, eta: float = 0.7, schedule: Schedule | None = None
+        cls, sampler: str, sigma: float, sigma_next: float, *, eta: float = 0.7, schedule: ScheduleLevels | None = None
     ) -> SDEStep:
         """The step of ``sampler`` from ``sigma`` down to ``sigma_next`` (levels in (0, 1] and [0, 1)).
 
@@ -221,11 +221,11 @@ class SDEStep:
             if sampler == "wan" or (sampler == "flow_sde" and sigma == 1.0):
                 raise ValueError(
                     f"schedule: sampler {sampler!r} at sigma={sigma:g} needs the whole schedule; "
-                    "pass schedule=Schedule.from_sigmas(sigmas)"
+                    "pass schedule=ScheduleLevels.from_sigmas(sigmas)"
                 )
-            schedule = Schedule(math.nan, math.nan, math.nan)
+            schedule = ScheduleLevels(math.nan, math.nan, math.nan)
         levels = (schedule.sigma_max, schedule.first, schedule.last)
-        std_dev = formulas.diffusion(sigma, sigma_next, eta, Schedule(*map(float, levels)))
+        std_dev = formulas.diffusion(sigma, sigma_next, eta, ScheduleLevels(*map(float, levels)))
         return cls(*formulas.step(std_dev, sigma, sigma_next), sigma_next - sigma, sampler, sigma, sigma_next)
 
     def __getitem__(self, part: slice) -> SDEStep:
@@ -312,13 +312,13 @@ class SDEStep:
         self._check_density()
         return self._table("row", rows, device, dtype)
 
-    def step_values(self) -> list[float]:
+    def sampler_values(self) -> list[float]:
         """``[a, b, S]`` of a scalar step, for the sampler."""
         return [float(self.sample_coef), float(self.velocity_coef), float(self.std)]
 
-    def step_table(self, rows: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    def sampler_table(self, rows: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
         """``[R, 3]`` table of ``a, b, S`` per row on ``device``, kept like :meth:`row_table`."""
-        return self._table("step", rows, device, dtype)
+        return self._table("sampler", rows, device, dtype)
 
     def _table(self, kind: str, rows: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
         def build() -> Tensor:
@@ -378,7 +378,7 @@ def sde_schedule(sampler: str, sigmas: Sequence[float], *, eta: float = 0.7) -> 
         ValueError: fewer than two levels, or anything :meth:`SDEStep.from_sigmas` refuses.
     """
     levels = [float(level) for level in sigmas]
-    schedule = Schedule.from_sigmas(levels)
+    schedule = ScheduleLevels.from_sigmas(levels)
     return [
         SDEStep.from_sigmas(sampler, sigma, sigma_next, eta=eta, schedule=schedule)
         for sigma, sigma_next in itertools.pairwise(levels)

@@ -95,9 +95,9 @@ def sde_step(
             "float64 alone"
         )
     if step.is_scalar:
-        table, values = None, step.step_values()
+        table, values = None, step.sampler_values()
     else:
-        table, values = step.step_table(shape, device, compute), []
+        table, values = step.sampler_table(shape, device, compute), []
     streams, seed, first_stream = noise.kernel_source(shape, device) if isinstance(noise, PhiloxNoise) else (None, 0, 0)
     if prev_sample is None and noise is None:
         noise = stored = _draw(sample.shape, generator, device, compute)

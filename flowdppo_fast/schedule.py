@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .samplers import Schedule, SDEStep, on_host
+from .samplers import ScheduleLevels, SDEStep, on_host
 
 
 @dataclass
@@ -75,7 +75,7 @@ class HostSchedule:
         key = (sampler, index, eta)
         if key not in self._steps:
             sigma, sigma_next = self.sigmas[index], self.sigmas[index + 1]
-            schedule = Schedule.from_sigmas(self.sigmas)
+            schedule = ScheduleLevels.from_sigmas(self.sigmas)
             self._steps[key] = SDEStep.from_sigmas(sampler, sigma, sigma_next, eta=eta, schedule=schedule)
         return self._steps[key]
 

@@ -1,6 +1,6 @@
 """What a run file keeps of a row log: the noise of the log-ratio by KL, and what clip ranges drop against a mask.
 
-Rows, their units (nats over the whole latent) and the decisions are those of :mod:`flowdppo_fast.runs.row_log`.
+LoggedRows, their units (nats over the whole latent) and the decisions are those of :mod:`flowdppo_fast.runs.row_log`.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from flowdppo_fast.runs.row_log import Rows, clip_against_mask
+from flowdppo_fast.runs.row_log import LoggedRows, clip_against_mask
 
 # edges of the KL bins, nats; four to a decade
 BIN_EDGES = tuple(float(f"{10 ** (place / 4):.4g}") for place in range(-24, 9))
 
 
-def noise_table(rows: Rows) -> list[dict[str, float]]:
+def noise_table(rows: LoggedRows) -> list[dict[str, float]]:
     """Per KL bin: rows, mean KL, mean and standard deviation of the log-ratio, mean and deviation of ``z``."""
     table = []
     place = np.digitize(rows.kl, BIN_EDGES)
@@ -25,7 +25,7 @@ def noise_table(rows: Rows) -> list[dict[str, float]]:
         if inside.sum() < 30:
             continue
         here = rows.where(inside)
-        kl, log_ratio, z = here.kl, here.log_ratio, here.noise
+        kl, log_ratio, z = here.kl, here.log_ratio, here.standardised
         table.append(
             {
                 "rows": int(inside.sum()),
@@ -39,13 +39,13 @@ def noise_table(rows: Rows) -> list[dict[str, float]]:
     return table
 
 
-def decision_table(rows: Rows, clips: Sequence[float]) -> list[dict[str, float]]:
+def decision_table(rows: LoggedRows, clips: Sequence[float]) -> list[dict[str, float]]:
     """:func:`~flowdppo_fast.runs.row_log.clip_against_mask` for each clip range that drops anything."""
     found = ((clip, clip_against_mask(rows, clip)) for clip in clips)
     return [{"clip": clip, **{key: _short(x) for key, x in entry.items()}} for clip, entry in found if entry]
 
 
-def summary(rows: Rows, clips: Sequence[float]) -> dict[str, Any]:
+def summary(rows: LoggedRows, clips: Sequence[float]) -> dict[str, Any]:
     """What a run file keeps of a row log."""
     later = rows.moved
     if not len(later):
@@ -58,7 +58,7 @@ def summary(rows: Rows, clips: Sequence[float]) -> dict[str, Any]:
             "kl_90": _short(np.quantile(here.kl, 0.9)),
             "dropped": _short(1 - here.kept.mean()),
         }
-    z = later.noise
+    z = later.standardised
     return {
         "rows": len(rows),
         "moved_rows": len(later),

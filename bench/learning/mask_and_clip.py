@@ -17,7 +17,7 @@ import torch
 from matplotlib.axes import Axes
 
 from flowdppo_fast.runs import figures as style
-from flowdppo_fast.runs.row_log import Rows, read_rows
+from flowdppo_fast.runs.row_log import LoggedRows, read_rows
 from flowdppo_fast.trainer import FlowDPPOConfig, FlowDPPOTrainer
 
 from .decisions import decision_table, summary
@@ -28,7 +28,7 @@ DOTS = 800
 _NEAR, _FAR, _RIGHT = style.VERMILION, "#6A3D9A", "#9AA1A9"
 
 
-def rows_of(request: Mapping[str, Any]) -> Rows:
+def rows_of(request: Mapping[str, Any]) -> LoggedRows:
     """The row log of a request, which is trained again for it."""
     torch.set_num_threads(1)
     task = load_task(request["task"])

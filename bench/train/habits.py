@@ -83,7 +83,7 @@ class HabitRecorder(TrajectoryRecorder):
             trajectory.means = self._means(trajectory, states)  # type: ignore[attr-defined]
 
     def _means(self, trajectory: Trajectory, states: list[tuple[Tensor, Tensor]]) -> Means:
-        step, velocity = trajectory.step, trajectory.velocity
+        step, velocity = trajectory.sde_step, trajectory.velocity
         shape = (1, len(states)) + (1,) * (velocity.ndim - 2)
         sigma, sigma_next = (
             torch.as_tensor(level).float().to(velocity.device).view(shape) for level in (step.sigma, step.sigma_next)
@@ -165,7 +165,7 @@ class HabitTrainer(FlowDPPOTrainer):
                 return self._eager(trajectory.means, rows, steps, velocity, advantages)  # type: ignore[attr-defined]
             if MEANS in self.habits:
                 taken = trajectory.means.take(rows, steps)  # type: ignore[attr-defined]
-                out = self._fused_means(taken, trajectory.step[steps.start : steps.stop], velocity, advantages)
+                out = self._fused_means(taken, trajectory.sde_step[steps.start : steps.stop], velocity, advantages)
             else:
                 out = super()._loss(trajectory, rows, steps, velocity, reference, advantages)
             if ITEMS in self.habits:

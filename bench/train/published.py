@@ -1,8 +1,8 @@
 """Models by their published shapes: bytes per trajectory and peak memory, computed and not measured.
 
 A trajectory is recorded from the pipeline's own call with a transformer that does almost nothing, on tensors of the
-real shapes. Peak memory is :func:`flowdppo_fast.trainer.recipe.memory.estimate` of the real transformer on the meta
-device.
+real shapes. Peak memory is :func:`flowdppo_fast.trainer.recipe.memory.estimate_memory` of the real transformer on the
+meta device.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from flowdppo_fast.trainer import FlowDPPOConfig, TrajectoryRecorder
-from flowdppo_fast.trainer.recipe.memory import estimate
+from flowdppo_fast.trainer.recipe.memory import estimate_memory
 from flowdppo_fast.trainer.record.trajectory import trajectory_bytes
 
 from .table import markdown
@@ -259,7 +259,7 @@ def peak_table(models: Sequence[Model] = MODELS, say: Callable[[str], None] = la
 def _estimate(
     model: Model, setting: Setting, kept: float, seen: Mapping[str, Any], known: dict[tuple, int]
 ) -> dict[str, int]:
-    """:func:`estimate` of one row; settings that do not change the activations share them in ``known``."""
+    """:func:`estimate_memory` of one row; settings that do not change the activations share them in ``known``."""
     module = model.build()
     linear = sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Linear))
     rest = sum(p.numel() for p in module.parameters()) - linear
@@ -271,7 +271,7 @@ def _estimate(
         }
     )
     key = (config.model.gradient_checkpointing, config.optimizer.steps_per_micro_batch)
-    sizes = estimate(
+    sizes = estimate_memory(
         config,
         module,
         lambda rows: {name: _repeated(value, rows) for name, value in seen.items() if name != "return_dict"},

@@ -72,8 +72,8 @@ def _numbers(result: Mapping[str, Any], workload: Mapping[str, Any]) -> str:
     )
     text = (
         f"{workload['parameters'] / 1e6:.4g} M weights in {workload['dtype']}, LoRA with "
-        f"{workload['trained_parameters'] / 1e6:.3g} M; {workload['side']}x{workload['side']} pixels, "
-        f"{workload['prompt_tokens']} prompt tokens; {workload['samples']} samples in groups of "
+        f"{workload['trained_parameters'] / 1e6:.3g} M. {workload['side']}x{workload['side']} pixels, "
+        f"{workload['prompt_tokens']} prompt tokens. {workload['samples']} samples in groups of "
         f"{workload['group_size']}, {workload['num_steps']} steps of which {len(workload['trained_steps'])} trained, "
         f"{workload['updates']} updates, micro-batches of {workload['micro_batch_size']} samples"
         + (", gradient checkpointing" if workload["gradient_checkpointing"] else "")

@@ -136,7 +136,7 @@ class OneDtype {
     if (!gpu::operands_of(source).mixed()) return;
     cast(arguments.current, source.current);
     cast(arguments.old, source.old);
-    cast(arguments.noise, source.noise);
+    cast(arguments.drawn, source.noise);
     cast(arguments.reference, source.reference);
   }
 

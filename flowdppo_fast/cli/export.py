@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ._require import require_trainer
+from ._extra import check_extra
 
 DTYPES = ("float32", "bfloat16", "float16")
+LAYOUTS = ("diffusers", "kohya")
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,17 +31,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="multiply LoRA weights by alpha/rank, for programs that do not read diffusers' metadata",
     )
+    parser.add_argument(
+        "--layout",
+        choices=LAYOUTS,
+        default="diffusers",
+        help="names in LoRA files; kohya: those that sd-scripts, musubi-tuner and ComfyUI read (default: diffusers)",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     try:
-        require_trainer()
+        check_extra()
         import torch
 
         from ..trainer.recipe.export import SavedRun, export_run
 
         saved = SavedRun.open(options.run_folder, iteration=options.iteration, average=options.average)
-        written = export_run(saved, options.output, dtype=getattr(torch, options.dtype), fold_alpha=options.fold_alpha)
+        written = export_run(
+            saved,
+            options.output,
+            dtype=getattr(torch, options.dtype),
+            fold_alpha=options.fold_alpha,
+            layout=options.layout,
+        )
     except (ValueError, TypeError) as error:
         options.parser.error(str(error))
     print(f"iteration {saved.iteration}, {'moving average' if saved.kind == 'ema' else 'trained weights'}")

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._require import require_trainer
+from ._extra import check_extra
 
 if TYPE_CHECKING:
     from ..trainer.recipe.recipe import Recipe
@@ -35,18 +35,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     try:
-        require_trainer()
+        check_extra()
         if options.n < 1:
             raise ValueError(f"--n: got {options.n}, expected at least 1")
         if options.output.suffix not in (*_SUFFIXES, ""):
             raise ValueError(f"--output: got {options.output}, expected a folder or a file in {', '.join(_SUFFIXES)}")
         arguments = _call_arguments(options.set)
+        _check_output(options.output)
         images, captions = _draw(options, arguments)
     except (ValueError, TypeError) as error:
         options.parser.error(str(error))
     for path in _write(images, captions, options.output, options.n):
         print(path)
     return 0
+
+
+def _check_output(output: Path) -> None:
+    from ..runs.folder import CHECKPOINTS, check_elsewhere
+
+    # a picture beside a run's files is nobody's trouble
+    folder = output if output.suffix == "" or CHECKPOINTS in output.absolute().parts else None
+    if folder is not None:
+        check_elsewhere(folder, "--output")
 
 
 def _constant_arguments(recipe: Recipe) -> dict[str, Any]:
@@ -81,7 +91,8 @@ def _call_arguments(settings: list[str]) -> dict[str, Any]:
 def _draw(options: argparse.Namespace, arguments: dict[str, Any]) -> tuple[list[Any], list[str]]:
     import torch
 
-    from ..trainer.recipe.export import SavedRun, apply_weights, same_precision
+    from ..trainer.ambient import autocast
+    from ..trainer.recipe.export import SavedRun, apply_weights
     from ..trainer.recipe.loading import load_pipeline
     from ..trainer.recipe.preflight import check_environment, inspect_pipeline
 
@@ -112,7 +123,7 @@ def _draw(options: argparse.Namespace, arguments: dict[str, Any]) -> tuple[list[
     for prompt in options.prompt:
         for seed in range(options.seed, options.seed + options.n):
             generator = torch.Generator().manual_seed(seed)
-            with torch.no_grad(), same_precision(saved.config, device):
+            with torch.no_grad(), autocast(device.type, saved.config.model.autocast_dtype):
                 drawn = pipeline(prompt=prompt, generator=generator, output_type="pil", return_dict=False, **arguments)[
                     0
                 ]

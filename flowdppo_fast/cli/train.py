@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ._require import require_trainer
+from ._extra import check_extra
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     try:
-        require_trainer()
+        check_extra()
         from accelerate import PartialState
 
         from ..trainer.recipe import PreparedRun, Recipe

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..backend import BackendName
 from ..objectives import LOG_SQRT_2PI, RatioClip
 from ..results import LossOutput
-from ..samplers import Schedule, SDEStep
+from ..samplers import ScheduleLevels, SDEStep
 from ..sampling import sde_step
 from ._rows import clip_pair, log_prob_policy_loss
 from .dance_grpo import dance_step, dppo_loss_from_sample, policy_loss_from_sample, transition_std
@@ -64,7 +64,7 @@ def flow_grpo_step(
         raise ValueError("generator: got one together with prev_sample, expected one source of the next state")
     levels = [float(level) for level in sigmas.tolist()]
     sigma, sigma_next = levels[index], levels[index + 1]
-    schedule = Schedule.from_sigmas(levels)
+    schedule = ScheduleLevels.from_sigmas(levels)
     step = SDEStep.from_sigmas("flow_sde", sigma, sigma_next, eta=float(eta), schedule=schedule)
     original = None
     if prev_sample is None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,15 +24,15 @@ from ..losses import fused_policy_loss
 from ..objectives import DPPO, LogProbKind
 from ..results import LossMetrics, LossOutput
 from ..rows import stats_dtype
-from ..samplers import Schedule, SDEStep, diffusion, on_host
+from ..samplers import ScheduleLevels, SDEStep, diffusion, on_host
 from ..sampling import sde_step
-from ._require import require
 from ._rows import UNIRL_METRICS, log_prob_policy_loss, squared_drift
+from ._trainer import module_of
 
 _SOURCE = "https://github.com/Tencent-Hunyuan/UniRL"
-_kernels = require("unirl.sde.kernels", "UniRL", _SOURCE)
-_flowdppo = require("unirl.algorithms.flowdppo", "UniRL", _SOURCE)
-_base = require("unirl.algorithms.base", "UniRL", _SOURCE)
+_kernels = module_of("unirl.sde.kernels", "UniRL", _SOURCE)
+_flowdppo = module_of("unirl.algorithms.flowdppo", "UniRL", _SOURCE)
+_base = module_of("unirl.algorithms.base", "UniRL", _SOURCE)
 _FlowSDEStrategy: Any = _kernels.FlowSDEStrategy
 _CPSSDEStrategy: Any = _kernels.CPSSDEStrategy
 _DanceSDEStrategy: Any = _kernels.DanceSDEStrategy
@@ -47,7 +46,7 @@ _SILENT = 1e-7
 
 
 def _step(sampler: str, sigma: Tensor, sigma_next: Tensor, eta: float, sigma_max: float | Tensor) -> SDEStep:
-    schedule = Schedule(sigma_max, math.nan, math.nan)
+    schedule = ScheduleLevels(sigma_max, math.nan, math.nan)
     return SDEStep.from_levels(
         sampler, diffusion(sampler, sigma, sigma_next, eta=eta, schedule=schedule), sigma, sigma_next
     )
@@ -59,7 +58,7 @@ class _FusedDenoise:
     Noise levels stay on the device: no sync per step, whatever batch of steps is replayed at once.
     """
 
-    canonical_name: str
+    sampler: str
     recorded: list[Tensor] | None = None
 
     def denoise(
@@ -86,7 +85,7 @@ class _FusedDenoise:
             sigma_max: the level that stands in for ``sigma == 1``.
             step_index: not used; levels say it all.
         """
-        sampler = _SAMPLERS[self.canonical_name]
+        sampler = self.sampler
         rows = sample.shape[0]
         now = torch.as_tensor(sigma, device=sample.device).reshape(-1).expand(rows)
         after = torch.as_tensor(sigma_next, device=sample.device).reshape(-1).expand(rows)
@@ -109,13 +108,19 @@ class _FusedDenoise:
 class FlowSDEStrategy(_FusedDenoise, _FlowSDEStrategy):
     """UniRL's Flow-SDE strategy with a fused ``denoise``."""
 
+    sampler = "flow_sde"
+
 
 class CPSSDEStrategy(_FusedDenoise, _CPSSDEStrategy):
     """UniRL's CPS strategy with a fused ``denoise``; log-probs keep UniRL's scale, ``-mean((x'-mu)**2)``."""
 
+    sampler = "cps"
+
 
 class DanceSDEStrategy(_FusedDenoise, _DanceSDEStrategy):
     """UniRL's Dance strategy with a fused ``denoise``."""
+
+    sampler = "dance"
 
 
 class _RecordingDiffuse:
@@ -172,37 +177,43 @@ class FlowDPPO(_FlowDPPO):
             strategies.
         log_ratio: ``"log_probs"`` (UniRL's: replayed minus anchor log-prob) or ``"means"``: from the means in the same
             pass as the KL, without cancellation. The latter needs float32 means, so a tree with UniRL's change #444.
+        backward: ``"segment"`` (UniRL's: one graph over all stochastic steps) or ``"step"``: replay and backward one
+            step after another, so that one step's activations are held at a time; same loss, gradient and metrics.
         loss_backend: as for the losses (``backend`` is UniRL's name for its training backend).
         options: everything UniRL's ``FlowDPPO`` takes.
 
     Raises:
-        ValueError: an unknown choice, or ``anchor="rollout"`` with ``old_logp_source="replay"``.
+        ValueError: an unknown choice, or ``anchor="rollout"`` with ``old_logp_source="replay"``; and what UniRL's own
+            refuses, such as a rollout anchor beside batched replay in its later trees.
     """
+
+    _rounding_is_small = False
 
     def __init__(
         self,
         *,
         anchor: str = "replay",
         log_ratio: str = "log_probs",
+        backward: str = "segment",
         loss_backend: BackendName = "auto",
         **options: Any,
     ) -> None:
+        for name, value, choices in (
+            ("anchor", anchor, ("replay", "rollout")),
+            ("log_ratio", log_ratio, ("log_probs", "means")),
+            ("backward", backward, ("segment", "step")),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name}: got {value!r}, expected {choices[0]!r} or {choices[1]!r}")
+        self.anchor, self.log_ratio, self.backward, self.loss_backend = anchor, log_ratio, backward, loss_backend
         super().__init__(**options)
-        if anchor not in ("replay", "rollout"):
-            raise ValueError(f"anchor: got {anchor!r}, expected 'replay' or 'rollout'")
-        if log_ratio not in ("log_probs", "means"):
-            raise ValueError(f"log_ratio: got {log_ratio!r}, expected 'log_probs' or 'means'")
         if anchor == "rollout" and self.old_logp_source != "rollout":
             raise ValueError(
                 f"old_logp_source: got {self.old_logp_source!r} with anchor='rollout', expected 'rollout'; replayed "
                 "log-probs need the replay that anchor='rollout' leaves out"
             )
-        self.anchor, self.log_ratio, self.loss_backend = anchor, log_ratio, loss_backend
         if anchor == "rollout":
             record_rollout_velocities(self.stage)
-            # a method in UniRL's June 2026 tree, a class attribute in later ones
-            theirs = _FlowDPPO.recomputes_anchor
-            self.recomputes_anchor = partial(bool, False) if callable(theirs) else False
 
     def prepare_segment(self, *, conditions: Mapping[str, Any], segment: Any) -> None:
         """Freezes the old policy's means before the updates: UniRL's replay, or velocities of the rollout made means.
@@ -224,8 +235,7 @@ class FlowDPPO(_FlowDPPO):
         velocity = segment.sde_means
         device = velocity.device
         sigma, sigma_next, sigma_max = self._levels(segment, steps, device)
-        sampler = self._sampler()
-        step = _step(sampler, sigma, sigma_next, float(self.params.eta), sigma_max)
+        step = _step(self.stage.strategy.sampler, sigma, sigma_next, float(self.params.eta), sigma_max)
         shape = (1, -1) + (1,) * (velocity.ndim - 2)
         wide = stats_dtype(velocity)
         a, b = (on_host(x).to(wide).reshape(shape) for x in (step.sample_coef, step.velocity_coef))
@@ -255,44 +265,70 @@ class FlowDPPO(_FlowDPPO):
         if not steps:
             return _base.AlgorithmStepResult(loss=0.0, metrics={}, num_steps_or_tokens=0, has_backward=False)
         typed = _base.typed_conditions(conditions, self.conditions_cls)
+        chunks = [steps] if self.backward == "segment" else [[step] for step in steps]
+        share = loss_scale / len(chunks)
+        parts, losses, reference_kls = [], [], []
+        for chunk in chunks:
+            out, kl_ref = self._chunk_loss(typed, segment, chunk, advantages)
+            loss = out.loss if kl_ref is None else out.loss + self.beta * kl_ref
+            (loss * share).backward()
+            losses.append(loss.detach())
+            reference_kls += [] if kl_ref is None else [kl_ref.detach()]
+            parts.append(out._replace(loss=out.loss.detach()))
+        metrics = self._metrics(parts, advantages)
+        metrics["loss"] = torch.stack(losses).mean()
+        if reference_kls:
+            metrics["kl_ref_mean"] = torch.stack(reference_kls).mean()
+        floats = LossMetrics((name, value.detach()) for name, value in metrics.items()).to_floats()
+        total = floats.pop("loss")
+        floats["kl_mask_threshold"] = self.kl_mask_threshold
+        if "kl_ref_mean" in floats:
+            floats["beta"] = float(self.beta)
+        return _base.AlgorithmStepResult(loss=total, metrics=floats, num_steps_or_tokens=len(steps), has_backward=True)
+
+    def _chunk_loss(
+        self, typed: Any, segment: Any, steps: list[int], advantages: Tensor
+    ) -> tuple[LossOutput, Tensor | None]:
+        """Replay and loss of some steps of the segment, and the KL to the reference where ``beta`` asks for it."""
         replay = self.stage.replay(typed, segment=segment, params=self.params, step_indices=steps)
         if replay.prev_sample_means is None:
             raise RuntimeError(
                 "prev_sample_means: the stage's replay returned None, expected the means of its transitions"
             )
         out = self._policy_loss(segment, steps, replay, advantages)
-        metrics = LossMetrics((name, value) for name, value in out.metrics().items() if name in UNIRL_METRICS)
-        loss = out.loss
-        beta = float(getattr(self, "beta", 0.0))
-        if beta > 0.0:
-            reference = _base._reference_replay_means(
-                self.stage, self._ref_model, conditions=typed, segment=segment, params=self.params, target_steps=steps
-            ).to(replay.prev_sample_means.device)
-            drift = squared_drift(replay.prev_sample_means, reference, row_dims=2, backend=self.loss_backend)
-            metrics["kl_ref_mean"] = (drift / (2.0 * self._std(segment, steps, drift.device) ** 2)).mean()
-            loss = loss + beta * metrics["kl_ref_mean"]
-        (loss * loss_scale).backward()
-        metrics["loss"] = loss
-        floats = LossMetrics((name, value.detach()) for name, value in metrics.items()).to_floats()
-        total = floats.pop("loss")
-        floats["kl_mask_threshold"] = self.kl_mask_threshold
-        if beta > 0.0:
-            floats["beta"] = beta
-        return _base.AlgorithmStepResult(loss=total, metrics=floats, num_steps_or_tokens=len(steps), has_backward=True)
+        if float(getattr(self, "beta", 0.0)) <= 0.0:
+            return out, None
+        reference = _base._reference_replay_means(
+            self.stage, self._ref_model, conditions=typed, segment=segment, params=self.params, target_steps=steps
+        ).to(replay.prev_sample_means.device)
+        drift = squared_drift(replay.prev_sample_means, reference, row_dims=2, backend=self.loss_backend)
+        return out, (drift / (2.0 * self._std(segment, steps, drift.device) ** 2)).mean()
+
+    def _metrics(self, parts: list[LossOutput], advantages: Tensor) -> LossMetrics:
+        """UniRL's metrics of all rows ``[B, S]``, whichever number of loss calls they came from."""
+        whole = parts[0]
+        if len(parts) > 1:
+            # a second look at rows that are known: their log-ratios and divergences, side by side, under a unit std
+            log_ratio, divergence = (
+                torch.cat([getattr(out.rows, name) for out in parts], dim=1) for name in ("log_ratio", "kl")
+            )
+            adv = advantages.detach().to(log_ratio).reshape(-1, 1).expand(log_ratio.shape)
+            whole = log_prob_policy_loss(
+                DPPO(self.kl_mask_threshold), log_ratio, torch.zeros_like(log_ratio), adv, 1.0,
+                drift=2.0 * divergence, backend=self.loss_backend,
+            )  # fmt: skip
+        return LossMetrics((name, value) for name, value in whole.metrics().items() if name in UNIRL_METRICS)
 
     def _policy_loss(self, segment: Any, steps: list[int], replay: Any, advantages: Tensor) -> LossOutput:
         log_probs, means = replay.log_probs, replay.prev_sample_means
         old_means = self._anchor(segment, "sde_means", steps).to(means.device)
         std = self._std(segment, steps, means.device)
+        if means.dtype not in (torch.float32, torch.float64):
+            self._check_rounded_means(means.dtype, old_means, std)
         adv = advantages.detach().to(means.device).reshape(-1, 1).expand(log_probs.shape)
         objective = DPPO(self.kl_mask_threshold, trust_region="kl" if self.add_kl_coefficient else "mean_drift")
         convention: LogProbKind = "unnormalized" if self._sampler() == "cps" else "gaussian"
         if self.log_ratio == "means":
-            if means.dtype not in (torch.float32, torch.float64):
-                raise ValueError(
-                    f"log_ratio: got 'means' with {means.dtype} replayed means, expected float32; this UniRL tree "
-                    "casts them to the trajectory dtype, so use log_ratio='log_probs'"
-                )
             actions = torch.stack([segment.latents_at(i + 1).to(means.device) for i in steps], dim=1)
             return fused_policy_loss(
                 means, old_means, actions, std, adv.to(means.dtype), objective=objective,
@@ -305,12 +341,39 @@ class FlowDPPO(_FlowDPPO):
             backend=self.loss_backend,
         )  # fmt: skip
 
+    def _check_rounded_means(self, dtype: torch.dtype, old_means: Tensor, std: Tensor) -> None:
+        """Refuses what replayed means in a short dtype cannot give.
+
+        Raises:
+            ValueError: ``log_ratio="means"``; or ``anchor="rollout"``, and the rounding alone is a KL above a tenth of
+                the threshold.
+        """
+        if self.log_ratio == "means":
+            raise ValueError(
+                f"log_ratio: got 'means' with {dtype} replayed means, expected float32; this UniRL tree "
+                "casts them to the trajectory dtype, so use log_ratio='log_probs'"
+            )
+        if self.anchor == "replay" or self._rounding_is_small:
+            return
+        # the replay of unchanged weights is these means, rounded: what is left between the two is the on-policy KL
+        drift = squared_drift(old_means.to(dtype), old_means, row_dims=2, backend=self.loss_backend)
+        scale = std if self.add_kl_coefficient else torch.ones_like(std)
+        on_policy = float((drift / (2.0 * scale**2)).max())
+        if on_policy > 0.1 * self.kl_mask_threshold:
+            raise ValueError(
+                f"anchor: got 'rollout' with {dtype} replayed means, expected float32; their rounding alone is a KL of "
+                f"{on_policy:.1e} on unchanged weights, beside a kl_mask_threshold of {self.kl_mask_threshold:.1e}; "
+                "set trajectory_precision: fp32, or anchor: replay"
+            )
+        self._rounding_is_small = True
+
     def _anchor(self, segment: Any, name: str, steps: list[int]) -> Tensor:
         field = getattr(segment, name)
         return _base.gather_sde_field(field, segment.sde_indices, steps, field_name=name).detach()
 
-    def _sampler(self) -> str:
-        return _SAMPLERS[type(self.stage.strategy).canonical_name]
+    def _sampler(self) -> str | None:
+        """The sampler's name here, None for a strategy that this module has no formula of."""
+        return _SAMPLERS.get(type(self.stage.strategy).canonical_name)
 
     def _levels(self, segment: Any, steps: list[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         sigmas = segment.sigmas.to(device=device, dtype=torch.float32)
@@ -319,7 +382,41 @@ class FlowDPPO(_FlowDPPO):
         return now, after, sigmas[1]
 
     def _std(self, segment: Any, steps: list[int], device: torch.device) -> Tensor:
-        """``[S]`` standard deviations of the segment's transitions, on the device."""
+        """``[S]`` standard deviations of the segment's transitions, on the device: the strategy's own if it has them.
+
+        Raises:
+            ValueError: a strategy without ``transition_std`` that is none of UniRL's first three.
+        """
         sigma, sigma_next, sigma_max = self._levels(segment, steps, device)
+        strategy, eta = self.stage.strategy, float(self.params.eta)
+        if hasattr(strategy, "transition_std"):
+            levels = {"sigma": sigma.double(), "sigma_next": sigma_next.double(), "sigma_max": sigma_max.double()}
+            return strategy.transition_std(eta=eta, **levels).reshape(-1).expand(len(steps))
         sampler = self._sampler()
-        return on_host(_step(sampler, sigma, sigma_next, float(self.params.eta), sigma_max).std)
+        if sampler is None:
+            raise ValueError(
+                f"pipeline.strategy: got {type(strategy).__name__} (canonical_name {strategy.canonical_name!r}), "
+                f"expected one with a transition_std method or one of {', '.join(map(repr, _SAMPLERS))}; the KL is "
+                "divided by the transition's variance"
+            )
+        return on_host(_step(sampler, sigma, sigma_next, eta, sigma_max).std)
+
+
+def _recomputes_anchor(self: Any) -> bool:
+    """Whether ``prepare_segment`` replays, as UniRL's train stack asks: not with ``anchor="rollout"``."""
+    if self.anchor == "rollout":
+        return False
+    theirs = vars(self).get("recomputes_anchor", getattr(super(FlowDPPO, self), "recomputes_anchor", True))
+    return bool(theirs() if callable(theirs) else theirs)
+
+
+def _keep(self: Any, value: Any) -> None:
+    vars(self)["recomputes_anchor"] = value
+
+
+# a method in UniRL's trees of June and July 2026, an attribute or a property in later ones
+FlowDPPO.recomputes_anchor = (
+    _recomputes_anchor
+    if callable(getattr(_FlowDPPO, "recomputes_anchor", None))
+    else property(_recomputes_anchor, _keep)
+)

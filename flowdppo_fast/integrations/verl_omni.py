@@ -26,11 +26,11 @@ from ..results import LossOutput
 from ..samplers import on_host
 from ..sampling import sde_step
 from ..schedule import HostSchedule, per_row
-from ._require import require
 from ._rows import UNIRL_METRICS, log_prob_policy_loss, squared_drift
+from ._trainer import module_of
 
 _SOURCE = "https://github.com/verl-project/verl-omni"
-_algos = require("verl_omni.trainer.diffusion.diffusion_algos", "verl-omni", _SOURCE)
+_algos = module_of("verl_omni.trainer.diffusion.diffusion_algos", "verl-omni", _SOURCE)
 _FlowGRPOLoss: Any = _algos.FlowGRPOLoss
 _FlowDPPOLoss: Any = _algos.FlowDPPOLoss
 _GRPOGuardLoss: Any = _algos.GRPOGuardLoss
@@ -56,7 +56,8 @@ class Options:
     """Where verl-omni's conventions can be had instead of the exact ones.
 
     Args:
-        sde_type: ``"sde"``, ``"cps"`` or ``"dance_sde"``; None reads ``config.model_config.algo.sde_type``.
+        sde_type: ``"sde"``, ``"cps"`` or ``"dance_sde"``; None reads ``config.model_config.algo.sde_type``, and is
+            ``"sde"`` for a config without it, as verl-omni's own default for the key.
         sigma: ``"exact"`` divides the KL by the standard deviation of the sampler at hand; ``"verl-omni"`` by
             ``std_dev_t * sqrt_dt`` under every sampler, which is too small for ``cps`` and ``dance_sde`` (their
             ``std_dev_t`` is the standard deviation already, so the KL comes out ``1/|dt|`` too large).
@@ -106,9 +107,10 @@ class Options:
         """The sampler's name here.
 
         Raises:
-            ValueError: it was neither registered nor found in ``config``.
+            ValueError: ``config`` names one that verl-omni has not.
         """
         found = self.sde_type or getattr(getattr(getattr(config, "model_config", None), "algo", None), "sde_type", None)
+        found = "sde" if found is None else found
         if found not in _SAMPLERS:
             raise ValueError(
                 f"sde_type: got {found!r} from config.model_config.algo.sde_type, expected 'sde', 'cps' or "
@@ -478,5 +480,5 @@ def _detached(value: Tensor | None) -> Tensor | None:
 
 
 def _scheduler_class() -> Any:
-    module = require("verl_omni.pipelines.schedulers.flow_match_sde", "verl-omni", _SOURCE)
+    module = module_of("verl_omni.pipelines.schedulers.flow_match_sde", "verl-omni", _SOURCE)
     return module.FlowMatchSDEDiscreteScheduler

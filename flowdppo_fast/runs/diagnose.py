@@ -1,25 +1,23 @@
 """``flowdppo diagnose RUN``: what a run's logs say about its trust region, drawn, with likely trouble named.
 
 Reads ``metrics.jsonl``, ``rows.jsonl`` and ``config.yaml`` of a run folder of :class:`~.trainer.FlowDPPOTrainer`. What
-a row is, and what its noise should be: :mod:`~.row_data`.
+a row is, and what its noise should be: :mod:`~.row_log`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..objectives import DPPO, GRPOGuard, RatioClip
-from ..samplers import sde_schedule
 from . import figures
-from .logs import from_json
-from .row_log import Rows, clip_against_mask, read_rows
+from .reading import RunFolder
+from .row_log import LoggedRows, clip_against_mask
 
 # root-mean-square rounding of standard normal numbers in bfloat16
 BF16_ROUNDING = 1.7e-3
@@ -31,88 +29,6 @@ _HALF = 0.5
 _LEAST_NOISE_SHARE = 0.1
 # how many standard errors a change from the first to the last third of a run must have
 _CHANGE = 5.0
-
-
-@dataclass(frozen=True)
-class RunFolder:
-    """A run's logs.
-
-    Attributes:
-        path: the folder.
-        config: sections as in ``config.yaml``.
-        metrics: one mapping per iteration.
-        rows: the row log.
-        shift: of the model's schedule, which a run folder does not hold.
-    """
-
-    path: Path
-    config: Mapping[str, Any]
-    metrics: list[dict[str, float]]
-    rows: Rows
-    shift: float = 1.0
-
-    @classmethod
-    def load(cls, path: Path, shift: float = 1.0) -> RunFolder:
-        """Reads a run folder.
-
-        Raises:
-            ValueError: a file is missing or is no log of a run.
-        """
-        import yaml
-
-        for name in ("config.yaml", "metrics.jsonl"):
-            if not (path / name).is_file():
-                raise ValueError(f"{path}: no {name} there, expected a run folder of FlowDPPOTrainer")
-        metrics = [from_json(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-        if not metrics:
-            raise ValueError(f"{path}: metrics.jsonl is empty, expected a run of at least one iteration")
-        config = yaml.safe_load((path / "config.yaml").read_text())
-        return cls(path, config, metrics, read_rows(path / "rows.jsonl"), shift)
-
-    def setting(self, section: str, name: str, default: Any = None) -> Any:
-        value = self.config.get(section, {}).get(name)
-        return default if value is None else value
-
-    @property
-    def objective(self) -> str:
-        return self.setting("objective", "name", "dppo")
-
-    @property
-    def threshold(self) -> float | None:
-        """Threshold of the mask, nats over the whole latent; None where the objective has no mask."""
-        if not self.objective.startswith("dppo"):
-            return None
-        return self.setting("objective", "threshold", DPPO().threshold) * self.rows.elements
-
-    @property
-    def clip(self) -> float | None:
-        """Clip range of plain ratio clipping, the smaller side, nats over the whole latent; None for others."""
-        if self.objective != "ratio_clip":
-            return None
-        sides = (self.setting("objective", f"clip_{side}", getattr(RatioClip, side)) for side in ("low", "high"))
-        return min(sides) * self.rows.elements
-
-    @property
-    def guard_clip(self) -> float | None:
-        """The same of GRPO-Guard, whose exponent is ``N*P*S``; None for others."""
-        if self.objective != "grpo_guard":
-            return None
-        sides = (self.setting("objective", f"clip_{side}", getattr(GRPOGuard, side)) for side in ("low", "high"))
-        return min(sides) * self.rows.elements
-
-    def step_stds(self) -> dict[int, float]:
-        """``S`` of the logged steps by index, for a schedule of evenly spaced levels with :attr:`shift`."""
-        count = self.setting("sampling", "num_steps", 10)
-        levels = [1 - place / count for place in range(count + 1)]
-        levels = [self.shift * level / (1 + (self.shift - 1) * level) for level in levels]
-        steps = sde_schedule(
-            self.setting("sampling", "sampler", "flow_sde"), levels, eta=self.setting("sampling", "eta", 0.7)
-        )
-        return {int(index): float(steps[index].std) for index in np.unique(self.rows.step)}
-
-    def series(self, name: str) -> np.ndarray:
-        """A metric over the iterations that have it."""
-        return np.array([line[name] for line in self.metrics if name in line], float)
 
 
 @dataclass(frozen=True)
@@ -147,33 +63,40 @@ def _one_update(folder: RunFolder) -> Iterator[str]:
 
 def _mismatch(folder: RunFolder) -> Iterator[str]:
     first = folder.rows.where(folder.rows.update == 0)
-    bound = folder.threshold or (None if folder.clip is None else folder.clip**2 / 2)
-    if not len(first) or bound is None:
+    threshold, clip = folder.threshold, folder.clip
+    if not len(first) or (not threshold and clip is None):
         return
-    floor = float(np.quantile(first.kl, 0.9))
-    if floor >= _NEAR_THRESHOLD * bound:
-        kind = "threshold" if folder.threshold else "KL at which the clip range is one standard deviation"
+
+    def bound(n: Any) -> Any:
+        """Nats of a row of ``n`` elements."""
+        return threshold * n if threshold else (clip * n) ** 2 / 2
+
+    share = float(np.quantile(first.kl / bound(first.elements), 0.9))
+    if share >= _NEAR_THRESHOLD:
+        kind = "threshold" if threshold else "KL at which the clip range is one standard deviation"
         yield (
             "before the first update of a rollout, where the policies are one, 10 % of the rows have a KL of "
-            f"{floor:.2g} nats or more ({floor / folder.rows.elements:.2g} per element), {floor / bound:.1%} of the "
-            f"{kind} ({bound:.2g} nats): the training pass does not compute what the rollout did (precision, batch "
-            "geometry, dropout), and the bound acts on that"
+            f"{folder.nats(lambda n: share * bound(n))} nats or more "
+            f"({folder.nats(lambda n: share * bound(n) / n)} per element), {share:.1%} of the "
+            f"{kind} ({folder.nats(bound)} nats): the training pass does not compute what the rollout did (precision, "
+            "batch geometry, dropout), and the bound acts on that"
         )
 
 
 def _bf16_means(folder: RunFolder) -> Iterator[str]:
-    if folder.threshold is None:
+    threshold = folder.threshold
+    if threshold is None:
         return
-    n = folder.rows.elements
-    floors = {step: n * BF16_ROUNDING**2 / (2 * std**2) for step, std in folder.step_stds().items() if std > 0}
+    floors = {step: BF16_ROUNDING**2 / (2 * std**2) for step, std in folder.step_stds().items() if std > 0}
     if not floors:
         return
     step, floor = max(floors.items(), key=lambda entry: entry[1])
-    if folder.threshold <= floor:
+    if threshold <= floor:
         yield (
-            f"the threshold of {folder.threshold:.2g} nats ({folder.threshold / n:.2g} per element) "
-            f"is under the KL of {floor:.2g} nats that rounding the means to bfloat16 would make on step {step}; this "
-            "trainer stores velocities and is not touched, but do not carry the threshold to one that stores bf16 means"
+            f"the threshold of {folder.nats(lambda n: threshold * n)} nats ({threshold:.2g} per element) is under the "
+            f"KL of {folder.nats(lambda n: floor * n)} nats that rounding the means to bfloat16 would make on step "
+            f"{step}; this trainer stores velocities and is not touched, but do not carry the threshold to one that "
+            "stores bf16 means"
         )
 
 
@@ -182,17 +105,18 @@ def _never_fires(folder: RunFolder) -> Iterator[str]:
     if folder.objective == "unclipped" or not len(moved) or not moved.kept.all():
         return
     if folder.threshold is not None:
-        largest = float(moved.kl.max())
+        share = float((moved.kl / (folder.threshold * moved.elements)).max())
         yield (
-            f"the mask dropped none of {len(moved)} rows: the largest KL was {largest:.2g} nats, "
-            f"{largest / folder.threshold:.1%} of the threshold; what trained is the unbounded objective"
+            f"the mask dropped none of {len(moved)} rows: the largest KL was {float(moved.kl.max()):.2g} nats, "
+            f"{'at most ' if len(moved.sizes) > 1 else ''}{share:.1%} of the threshold; what trained is the unbounded "
+            "objective"
         )
     else:
         largest = float(np.abs(moved.log_ratio).max())
-        bound = folder.clip or folder.guard_clip
+        bound = folder.clip or folder.guard_clip or 0.0
         yield (
             f"the clip dropped none of {len(moved)} rows: the largest log-ratio was {largest:.2g} nats, the clip range "
-            f"is {bound:.2g}; what trained is the unbounded objective"
+            f"is {folder.nats(lambda n: bound * n)}; what trained is the unbounded objective"
         )
 
 
@@ -209,13 +133,14 @@ def _noisy_clip(folder: RunFolder) -> Iterator[str]:
     moved = folder.rows.moved
     if folder.clip is None or not len(moved):
         return
-    found = clip_against_mask(moved, folder.clip)
+    found = clip_against_mask(moved, folder.clip * moved.elements)
     if found is not None and found["spurious"] >= _HALF:
+        threshold = found["threshold"] / moved.sizes[0]
         yield (
             f"{found['spurious']:.0%} of the {found['dropped']:.1%} of rows that the clip drops are nearer to the old"
-            f" policy than {found['threshold']:.2g} nats, the KL at which a mask would drop as many: mostly noise "
-            "of the ratio decides; objective.name=dppo with that threshold "
-            f"({found['threshold'] / moved.elements:.2g} per element) drops the far ones"
+            f" policy than {folder.nats(lambda n: threshold * n)} nats, the KL at which a mask would drop as many: "
+            "mostly noise of the ratio decides; objective.name=dppo with that threshold "
+            f"({threshold:.2g} per element) drops the far ones"
         )
 
 
@@ -285,34 +210,53 @@ CHECKS: dict[str, Callable[[RunFolder], Iterator[str]]] = {
 
 
 def numbers(folder: RunFolder) -> dict[str, Any]:
-    """What the plots show, as numbers: KL, ratio noise and dropped share by step and sign of the advantage."""
-    moved = folder.rows.moved
-    steps = {}
-    for step in np.unique(moved.step):
-        here = moved.where(moved.step == step)
-        steps[int(step)] = {
+    """What the plots show, as numbers: KL, ratio noise and dropped share by step and sign of the advantage.
+
+    What follows from N is a list where rows have several sizes, smallest first.
+    """
+    moved, first = folder.rows.moved, folder.rows.where(folder.rows.update == 0)
+    steps = {
+        step: {
             "rows": len(here),
             "kl_median_nats": float(np.median(here.kl)),
             "kl_90_nats": float(np.quantile(here.kl, 0.9)),
-            "noise_over_predicted": float(here.noise.std()),
+            "noise_over_predicted": float(here.standardised.std()),
             "dropped_positive_advantage": _dropped(here, here.advantage > 0),
             "dropped_negative_advantage": _dropped(here, here.advantage < 0),
         }
-    found = None if folder.clip is None else clip_against_mask(moved, folder.clip)
+        for step, here in _by_step(moved)
+    }
+    found = None if folder.clip is None else clip_against_mask(moved, folder.clip * moved.elements)
+    clip = folder.clip or folder.guard_clip
     return {
         "iterations": len(folder.metrics),
         "rows": len(folder.rows),
         "moved_rows": len(moved),
-        "elements": folder.rows.elements,
+        "elements": _by_size(folder, 1),
         "objective": folder.objective,
-        "threshold_nats": folder.threshold,
-        "clip_nats": folder.clip or folder.guard_clip,
+        "threshold_nats": _by_size(folder, folder.threshold),
+        "clip_nats": _by_size(folder, clip),
+        # rollout against training at unchanged weights
+        "mismatch_kl_nats": {
+            step: {"mean": float(here.kl.mean()), "max": float(here.kl.max())} for step, here in _by_step(first)
+        },
         "steps": steps,
         "clip_against_mask": found,
     }
 
 
-def _dropped(rows: Rows, chosen: np.ndarray) -> float | None:
+def _by_size(folder: RunFolder, per_element: float | None) -> Any:
+    if per_element is None:
+        return None
+    values = [per_element * n for n in folder.rows.sizes]
+    return values if len(values) > 1 else values[0]
+
+
+def _by_step(rows: LoggedRows) -> Iterator[tuple[int, LoggedRows]]:
+    return ((int(step), rows.where(rows.step == step)) for step in np.unique(rows.step))
+
+
+def _dropped(rows: LoggedRows, chosen: np.ndarray) -> float | None:
     return float(1 - rows.kept[chosen].mean()) if chosen.any() else None
 
 
@@ -328,19 +272,22 @@ def draw(folder: RunFolder, path: Path) -> None:
         else:
             text = "no row after a rollout's first update"
             axis.text(0.5, 0.5, text, ha="center", transform=axis.transAxes)
-    figure.suptitle(f"{folder.path.name}: {folder.objective}, N = {folder.rows.elements:,} elements per row")
+    sizes = ", ".join(f"{n:,}" for n in folder.rows.sizes)
+    figure.suptitle(f"{folder.path.name}: {folder.objective}, N = {sizes} elements per row")
     figures.save(figure, path)
 
 
-def _draw_kl(folder: RunFolder, moved: Rows, axis: Any) -> None:
+def _draw_kl(folder: RunFolder, moved: LoggedRows, axis: Any) -> None:
     for number, step in enumerate(np.unique(moved.step)):
         here = moved.where(moved.step == step)
         iterations = np.unique(here.iteration)
         medians = [np.median(here.kl[here.iteration == iteration]) for iteration in iterations]
         look = figures.SERIES[number % len(figures.SERIES)]
         axis.plot(iterations, medians, **look.kwargs(markersize=4, label=f"step {step}"))
-    if folder.threshold is not None:
-        axis.axhline(folder.threshold, color=figures.INK, linestyle=":", linewidth=1.2, label="threshold")
+    threshold = folder.threshold or 0.0
+    for n in folder.rows.sizes if threshold else ():
+        label = "threshold" if n == folder.rows.sizes[0] else None
+        axis.axhline(threshold * n, color=figures.INK, linestyle=":", linewidth=1.2, label=label)
     figures.log_scale(axis.yaxis)
     axis.set(
         title="How far updates move", xlabel="iteration [rollouts]",
@@ -348,17 +295,20 @@ def _draw_kl(folder: RunFolder, moved: Rows, axis: Any) -> None:
     )  # fmt: skip
 
 
-def _draw_noise(folder: RunFolder, moved: Rows, axis: Any) -> None:
-    edges = np.geomspace(moved.kl.min(), moved.kl.max() * 1.0001, 13)
-    place = np.digitize(moved.kl, edges)
-    points = [moved.where(place == number) for number in np.unique(place) if (place == number).sum() >= 10]
-    n = moved.elements
-    axis.plot(
-        [p.kl.mean() / n for p in points], [p.log_ratio.std() / n for p in points], color=figures.BLUE, marker="o",
-        linestyle="", label="measured",
-    )  # fmt: skip
-    axis.plot(edges / n, np.sqrt(2 * edges) / n, color=figures.GREY, linestyle=":", label="sqrt(2 D / N)")
-    axis.plot(edges / n, edges / n, color=figures.GREY, linestyle="--", label="D, what a clip means to bound")
+def _draw_noise(folder: RunFolder, moved: LoggedRows, axis: Any) -> None:
+    for number, n in enumerate(moved.sizes):
+        here = moved.where(moved.elements == n)
+        edges = np.geomspace(here.kl.min(), here.kl.max() * 1.0001, 13)
+        place = np.digitize(here.kl, edges)
+        points = [here.where(place == bin) for bin in np.unique(place) if (place == bin).sum() >= 10]
+        # what is expected of each size is a line of its own
+        names = ("measured", "sqrt(2 D / N)", "D, what a clip means to bound") if number == 0 else (None,) * 3
+        axis.plot(
+            [p.kl.mean() / n for p in points], [p.log_ratio.std() / n for p in points], color=figures.BLUE, marker="o",
+            linestyle="", label=names[0],
+        )  # fmt: skip
+        axis.plot(edges / n, np.sqrt(2 * edges) / n, color=figures.GREY, linestyle=":", label=names[1])
+        axis.plot(edges / n, edges / n, color=figures.GREY, linestyle="--", label=names[2])
     figures.log_scale(axis.xaxis)
     figures.log_scale(axis.yaxis)
     axis.set(
@@ -367,19 +317,32 @@ def _draw_noise(folder: RunFolder, moved: Rows, axis: Any) -> None:
     )  # fmt: skip
 
 
-def _draw_decisions(folder: RunFolder, moved: Rows, axis: Any) -> None:
-    shown = moved.where(np.arange(len(moved)) % max(1, len(moved) // 3000) == 0)
-    clip = folder.clip or np.sqrt(2 * (folder.threshold or float(np.quantile(moved.kl, 0.9))))
-    found = clip_against_mask(moved, clip)
-    threshold = folder.threshold or (found["threshold"] if found else float(moved.kl.max()))
-    clipped, masked = shown.away & (np.abs(shown.log_ratio) > clip), shown.away & (shown.kl >= threshold)
+def _draw_decisions(folder: RunFolder, moved: LoggedRows, axis: Any) -> None:
+    # rows of several sizes are bounded by the same numbers per element only
+    several = len(moved.sizes) > 1
+    unit = moved.elements if several else np.ones(len(moved))
+    size = float(np.median(moved.elements / unit))
+    if folder.clip:
+        clip = folder.clip * size
+    else:
+        typical = folder.threshold or float(np.quantile(moved.kl / moved.elements, 0.9))
+        clip = float(np.sqrt(2 * typical / np.median(moved.elements))) * size
+    found = clip_against_mask(moved, clip * unit)
+    kl, log_ratio = moved.kl / unit, moved.log_ratio / unit
+    if folder.threshold:
+        threshold = folder.threshold * size
+    else:
+        threshold = found["threshold"] / moved.sizes[0] * size if found else float(kl.max())
+    chosen_few = np.arange(len(moved)) % max(1, len(moved) // 3000) == 0
+    kl, log_ratio, away = kl[chosen_few], log_ratio[chosen_few], moved.away[chosen_few]
+    clipped, masked = away & (np.abs(log_ratio) > clip), away & (kl >= threshold)
     for label, chosen, colour, marker in (
         ("neither drops", ~clipped & ~masked, figures.PALE, "."),
         ("both drop", clipped & masked, figures.INK, "d"),
         ("clip alone", clipped & ~masked, *figures.METHODS["flow_grpo"][:2]),
         ("mask alone", masked & ~clipped, *figures.METHODS["flow_dppo"][:2]),
     ):
-        axis.scatter(shown.kl[chosen], shown.log_ratio[chosen], s=10, color=colour, marker=marker, label=label)
+        axis.scatter(kl[chosen], log_ratio[chosen], s=10, color=colour, marker=marker, label=label)
     axis.axvline(threshold, color=figures.INK, linestyle=":", linewidth=1.2, label="threshold")
     axis.axhline(clip, color=figures.INK, linestyle="--", linewidth=1.2, label="clip range")
     axis.axhline(-clip, color=figures.INK, linestyle="--", linewidth=1.2)
@@ -390,10 +353,11 @@ def _draw_decisions(folder: RunFolder, moved: Rows, axis: Any) -> None:
     marks = [float(clip), *10.0 ** np.arange(first, last)]
     axis.set_yticks([sign * mark for mark in marks for sign in (-1, 1)] + [0])
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
-    axis.set(title="What clip and mask drop", xlabel="KL of a row [nats]", ylabel="log-ratio of a row [nats]")
+    nats = "nats per element" if several else "nats"
+    axis.set(title="What clip and mask drop", xlabel=f"KL of a row [{nats}]", ylabel=f"log-ratio of a row [{nats}]")
 
 
-def _draw_dropped(folder: RunFolder, moved: Rows, axis: Any) -> None:
+def _draw_dropped(folder: RunFolder, moved: LoggedRows, axis: Any) -> None:
     steps = np.unique(moved.step)
     # the looks that metrics.png gives the two signs
     for offset, label, sign, look, hatch in (

@@ -82,7 +82,7 @@ def row_lines(
 
 
 @dataclass(frozen=True)
-class Rows:
+class LoggedRows:
     """All rows of a row log as flat arrays of one length.
 
     Attributes:
@@ -90,7 +90,7 @@ class Rows:
         advantage: of the sample.
         log_ratio, kl: in nats over the whole latent (the logged means times N).
         kept: False where the bound removed the gradient.
-        elements: N, latent elements per row.
+        elements: N, latent elements of the row.
     """
 
     iteration: np.ndarray
@@ -100,22 +100,27 @@ class Rows:
     log_ratio: np.ndarray
     kl: np.ndarray
     kept: np.ndarray
-    elements: int
+    elements: np.ndarray
 
     def __len__(self) -> int:
         return len(self.kl)
 
-    def where(self, chosen: np.ndarray) -> Rows:
+    def where(self, chosen: np.ndarray) -> LoggedRows:
         """The rows at which ``chosen`` is True."""
-        return Rows(**{name: getattr(self, name)[chosen] for name in _ARRAYS}, elements=self.elements)
+        return LoggedRows(**{name: getattr(self, name)[chosen] for name in _ARRAYS})
 
     @property
-    def moved(self) -> Rows:
+    def sizes(self) -> list[int]:
+        """The different N, smallest first."""
+        return np.unique(self.elements).tolist()
+
+    @property
+    def moved(self) -> LoggedRows:
         """Rows after the first update of their rollout: before it the policies are one, with nothing to decide."""
         return self.where((self.update > 0) & (self.kl > 0))
 
     @property
-    def noise(self) -> np.ndarray:
+    def standardised(self) -> np.ndarray:
         """``(L + D) / sqrt(2*D)``: standard normal where the noise knows nothing of the change of the policy."""
         return (self.log_ratio + self.kl) / np.sqrt(2 * self.kl)
 
@@ -125,10 +130,10 @@ class Rows:
         return self.advantage * self.log_ratio > 0
 
 
-_ARRAYS = tuple(field.name for field in fields(Rows) if field.name != "elements")
+_ARRAYS = tuple(field.name for field in fields(LoggedRows))
 
 
-def read_rows(path: Path) -> Rows:
+def read_rows(path: Path) -> LoggedRows:
     """The row log at ``path``.
 
     Raises:
@@ -137,7 +142,6 @@ def read_rows(path: Path) -> Rows:
     if not path.exists():
         raise ValueError(f"{path}: no row log there; a run writes one with run.row_log=true")
     columns: dict[str, list] = {name: [] for name in _ARRAYS}
-    elements = 0
     for number, text in enumerate(path.read_text().splitlines(), 1):
         try:
             line = json.loads(text)
@@ -151,24 +155,28 @@ def read_rows(path: Path) -> Rows:
                 np.asarray(line["log_ratio"], float).reshape(shape) * elements,
                 np.asarray(line["kl"], float).reshape(shape) * elements,
                 np.asarray(line["kept"], bool).reshape(shape),
+                np.full(shape, elements),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}, line {number}: {error!r}, expected a line of a row log") from None
         for name, part in zip(_ARRAYS, parts):
             columns[name].append(part.reshape(-1))
-    if not elements:
+    if not columns["kl"]:
         raise ValueError(f"{path}: got no rows, expected a run of at least one iteration")
-    return Rows(**{name: np.concatenate(columns[name]) for name in _ARRAYS}, elements=elements)
+    return LoggedRows(**{name: np.concatenate(columns[name]) for name in _ARRAYS})
 
 
-def clip_against_mask(rows: Rows, clip: float) -> dict[str, float] | None:
+def clip_against_mask(rows: LoggedRows, clip: float | np.ndarray) -> dict[str, float] | None:
     """What a clip range (nats over the whole latent) drops, against the mask that drops as many of the same rows.
+
+    A mask has one threshold per element for rows of all sizes. ``clip`` may be one number or one of each row.
 
     Both rules only drop rows that move away; the clip where the log-ratio is large, the mask where the KL is. None if
     the clip drops nothing.
 
     Returns:
-        ``dropped`` share of rows; ``threshold`` the KL (nats) with which the mask drops as many; ``spurious`` share of
+        ``dropped`` share of rows; ``threshold`` the KL (nats of the smallest rows) with which the mask drops as many;
+        ``spurious`` share of
         the dropped rows that are nearer than that by their exact KL (with equal numbers, as many farther rows are
         missed); ``kl_of_clipped_median`` and ``kl_of_masked_median``.
     """
@@ -177,8 +185,10 @@ def clip_against_mask(rows: Rows, clip: float) -> dict[str, float] | None:
     count = int(clipped.sum())
     if count == 0:
         return None
-    threshold = float(np.sort(rows.kl[away])[-count])
-    masked = away & (rows.kl >= threshold)
+    smallest = rows.elements.min()
+    distance = rows.kl * (smallest / rows.elements)
+    threshold = float(np.sort(distance[away])[-count])
+    masked = away & (distance >= threshold)
     return {
         "dropped": count / len(rows),
         "threshold": threshold,

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FunctionType
 from typing import Annotated, Any, Literal
 
+import torch
 import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, Strict, StrictBool, StrictInt
 
@@ -45,6 +46,14 @@ _Beta = Annotated[float, Field(ge=0, lt=1), NUMBER]
 _Precision = Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)]
 
 
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
+
+
 @dataclass
 class ModelConfig:
     """> Parameters that control what is trained.
@@ -52,7 +61,8 @@ class ModelConfig:
     Args:
         train: ``"lora"`` or ``"full"`` weights of the transformer(s).
         lora_rank, lora_alpha: of the LoRA adapters; None means 32 and twice the rank.
-        lora_targets: names of the layers that get an adapter; None means the attention projections.
+        lora_targets: names of the layers that get an adapter or their ends, one pattern that whole names match, or
+            ``all-linear``; None means the attention projections.
         gradient_checkpointing: recompute activations in the backward.
         mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"`` autocast (the last with a loss scale); trained weights are
             kept in float32.
@@ -66,12 +76,27 @@ class ModelConfig:
     train: Literal["lora", "full"] = "lora"
     lora_rank: Count | None = None
     lora_alpha: Positive | None = None
-    lora_targets: tuple[str, ...] | None = None
+    lora_targets: tuple[str, ...] | str | None = None
     gradient_checkpointing: StrictBool = False
     mixed_precision: _Precision = "no"
     compile: StrictBool = False
     ema_decay: _BetweenZeroAndOne | None = None
     offload_idle: StrictBool = False
+
+    @property
+    def rank(self) -> int:
+        """Of the LoRA adapters."""
+        return self.lora_rank or 32
+
+    @property
+    def alpha(self) -> float:
+        """Of the LoRA adapters."""
+        return 2.0 * self.rank if self.lora_alpha is None else self.lora_alpha
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """What transformers compute in, None without autocast."""
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.mixed_precision)
 
 
 @dataclass
@@ -177,6 +202,7 @@ class ObjectiveConfig:
         kl_weight: weight of the KL to the model as it was at the start, >= 0.
         reference_kl: ``"gaussian"``, or ``"without_dt"`` for flow_grpo's convention.
         drift_budget: the run ends once the KL to the model at the start, in nats per denoising step, exceeds this.
+        allow_idle: accept settings with which the bound cannot act, that is one update per rollout.
     """
 
     __pydantic_config__ = SECTION
@@ -189,6 +215,7 @@ class ObjectiveConfig:
     kl_weight: NotNegative = 0.0
     reference_kl: Literal["gaussian", "without_dt"] = "gaussian"
     drift_budget: Positive | None = None
+    allow_idle: StrictBool = False
 
     @property
     def needs_reference(self) -> bool:
@@ -292,6 +319,8 @@ class RunConfig:
             end, 0 none. Evaluations leave their pages in any case.
         strict_replay: the replay of a step in the batch it was recorded in must give the recorded velocities bitwise;
             False accepts, with a warning, what kernels that are not deterministic round otherwise.
+        stop_on_mismatch: the run ends before its weights are moved where rollout and training differ by more than the
+            bound at unchanged weights; False warns from a tenth of the bound on.
         row_log: write log-ratio, KL and mask of every row of every update to ``rows.jsonl`` in the output folder.
     """
 
@@ -308,6 +337,7 @@ class RunConfig:
     project: str = "flowdppo"
     plot_every: Annotated[int, Field(ge=0), Strict()] | None = 10
     strict_replay: StrictBool = True
+    stop_on_mismatch: StrictBool = False
     row_log: StrictBool = True
 
 
@@ -438,6 +468,18 @@ class FlowDPPOConfig:
             for name in ("clip_low", "clip_high"):
                 value = getattr(o, name)
                 require(value is None, f"objective.{name}", value, f"none: {o.name!r} does not clip")
+        updates = self.optimizer.updates_per_rollout * self.optimizer.inner_epochs
+        require(
+            updates > 1 or o.name == "unclipped" or o.allow_idle,
+            "optimizer.updates_per_rollout",
+            self.optimizer.updates_per_rollout,
+            "2 or more, or optimizer.inner_epochs of 2 or more: in the only update of a rollout every ratio is 1, so "
+            f"{o.callable or o.name} bounds nothing; objective.allow_idle=true accepts that",
+        )
+        targets = self.model.lora_targets
+        require(
+            not isinstance(targets, str) or _compiles(targets), "model.lora_targets", targets, "a regular expression"
+        )
         if self.model.train == "full":
             for name in ("lora_rank", "lora_alpha", "lora_targets"):
                 value = getattr(self.model, name)

@@ -7,24 +7,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..objectives import SUMMARY
+from ..objectives import SUMMARY, Objective
 from ..results import LossOutput
 from ..runs.row_log import row_lines
 from .advantages import group_spread, weighted_reward
 from .config import FlowDPPOConfig
+from .mismatch import MISMATCH_METRICS, mismatch_vector
 from .rollout import Rollout
 from .weights.distributed import Workers
 
-_EXTRA = ("ratio_moved_fraction", "replay_log_ratio_max")
+_EXTRA = ("ratio_moved_fraction", "replay_log_ratio_max", *MISMATCH_METRICS)
 # order of :func:`micro_vector`
 METRICS = (*SUMMARY, *_EXTRA)
-_MAXIMA, _MINIMA, _SUMS = ("ratio_max", "kl_new_old_max", "replay_log_ratio_max"), ("ratio_min",), ("nonfinite_rows",)
+_MAXIMA = ("ratio_max", "kl_new_old_max", "replay_log_ratio_max", "mismatch_kl_max")
+_MINIMA, _SUMS = ("ratio_min",), ("nonfinite_rows",)
 # standard deviations do not combine by averaging, and the complement says nothing new
 _DROPPED = ("ratio_std", "unmasked_fraction")
 
 
-def micro_vector(out: LossOutput, *, on_policy: bool) -> Tensor:
-    """All numbers of one micro-batch as a float32 vector.
+def micro_vector(out: LossOutput, objective: Objective, elements: int, *, on_policy: bool) -> Tensor:
+    """All numbers of one micro-batch of rows of ``elements`` latent elements as a float32 vector.
 
     Before the first update of a rollout (``on_policy``) ratios are 1 up to the rounding of the replay: then no row
     counts as moved, and the largest ``|log_ratio|`` is the noise floor below which thresholds mean nothing.
@@ -32,7 +34,8 @@ def micro_vector(out: LossOutput, *, on_policy: bool) -> Tensor:
     rows, zero = out.rows, torch.zeros_like(out.loss)
     moved = zero if on_policy else (rows.ratio != 1).to(zero.dtype).mean()
     floor = rows.log_ratio.abs().max() if on_policy else zero
-    return torch.cat([out.summary, torch.stack([moved, floor])]).float()
+    mismatch = mismatch_vector(out, objective, elements, on_policy=on_policy)
+    return torch.cat([out.summary, torch.stack([moved, floor]), mismatch]).float()
 
 
 def reduce_micro(
@@ -50,7 +53,12 @@ def reduce_micro(
     values = {}
     for name in ("loss", *names, *_EXTRA):
         line = table[:, METRICS.index(name)]
-        if name in _MAXIMA:
+        if name in MISMATCH_METRICS:
+            # of the rollout's first update alone
+            said = ~line.isnan()
+            line, own = torch.where(said, line, 0.0), torch.where(said, weights, 0.0)
+            values[name] = line.max() if name in _MAXIMA else (line * own).sum() / own.sum()
+        elif name in _MAXIMA:
             values[name] = line.max()
         elif name in _MINIMA:
             values[name] = line.min()

@@ -18,8 +18,6 @@ from .rewards import BackgroundScorer, Reward, score
 from .weights.distributed import Workers
 from .weights.sharding import T
 
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 class PipelineCalls:
     """What a run calls ``pipeline`` and ``reward`` for.
@@ -40,11 +38,11 @@ class PipelineCalls:
             with self.autocast():
                 return function()
 
-        return self.workers.sharding.call(in_precision)
+        return self.workers.sharding.inside(in_precision)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """The precision of the run."""
-        return autocast(self.device.type, _AUTOCAST.get(self.config.model.mixed_precision))
+        return autocast(self.device.type, self.config.model.autocast_dtype)
 
     def images(
         self, source: PromptSource, entries: list[dict], seeds: list[int], num_steps: int, options: Mapping[str, Any]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 from accelerate.logging import get_logger
 from torch import Tensor
 
+from ..runs.folder import CHECKPOINTS, CONFIG_FILE, FolderLock, check_ours
 from ..runs.logs import ADVICE, METRICS_FILE, ROWS_FILE, drop_later_lines, from_json
 from . import checkpoint
 from .advantages import RewardHistory
@@ -56,6 +59,7 @@ class RunState:
         skipped_updates: updates so far whose loss or gradient was not finite.
         reward_names: names of the rewards in the order of their columns; None before the first rollout.
         within: an iteration has begun to change the weights and is not over.
+        on_begin: writes what else belongs into the folder, once it is this run's.
     """
 
     config: FlowDPPOConfig
@@ -69,6 +73,10 @@ class RunState:
     skipped_updates: int = 0
     reward_names: list[str] | None = None
     within: bool = False
+    on_begin: Callable[[Path], None] | None = None
+
+    def __post_init__(self) -> None:
+        self.lock = FolderLock(self.output)
 
     def save(self) -> Path:
         """Writes a checkpoint: weights, averages, optimizer, rewards so far, random states and iteration.
@@ -77,8 +85,11 @@ class RunState:
 
         Raises:
             RuntimeError: it cannot be written.
+            ValueError: another run writes to the folder.
         """
-        weights, workers, folder = self.weights, self.workers, self.output / "checkpoints"
+        weights, workers, folder = self.weights, self.workers, self.output / CHECKPOINTS
+        if workers.is_main:
+            workers.attempt(self.lock.check)
         randoms = workers.gather_objects([checkpoint.random_state()])
         moments = checkpoint.optimizer_values(self.optimizer.adamw)
         tensors: dict[str, dict[str, Tensor]] = {
@@ -98,6 +109,7 @@ class RunState:
             "skipped_updates": self.skipped_updates,
             "reward_names": self.reward_names,
             "prompts": self.prompts,
+            "classes": weights.classes,
             "config": self.config.to_dict(),
         }
         if workers.is_main:
@@ -106,15 +118,33 @@ class RunState:
         workers.agree()
         return checkpoint.checkpoint_path(folder, self.iteration)
 
-    def begin(self, resume: bool) -> list[dict[str, float]]:
-        """Prepares the output folder or restores the newest checkpoint; returns the metrics so far.
+    @contextlib.contextmanager
+    def begun(self, resume: bool) -> Iterator[list[dict[str, float]]]:
+        """Within this context the output folder is this run's, prepared or restored; gives the metrics so far.
 
         The main process decides; the others have to see the same folder.
 
         Raises:
-            ValueError: the folder holds a run and ``resume`` is False, or one with other settings.
+            ValueError: the folder holds a run and ``resume`` is False, or one with other settings, or another run
+                writes to it, or it has files that no run wrote.
             RuntimeError: the folder cannot be written to, or all its checkpoints are damaged.
         """
+        if self.workers.is_main:
+            self.workers.attempt(self._hold)
+        self.workers.agree()
+        try:
+            yield self._begin(resume)
+        finally:
+            if self.workers.is_main:
+                self.lock.release()
+
+    def _hold(self) -> None:
+        try:
+            self.lock.acquire()
+        except OSError as cause:
+            raise RuntimeError(f"run.output_dir: {self.output} cannot be written to ({cause})") from cause
+
+    def _begin(self, resume: bool) -> list[dict[str, float]]:
         workers = self.workers
         path = workers.attempt(self._find, resume) if workers.is_main else None
         workers.agree()
@@ -134,12 +164,13 @@ class RunState:
 
     def _find(self, resume: bool) -> Path | None:
         """The checkpoint to continue from."""
-        output, folder = self.output, self.output / "checkpoints"
+        output, folder = self.output, self.output / CHECKPOINTS
         begun = (output / METRICS_FILE).exists() or checkpoint.checkpoints(folder)
         if not resume and self.iteration == 0 and begun:
             raise ValueError(
                 f"run.output_dir: {output} holds a run already, expected a new folder; pass resume=True to continue it"
             )
+        check_ours(output)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             checkpoint.remove_leftovers(folder)
@@ -203,7 +234,9 @@ class RunState:
                 drop_later_lines(log, self.iteration)
             copy = output / ".config.yaml"
             self.config.save(copy)
-            copy.rename(output / "config.yaml")
+            copy.rename(output / CONFIG_FILE)
+            if self.on_begin is not None:
+                self.on_begin(output)
             lines = path.read_text().splitlines() if path.exists() else []
         except OSError as cause:
             raise RuntimeError(f"run.output_dir: {output} cannot be written to ({cause}); {ADVICE}") from cause

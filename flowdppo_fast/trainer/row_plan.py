@@ -11,6 +11,7 @@ import torch
 from .config import FlowDPPOConfig, SamplingConfig
 from .prompts import PromptSource, text_of
 from .seeds import derive_seed
+from .weights.adapters import blocks_of
 from .weights.distributed import Workers
 from .weights.policy import PolicyWeights
 
@@ -101,12 +102,27 @@ def check_processes(config: FlowDPPOConfig, workers: Workers, prompts: PromptSou
         raise ValueError(f"sampling.per_group_steps: got True with {transformers} transformers, expected False {how}")
 
 
+def _adapted(weights: PolicyWeights) -> str:
+    """How many layers have adapters, in how many blocks; lists of blocks without any are named."""
+    layers = {name.rpartition(".lora_")[0] for name in weights.names}
+    text, places = f"LoRA on {len(layers)} layers", {tuple(layer.split(".")[:3]) for layer in layers}
+    blocks = {
+        (module, name): count
+        for module in weights.modules
+        for name, count in blocks_of(weights.modules[module]).items()
+    }
+    if not blocks:
+        return text
+    found = {block: sum(place[:2] == block for place in places) for block in blocks}
+    none = [f"{name} of {module} has none (model.lora_targets)" for (module, name), n in found.items() if not n]
+    return "; ".join([f"{text} in {sum(found.values())} of {sum(blocks.values())} blocks", *none])
+
+
 def summary(config: FlowDPPOConfig, workers: Workers, weights: PolicyWeights, device: torch.device) -> str:
     """What will be done with what, in a few lines: device, processes, weights, images and updates of an iteration."""
     s, o, count = config.sampling, config.optimizer, workers.count
     trained = sum(shape.numel() for shape in workers.sharding.shapes.values())
-    layers = len({name.rpartition(".lora_")[0] for name in weights.names})
-    what = f"LoRA on {layers} layers" if config.model.train == "lora" else "all weights"
+    what = _adapted(weights) if config.model.train == "lora" else "all weights"
     idle = torch.cuda.device_count() - count if device.type == "cuda" else 0
     lines = [
         f"{count} process{'es' * (count > 1)} on {device.type}, {workers.sharding.kind}"

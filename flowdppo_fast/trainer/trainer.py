@@ -30,6 +30,7 @@ from .checkpoint import load_random_state, random_state
 from .config import FlowDPPOConfig
 from .evaluation import Evaluation
 from .metrics import METRICS, micro_vector, read_iteration
+from .mismatch import MismatchGate
 from .pipeline_calls import PipelineCalls, check_guidance, join_rewards
 from .prompts import PromptSource
 from .record.arguments import row_index
@@ -156,12 +157,10 @@ class FlowDPPOTrainer:
         # of the first call, and the kinds of calls that were checked
         self.replay_check: ReplayCheck | None = None
         self._verified: set[tuple] = set()
-        # told what is being done, for the progress bar
-        self._doing: Callable[[str], None] = lambda text: None
+        self._doing: Callable[[str], None] = lambda text: None  # for the progress bar
         # kind, images and captions of the present iteration, for the output folder
         self._pages: list[tuple[str, Any, list[str]]] = []
-        if o.updates_per_rollout * o.inner_epochs == 1:
-            logger.warning("one update per rollout: every ratio is 1, so %s bounds nothing", config.objective.name)
+        self._gate = MismatchGate(self.objective, self.workers, config.run.stop_on_mismatch)
 
     @property
     def iteration(self) -> int:
@@ -184,23 +183,13 @@ class FlowDPPOTrainer:
             on_iteration: called after each iteration with its metrics.
 
         Raises:
-            ValueError: the folder holds a run and ``resume`` is False, or one with other settings.
+            ValueError: the folder holds a run that goes on, or has other settings, or ``resume`` is False.
             RuntimeError: too many updates were skipped because a loss or gradient was not finite, or an interrupted
                 iteration has to be undone and there is no checkpoint to go back to.
         """
         run = self.config.run
-        history = self.state.begin(resume)
         self.pipeline.set_progress_bar_config(disable=True)
-        with RunLog(
-            self.accelerator,
-            self.output,
-            trackers=run.trackers,
-            project=run.project,
-            config=self.config.to_dict(),
-            total=run.iterations,
-            progress=run.progress,
-            plot_every=run.plot_every,
-        ) as log:
+        with self.state.begun(resume) as history, self._log() as log:
             log.start(history)
             self._doing = log.doing
             log.say(summary(self.config, self.workers, self.weights, self.device))
@@ -224,6 +213,13 @@ class FlowDPPOTrainer:
                         f"expected at most optimizer.max_skipped_updates={self.config.optimizer.max_skipped_updates}"
                     )
         return history
+
+    def _log(self) -> RunLog:
+        run = self.config.run
+        return RunLog(
+            self.accelerator, self.output, trackers=run.trackers, project=run.project, config=self.config.to_dict(),
+            total=run.iterations, progress=run.progress, plot_every=run.plot_every,
+        )  # fmt: skip
 
     @own_state()
     def sample(self, iteration: int) -> Rollout:
@@ -304,11 +300,13 @@ class FlowDPPOTrainer:
                 advantages = rollout.advantages[row_index(places[part], self.device)]
                 shares.append(len(advantages) * len(steps) / (len(rows) * count))
                 out = self._micro_batch(trajectory, local[part], steps, advantages, shares[-1])
-                vectors.append(micro_vector(out, on_policy=number == 0))
+                vectors.append(micro_vector(out, self.objective, trajectory.elements, on_policy=number == 0))
                 indices = [trajectory.steps[position].index for position in steps]
                 elements.append(trajectory.elements)
                 parts.append(row_part(out, number, indices, places[part], trajectory.elements))
                 self._metric_names = out.metric_names
+        if number == 0:
+            self._gate.check(vectors)
         own = torch.stack([share * vector for share, vector in zip(shares, vectors)]).sum(0)
         loss, kl = (own[METRICS.index(name)] for name in ("loss", "kl_new_old_mean"))
         step = self.optimizer.step(loss, kl)
@@ -471,6 +469,7 @@ class FlowDPPOTrainer:
     def _read(self, rollout: Rollout, results: dict[str, list]) -> dict[str, float]:
         """Metrics of the iteration that just ended, as floats: read from the device once."""
         metrics, lines = read_iteration(self.iteration, rollout, results, self.config, self.workers, self._metric_names)
+        self._gate.warn(metrics)
         self.state.skipped_updates += int(metrics["skipped_updates"])
         if lines and self.workers.is_main:
             self.workers.attempt(append_lines, self.output / ROWS_FILE, lines)

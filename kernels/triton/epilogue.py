@@ -119,7 +119,7 @@ def _read_row(
     zero,
     MEAN_FORM: tl.constexpr,
     MOMENT: tl.constexpr,
-    DRIFT: tl.constexpr,
+    REFERENCE: tl.constexpr,
     FIELDS: tl.constexpr,
 ):
     """A block of rows from their sums."""
@@ -127,18 +127,18 @@ def _read_row(
     line = rows.to(tl.int64)
     cross = zero
     moment = zero
-    drift = zero
+    apart = zero
     if partials is not None:
         cross = tl.load(sums + at, mask=inside, other=0.0)
         if MOMENT:
             moment = tl.load(sums + 2 * line + at, mask=inside, other=0.0)
-        if DRIFT:
-            drift = tl.load(sums + (FIELDS - 1) * line + at, mask=inside, other=0.0)
+        if REFERENCE:
+            apart = tl.load(sums + (FIELDS - 1) * line + at, mask=inside, other=0.0)
     elif given_reference_drift is not None:
-        drift = tl.load(given_reference_drift + at, mask=inside, other=0.0)
+        apart = tl.load(given_reference_drift + at, mask=inside, other=0.0)
     square = _squares(sums, partials, given_drift, at, rows, zero)
     s, k, t = step
-    p, q, e, r = row_statistics(cross, square, moment, drift, numel, k, MEAN_FORM)
+    p, q, e, r = row_statistics(cross, square, moment, apart, numel, k, MEAN_FORM)
     weight = zero + 1.0
     if row_weights is not None:
         weight = tl.load(row_weights + at, mask=inside, other=0.0)
@@ -291,7 +291,7 @@ def epilogue_kernel(
     REFERENCE_WITHOUT_DT: tl.constexpr,
     COLUMNS: tl.constexpr,
     MEAN_FORM: tl.constexpr,
-    DRIFT: tl.constexpr,  # of the partials
+    REFERENCE: tl.constexpr,  # of the partials
     FIELDS: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
     ROW_BLOCKS: tl.constexpr,
@@ -337,7 +337,7 @@ def epilogue_kernel(
         numbers_of_step = training_step(step, std, scale, neg_dt, at, rows, dtype, ROW_BLOCK, COLUMNS, MEAN_FORM)
         row = _read_row(
             advantages, row_weights, sums, partials, given_drift, given_reference_drift, numbers_of_step,
-            at, rows, numel, zero, MEAN_FORM, old_log_prob is not None, DRIFT, FIELDS,
+            at, rows, numel, zero, MEAN_FORM, old_log_prob is not None, REFERENCE, FIELDS,
         )  # fmt: skip
         results, extras = _evaluate_row(
             row, log_ratio, old, bias, numel, numbers,

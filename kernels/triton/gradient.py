@@ -124,7 +124,7 @@ _launch_gradient = Launcher(gradient_kernel, fp_fusion=True)
 
 def launch_gradient(source: RowSource, coefficients: Tensor, upstream: Tensor | None, factor: float) -> Tensor:
     """:func:`row_grad` whose ``upstream`` may be None for 1."""
-    new, old, noise, reference, streams = source[:5]
+    new, old, drawn, reference, streams = source[:5]
     rows0, rows1, numel = new.shape
     rows = rows0 * rows1
     grad = new.new_empty(new.shape)
@@ -141,11 +141,11 @@ def launch_gradient(source: RowSource, coefficients: Tensor, upstream: Tensor | 
         upstream, factor = scaled if upstream is None else scaled * upstream, 1.0
     upstream_stride = 0 if upstream is None or upstream.numel() == 1 else upstream.stride(0)
     blocks, splits = cut(rows, numel)
-    rows1, outer, inner = row_strides(new, old, noise, reference)
+    rows1, outer, inner = row_strides(new, old, drawn, reference)
     with on_device(new):
         _launch_gradient(
             rows * splits, NUM_WARPS,
-            (new, old, noise, reference, streams, step, coefficients, upstream, grad),
+            (new, old, drawn, reference, streams, step, coefficients, upstream, grad),
             (scale, factor),
             (numel, splits, upstream_stride, rows1, *outer, *inner),
             (source.seed, source.first_stream),

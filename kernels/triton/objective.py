@@ -37,7 +37,8 @@ def policy_loss(
         return _launch_epilogue(
             launch_partials(source, old_log_prob is not None, advantages), None, None, None,
             source.step, source.step_values, advantages, row_weights, old_log_prob, ints, floats,
-            numel, splits=cut(rows, numel).splits, mean_form=source.form == MEAN, drift=source.reference is not None,
+            numel, splits=cut(rows, numel).splits, mean_form=source.form == MEAN,
+            reference=source.reference is not None,
         )  # fmt: skip
 
 
@@ -59,7 +60,7 @@ def log_prob_loss(
     with on_device(log_prob):
         return _launch_epilogue(
             None, log_prob, drift, reference_drift, step, step_values, advantages, row_weights, old_log_prob,
-            ints, floats, 1, splits=1, mean_form=True, drift=False,
+            ints, floats, 1, splits=1, mean_form=True, reference=False,
         )  # fmt: skip
 
 
@@ -86,7 +87,7 @@ def _launch_epilogue(
     *,
     splits: int,
     mean_form: bool,
-    drift: bool,
+    reference: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     # advantages are in the accumulation dtype
     rows = advantages.shape[0]
@@ -99,8 +100,9 @@ def _launch_epilogue(
         numbers, options = _NO_NUMBERS, advantages.new_tensor(floats)
     tiles, row_block, row_blocks, num_warps = epilogue_tiles(rows, splits)
     kind = (
-        *ints[1:], 0 if step is None else step.shape[1], mean_form, drift, 2 + (old_log_prob is not None) + drift,
-        row_block, row_blocks, tiles.row_block, tiles.row_blocks, tiles.split_block, tiles.split_blocks,
+        *ints[1:], 0 if step is None else step.shape[1], mean_form, reference,
+        2 + (old_log_prob is not None) + reference, row_block, row_blocks,
+        tiles.row_block, tiles.row_blocks, tiles.split_block, tiles.split_blocks,
     )  # fmt: skip
     _launch_kernel(
         1, num_warps,

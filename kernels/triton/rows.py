@@ -83,13 +83,13 @@ def training_step(
 
 
 @triton.jit
-def row_statistics(cross, square, moment, drift, numel, k, MEAN_FORM: tl.constexpr):
+def row_statistics(cross, square, moment, apart, numel, k, MEAN_FORM: tl.constexpr):
     """``P, Q, E, R`` of rows from their sums of ``d*z, d*d, z*z, w*w`` (``statistics.partials_kernel``)."""
     count = tl.full(cross.shape, 1.0, cross.dtype) * numel.to(cross.dtype)
     p = divide(cross, count) * k
     q = divide(square, count) * k * k
     e = divide(moment, count)
-    r = divide(drift, count) * k * k
+    r = divide(apart, count) * k * k
     if MEAN_FORM:
         p = p * k
         e = e * k * k

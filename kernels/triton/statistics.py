@@ -71,7 +71,7 @@ def partials_kernel(
     cross = tl.full((BLOCK,), 0.0, dtype)
     square = tl.full((BLOCK,), 0.0, dtype)
     moment = tl.full((BLOCK,), 0.0, dtype)
-    drift = tl.full((BLOCK,), 0.0, dtype)
+    apart = tl.full((BLOCK,), 0.0, dtype)
     for i in range(BLOCKS):
         at = tl.arange(0, BLOCK) + i * BLOCK
         inside = at < remaining
@@ -101,7 +101,7 @@ def partials_kernel(
             moment += z * z
         if reference is not None:
             w = x - w.to(dtype)
-            drift += w * w
+            apart += w * w
 
     out = partials + program
     total = tl.num_programs(0).to(tl.int64)
@@ -112,7 +112,7 @@ def partials_kernel(
         tl.store(out, tl.sum(moment, axis=0))
         out += total
     if reference is not None:
-        tl.store(out, tl.sum(drift, axis=0))
+        tl.store(out, tl.sum(apart, axis=0))
 
 
 @triton.jit(do_not_specialize=["rows", "splits", "numel"])
@@ -129,7 +129,7 @@ def statistics_kernel(
     COLUMNS: tl.constexpr,
     MEAN_FORM: tl.constexpr,
     SECOND_MOMENT: tl.constexpr,
-    DRIFT: tl.constexpr,
+    REFERENCE: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
     SPLIT_BLOCK: tl.constexpr,
     SPLIT_BLOCKS: tl.constexpr,
@@ -137,11 +137,11 @@ def statistics_kernel(
     dtype: tl.constexpr = partials.dtype.element_ty
     row = tl.program_id(0) * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
     _, k, _ = training_step(step, std, scale, neg_dt, row, rows, dtype, ROW_BLOCK, COLUMNS, MEAN_FORM)
-    fields: tl.constexpr = 2 + SECOND_MOMENT + DRIFT
-    cross, square, moment, drift = row_sums(partials, row, rows, splits, fields, ROW_BLOCK, SPLIT_BLOCK, SPLIT_BLOCKS)
-    if DRIFT and not SECOND_MOMENT:
-        moment, drift = drift, moment
-    p, q, e, r = row_statistics(cross, square, moment, drift, numel, k, MEAN_FORM)
+    fields: tl.constexpr = 2 + SECOND_MOMENT + REFERENCE
+    cross, square, moment, apart = row_sums(partials, row, rows, splits, fields, ROW_BLOCK, SPLIT_BLOCK, SPLIT_BLOCKS)
+    if REFERENCE and not SECOND_MOMENT:
+        moment, apart = apart, moment
+    p, q, e, r = row_statistics(cross, square, moment, apart, numel, k, MEAN_FORM)
     inside = row < rows
     line = rows.to(tl.int64)
     tl.store(stats + row, p, mask=inside)
@@ -159,15 +159,15 @@ def launch_partials(source: RowSource, second_moment: bool, like: Tensor) -> Ten
 
     Returns ``[fields, R, splits]`` in ``like``'s dtype as one long vector, with room for ``[fields, R]`` behind it.
     """
-    new, old, noise, reference, streams = source[:5]
+    new, old, drawn, reference, streams = source[:5]
     rows0, rows1, numel = new.shape
     rows = rows0 * rows1
     blocks, splits = cut(rows, numel)
     partials = like.new_empty((2 + second_moment + (reference is not None)) * rows * (splits + 1))
-    rows1, outer, inner = row_strides(new, old, noise, reference)
+    rows1, outer, inner = row_strides(new, old, drawn, reference)
     _launch_partials(
         rows * splits, NUM_WARPS,
-        (new, old, noise, reference, streams, partials),
+        (new, old, drawn, reference, streams, partials),
         (),
         (numel, splits, rows1, *outer, *inner),
         (source.seed, source.first_stream),

@@ -14,7 +14,7 @@ import flowdppo_fast as fast
 
 PUBLIC = {
     "BACKENDS", "DPPO", "FlowDPPOLoss", "GRPOGuard", "LossMetrics", "LossOutput", "PhiloxNoise", "RatioClip",
-    "RowResults", "SAMPLERS", "SDEStep", "Schedule", "Unclipped", "build_info", "fused_dppo_loss",
+    "RowResults", "SAMPLERS", "SDEStep", "ScheduleLevels", "Unclipped", "build_info", "fused_dppo_loss",
     "fused_dppo_velocity_loss", "fused_policy_loss", "fused_policy_velocity_loss", "resolve_backend", "row_statistics",
     "sde_schedule", "sde_step", "sde_step_with_logprob",
 }  # fmt: skip

@@ -398,12 +398,14 @@ TABLE: dict[str, Wrong] = {
         for sampler, eta in [("dance", -0.1), ("cps", 1.2), ("flow_sde", math.nan), ("cps", math.nan)]
     },
     "schedule missing for wan": Wrong(
-        lambda: fast.SDEStep.from_sigmas("wan", 0.7, 0.6), ValueError, ("schedule", "'wan'", "Schedule.from_sigmas")
+        lambda: fast.SDEStep.from_sigmas("wan", 0.7, 0.6),
+        ValueError,
+        ("schedule", "'wan'", "ScheduleLevels.from_sigmas")
     ),
     "schedule missing at 1": Wrong(
         lambda: fast.SDEStep.from_sigmas("flow_sde", 1.0, 0.9), ValueError, ("schedule", "'flow_sde'", "sigma=1")
     ),
-    "schedule too short": Wrong(lambda: fast.Schedule.from_sigmas([1.0]), ValueError, ("sigmas", "1", "2")),
+    "schedule too short": Wrong(lambda: fast.ScheduleLevels.from_sigmas([1.0]), ValueError, ("sigmas", "1", "2")),
     "schedule of one level": Wrong(lambda: fast.sde_schedule("dance", [1.0]), ValueError, ("sigmas", "1", "2")),
     "schedule ascending": Wrong(
         lambda: fast.sde_schedule("dance", [0.0, 0.5, 1.0]), ValueError, ("sigma", "0 -> 0.5", "sigma_next < sigma")

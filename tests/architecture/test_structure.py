@@ -28,8 +28,8 @@ LAYERS = {
     ),
     "wings of the trainer": ("trainer.record", "trainer.weights", "trainer.rewards"),
     "its loop": (
-        "trainer.advantages", "trainer.checkpoint", "trainer.evaluation", "trainer.metrics", "trainer.pipeline_calls",
-        "trainer.resume", "trainer.rollout", "trainer.row_plan", "trainer.trainer",
+        "trainer.advantages", "trainer.checkpoint", "trainer.evaluation", "trainer.metrics", "trainer.mismatch",
+        "trainer.pipeline_calls", "trainer.resume", "trainer.rollout", "trainer.row_plan", "trainer.trainer",
     ),
     "a run as a file": ("trainer.recipe", "trainer.export"),
     "its front door": ("trainer",),

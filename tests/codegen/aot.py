@@ -83,7 +83,7 @@ _EPILOGUE_FLAGS = {
     "TRUST_REGION": 0,
     "COLUMNS": 0,
     "MEAN_FORM": False,
-    "DRIFT": False,
+    "REFERENCE": False,
 }
 _NUMBERS = ("threshold", "clip_low", "clip_high", "advantage_clip", "kl_weight")
 # compiled against the contract, to prove that its checks find fault
@@ -142,7 +142,7 @@ def specialisations() -> list[Specialisation]:
         types = dict.fromkeys((*sums, "advantages", "loss_out", "rows_out", "summary", *pointers), "*fp32")
         types |= _STEP | dict.fromkeys(_NUMBERS, numbers) | dict.fromkeys(("rows", "splits", "numel"), "i32")
         geometry = {
-            "FIELDS": 2 + ("old_log_prob" in pointers) + flags.get("DRIFT", False),
+            "FIELDS": 2 + ("old_log_prob" in pointers) + flags.get("REFERENCE", False),
             "ROW_BLOCK": tiles.row_block,
             "ROW_BLOCKS": tiles.row_blocks,
             "TILE_ROWS": tiles.partials.row_block,
@@ -179,7 +179,7 @@ def specialisations() -> list[Specialisation]:
     step("fp32", "fp32", "fp32", "fp32")
     step("fp32 replay", "fp32", "fp32", None, None, "fp32", given=True)
     epilogue("dppo 8 x 32", 0, 8, 32)
-    epilogue("dppo + reference 16 x 117", 0, 16, 117, DRIFT=True)
+    epilogue("dppo + reference 16 x 117", 0, 16, 117, REFERENCE=True)
     epilogue("clip, old log-prob 24 x 32", 2, 24, 32, ("old_log_prob", "row_weights"))
     epilogue("guard, batch bias 4096 x 1", 3, 4096, 1, BATCH_BIAS=1)
     epilogue("given log-probs 16 rows", 0, 16, 1, ("old_log_prob",), sums=("log_prob", "given_drift"), MEAN_FORM=True)
@@ -191,7 +191,7 @@ def specialisations() -> list[Specialisation]:
         "statistics 8 x 32",
         "statistics.statistics_kernel",
         {"partials": "*fp32", "stats": "*fp32"} | _STEP | counts,
-        geometry | {"COLUMNS": 0, "MEAN_FORM": False, "SECOND_MOMENT": False, "DRIFT": False},
+        geometry | {"COLUMNS": 0, "MEAN_FORM": False, "SECOND_MOMENT": False, "REFERENCE": False},
         1,
         False,
     )

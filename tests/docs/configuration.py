@@ -38,6 +38,8 @@ CONFLICTS: tuple[dict[str, Any], ...] = (
     {"sampling": {"pipeline_kwargs": {"prompt": "a cat"}}},
     {"sampling": {"group_size": 1}},
     {"optimizer": {"updates_per_rollout": 3}},
+    {"optimizer": {"updates_per_rollout": 1}},
+    {"model": {"lora_targets": "attn.(to_q"}},
     {"model": {"train": "full", "lora_rank": 8}},
     {"objective": {"name": "ratio_clip", "threshold": 1e-5}},
     {"objective": {"clip_low": 1e-4}},

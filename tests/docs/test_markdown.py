@@ -10,26 +10,16 @@ import yaml
 from .pages import ALL, ROOT, load
 
 DOCS = ROOT / "docs"
-# pages whose prose is still to be cut into one claim per sentence: take a page off when it has no semicolon
-TO_DO = (
-    "docs/architecture.md", "docs/configuration.md", "docs/contributing.md", "docs/contributing/objective.md",
-    "docs/contributing/sampler.md", "docs/cuda.md", "docs/performance.md", "docs/releasing.md", "docs/trust.md",
-)  # fmt: skip
+EACH = [pytest.param(page, id=str(page)) for page in ALL]
 
 
-def each(*to_do: str) -> list:
-    """All pages; those of ``to_do`` may fail."""
-    later = pytest.mark.xfail(reason="its prose is still to be rewritten", strict=False)
-    return [pytest.param(page, marks=later if str(page) in to_do else (), id=str(page)) for page in ALL]
-
-
-@pytest.mark.parametrize("page", each(*TO_DO))
+@pytest.mark.parametrize("page", EACH)
 def test_no_semicolon_joins_two_claims(page):
     found = [" ".join(text.split()) for text in re.findall(r"[^\n]*\n?[^\n]*;[^\n]*", page.sentences)]
     assert not found, f"{page}: one claim per sentence"
 
 
-@pytest.mark.parametrize("page", each())
+@pytest.mark.parametrize("page", EACH)
 def test_links_lead_somewhere(page):
     for target, anchor in page.links():
         linked = (page.path.parent / target).resolve() if target else page.path
@@ -39,7 +29,7 @@ def test_links_lead_somewhere(page):
             assert anchor in load(linked).anchors(), f"{page} links to {target}#{anchor}"
 
 
-@pytest.mark.parametrize("page", each("docs/contributing/sampler.md"))
+@pytest.mark.parametrize("page", EACH)
 def test_every_renderer_reads_the_page_alike(page):
     assert wrong_markup(page.prose) == []
 

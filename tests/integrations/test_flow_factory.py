@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 
 import pytest
@@ -225,5 +227,183 @@ def test_ode_dynamics_have_no_density(flow_factory):
     batch = rollout(trainer)
     trainer.adapter.scheduler.dynamics_type = "ODE"
     with pytest.raises(ValueError, match="dynamics_type: got 'ODE', expected one of 'Flow-SDE', 'Dance-SDE', 'CPS'"):
-        trainer._sampler()
-    assert batch["advantage"].shape == (ROWS,)
+        trainer.optimize([batch])
+
+
+# ---- the later layout: states of one or several latents
+
+
+SHAPES = {"latent": (3, 5), "audio": (7, 5)}
+
+
+def make_states(integration, names, mask, *, padding=0, dtype=torch.float64, **arguments):
+    sigmas = torch.tensor(SIGMAS)
+    adapters = {}
+    for name, dynamics in names.items():
+        scheduler = standin.Scheduler(sigmas, sigmas[:-1] * 1000.0, torch.tensor(TRAINED), dynamics, ETA)
+        adapters[name] = standin.Adapter(5, scheduler, dtype)
+    args = standin.DPPOTrainingArguments(
+        **{"kl_mask_threshold": THRESHOLD, "kl_mask_type": mask, "kl_type": mask, **arguments}
+    )
+    trainer = integration.DPPOTrainer(standin.StateAdapter(adapters, padding), args, standin.Accelerator(2))
+    trainer.loss_backend = "reference" if dtype == torch.float64 else "auto"
+    return trainer
+
+
+def rollout_states(trainer, dtype=torch.float64):
+    """A micro-batch of the trained steps: states, times, joint log-probs, and what the rollout stored beside them."""
+    adapter = trainer.adapter
+    g = torch.Generator().manual_seed(3)
+    fields = ("next_latents_mean", "velocity", "log_prob")
+    batch = {"steps": {}, "callbacks": {"next_latents_mean": {}, "velocity": {}}, "advantage": ADVANTAGES.to(dtype)}
+    for i in TRAINED:
+        x = {n: torch.randn(ROWS, *SHAPES[n], generator=g, dtype=torch.float64).to(dtype) for n in adapter.adapters}
+        noise = {n: torch.randn(x[n].shape, generator=g, dtype=torch.float64).to(dtype) for n in x}
+        times = [{n: s.timesteps[j].expand(ROWS) for n, s in adapter.scheduler_group.items()} for j in (i, i + 1)]
+        replay = standin.namespace(
+            state=standin.LatentState(x), next_state=standin.LatentState(dict(x)), log_prob=None,
+            times=standin.namespace(timestep=times[0], next_timestep=times[1]),
+        )  # fmt: skip
+        with torch.no_grad():
+            out = adapter.forward_state(replay, (*fields, "std_dev_t", "dt"), 1.0)
+            for name, scheduler in adapter.scheduler_group.items():
+                std = out.std_dev_t[name]
+                std = std if scheduler.dynamics_type == "CPS" else std * torch.sqrt(-out.dt[name])
+                replay.next_state.components[name] = out.next_state_mean.components[name] + std * noise[name]
+            replay.log_prob = adapter.forward_state(replay, fields, 1.0).log_prob
+        batch["steps"][i] = replay
+        batch["callbacks"]["next_latents_mean"][i] = out.next_state_mean.components
+        batch["callbacks"]["velocity"][i] = out.velocity.components
+    return batch
+
+
+def update_states(trainer, size=0.3):
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in trainer.adapter.get_trainable_parameters():
+            weight += size * torch.randn(weight.shape, generator=g).to(weight)
+
+
+def their_states(trainer, batch):
+    """Flow-Factory's formula, each element that counts once: loss over train steps, gradients, logged values."""
+    adapter, args = trainer.adapter, trainer.training_args
+    losses, logged = [], []
+    for i in TRAINED:
+        replay = batch["steps"][i]
+        fields = ("next_latents_mean", "velocity", "std_dev_t", "dt", "log_prob")
+        out = adapter.forward_state(replay, fields, args.guidance_scale)
+        velocity = args.kl_mask_type == "v-based"
+        new = (out.velocity if velocity else out.next_state_mean).components
+        old = batch["callbacks"]["velocity" if velocity else "next_latents_mean"][i]
+        gaps = {}
+        for name, scheduler in adapter.scheduler_group.items():
+            std = out.std_dev_t[name]
+            std = std if scheduler.dynamics_type == "CPS" else std * torch.sqrt(-out.dt[name])
+            gaps[name] = (new[name] - old[name]) ** 2 / (1.0 if velocity else 2.0 * std**2)
+        divergence = adapter.reduce_latent_values(gaps)
+        adv = batch["advantage"].clamp(*args.adv_clip_range)
+        rows, metrics = conventions._masked(out.log_prob - replay.log_prob, divergence, adv, args.kl_mask_threshold)
+        loss, info = rows.mean(), {"kl_new_old": divergence, "masked_ratio": metrics["masked_fraction"]}
+        if args.kl_beta > 0.0:
+            with torch.no_grad(), adapter.use_ref_parameters():
+                reference = adapter.forward_state(replay, fields, args.guidance_scale)
+            other = (reference.velocity if velocity else reference.next_state_mean).components
+            kl = adapter.reduce_latent_values({n: (new[n] - other[n]) ** 2 for n in new}).mean()
+            loss = loss + args.kl_beta * kl
+            info["kl_div"] = kl
+        losses.append(loss)
+        logged.append({**info, "loss": loss})
+    grads = torch.autograd.grad(torch.stack(losses).mean(), adapter.get_trainable_parameters())
+    return grads, {name: torch.stack([one[name].detach() for one in logged]) for name in logged[0]}
+
+
+@pytest.mark.parametrize("mask", ["x-based", "v-based"])
+@pytest.mark.parametrize("padding", [0, 4], ids=["plain", "padded"])
+@pytest.mark.parametrize(
+    "names",
+    [*({"latent": dynamics} for dynamics in standin.SAMPLERS), {"latent": "Flow-SDE", "audio": "CPS"}],
+    ids=[*standin.SAMPLERS, "two latents"],
+)
+def test_states(names, padding, mask):
+    """One latent, two of different size and sampler, and padding that does not count: loss, gradients, log, penalty."""
+    with installed(standin.build("states"), "flowdppo_fast.integrations.flow_factory") as integration:
+        trainer = make_states(integration, names, mask, padding=padding, kl_beta=0.2)
+        batch = rollout_states(trainer)
+        update_states(trainer)
+        divergence = their_states(trainer, batch)[1]["kl_new_old"]
+        trainer.training_args.kl_mask_threshold = float(divergence.flatten().sort().values[3:5].mean())
+        grads, values = their_states(trainer, batch)
+        assert 0.0 < float(values["masked_ratio"].mean()) < 1.0
+        weights = trainer.adapter.get_trainable_parameters()
+        before = [weight.detach().clone() for weight in weights]
+        trainer.optimize([batch])
+        # timesteps are levels times 1000 in float32, which a log-ratio made of velocities reads
+        close = 1e-9 if mask == "x-based" else 1e-5
+        for was, weight, grad in zip(before, weights, grads):
+            torch.testing.assert_close(was - weight.detach(), grad, rtol=close, atol=close * float(grad.abs().max()))
+        logged = trainer.logged[-1]
+        assert float(logged["train/kl_new_old_max"]) == pytest.approx(float(values["kl_new_old"].max()), rel=1e-9)
+        for name in ("loss", "masked_ratio", "kl_div"):
+            assert float(logged[f"train/{name}"]) == pytest.approx(float(values[name].mean()), rel=close), name
+        assert trainer.step == 1
+        integration.register()
+        registry = sys.modules["flow_factory.trainers.registry"]
+        assert registry.get_trainer_class("dppo") is integration.DPPOTrainer
+
+
+# ---- from the command line
+
+TREE = {
+    "cli.py": """
+import subprocess, sys
+def train_cli():
+    subprocess.run([sys.executable, "-m", MODULE, *sys.argv[1:]], check=True)
+""",
+    "train.py": """
+import sys
+def main():
+    from flow_factory.trainers.registry import TRAINERS
+    print("trained", sys.argv[1:], TRAINERS["dppo"])
+if __name__ == "__main__":
+    main()
+""",
+    "trainers/__init__.py": "",
+    "trainers/dppo.py": "class DPPOTrainer: ...\n",
+    "trainers/registry.py": """
+TRAINERS = {"dppo": "theirs"}
+def register_trainer(name):
+    def decorator(cls):
+        TRAINERS[name] = f"{cls.__module__}.{cls.__name__}"
+        return cls
+    return decorator
+""",
+    "__init__.py": "",
+}
+
+
+def run_module(tmp_path, name, module="flow_factory.train"):
+    for relative, text in TREE.items():
+        file = tmp_path / "flow_factory" / relative
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text.replace("MODULE", repr(module)))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    command = [sys.executable, "-m", f"flowdppo_fast.integrations.{name}", "recipe.yaml", "--seed", "1"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("name", ["flow_factory", "flow_factory_train"])
+def test_from_the_command_line(tmp_path, name):
+    """``ff-train`` as it is, whose processes have this trainer; and one such process, for a launcher of one's own."""
+    ran = run_module(tmp_path, name)
+    assert ran.returncode == 0, ran.stderr
+    expected = "trained ['recipe.yaml', '--seed', '1'] flowdppo_fast.integrations.flow_factory.DPPOTrainer"
+    assert expected in ran.stdout
+
+
+def test_a_launcher_that_starts_something_else_is_an_error(tmp_path):
+    ran = run_module(tmp_path, "flow_factory", module="flow_factory.begin")
+    assert ran.returncode != 0
+    assert (
+        "expected one that runs -m flow_factory.train; start flowdppo_fast.integrations.flow_factory_train"
+        in ran.stderr
+    )

@@ -1,7 +1,8 @@
 """Opt-in: the integrations against the trainers' own code, taken from checkouts below ``FLOWDPPO_PEER_REPOS``.
 
 Only the functions and classes at hand are executed, cut out of their files by the parser, so that nothing of a trainer
-has to be installed. ``FLOWDPPO_PEER_REPOS=<folder with checkouts> pytest tests/integrations/test_real_peers.py -rs``
+has to be installed. With the variable set, a trainer that has no checkout is a failure.
+``FLOWDPPO_PEER_REPOS=<folder with checkouts> pytest tests/integrations/test_real_peers.py -rs``
 """
 
 from __future__ import annotations
@@ -46,14 +47,21 @@ def defined(node: ast.stmt) -> str | None:
     return next((t.id for t in targets if isinstance(t, ast.Name)), None)
 
 
-def cut_out(relative: str, names: typing.Sequence[str], **namespace) -> dict:
-    """Executes the named top-level definitions of a file, from the first checkout that has them all."""
+def cut_out(relative: str, names: typing.Sequence[str], with_text: str = "", without: str = "\0", **namespace) -> dict:
+    """Executes the named top-level definitions of a file, from the first checkout that has them all.
+
+    Trees of one trainer are told apart by what a file says: ``with_text`` and not ``without``.
+    """
     for path in sorted(Path(FOLDER).glob(f"*/{relative}")):
-        body = [node for node in ast.parse(path.read_text()).body if defined(node) in names]
-        if {defined(node) for node in body} == set(names):
+        text = path.read_text()
+        body = [node for node in ast.parse(text).body if defined(node) in names]
+        if {defined(node) for node in body} == set(names) and with_text in text and without not in text:
             break
     else:
-        pytest.skip(f"no checkout below FLOWDPPO_PEER_REPOS has a {relative} with {', '.join(names)}")
+        told = "".join(
+            f", {word} {part!r}" for word, part in (("with", with_text), ("without", without)) if part.strip("\0")
+        )
+        pytest.fail(f"no checkout below FLOWDPPO_PEER_REPOS has a {relative} that defines {', '.join(names)}{told}")
     future = ast.parse("from __future__ import annotations").body
     common = {
         "torch": torch, "math": math, "randn_tensor": randn_tensor, "dataclass": dataclasses.dataclass,
@@ -74,11 +82,9 @@ def as_module(name: str, members: dict) -> ModuleType:
 @pytest.mark.parametrize("sde_type", ["sde", "cps"])
 def test_flow_grpo_step(sde_type, shape):
     theirs = cut_out(
-        "flow_grpo/diffusers_patch/sd3_sde_with_logprob.py", ["sde_step_with_logprob"],
+        "flow_grpo/diffusers_patch/sd3_sde_with_logprob.py", ["sde_step_with_logprob"], "sde_type",
         FlowMatchEulerDiscreteScheduler=FlowMatchEulerDiscreteScheduler,
     )["sde_step_with_logprob"]  # fmt: skip
-    if "sde_type" not in theirs.__code__.co_varnames:
-        pytest.skip("this checkout of flow_grpo is older than sde_type")
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(10)
     r = record("flow_sde" if sde_type == "sde" else "cps", shape).to(torch.float32)
@@ -299,25 +305,38 @@ def test_unirl_strategies(sampler):
                         torch.testing.assert_close(actual, expected, rtol=slack, atol=slack)
 
 
-def test_unirl_algorithm():
+@pytest.mark.parametrize("backward", ["segment", "step"])
+@pytest.mark.parametrize("tree", ["june", "july"])
+def test_unirl_algorithm(tree, backward):
     """UniRL's own ``FlowDPPO`` and the fused one on the same segment: loss, gradient and metrics."""
     helpers = ["typed_conditions", "gather_sde_field", "AlgorithmStepResult", "StageAlgorithm"]
-    base = cut_out("unirl/algorithms/base.py", helpers, Remote=type("Remote", (), {}))
+    own = ["_flowdppo_kl_adv_loss", "FlowDPPO"]
+    told = {"without": "_transition_sigma"} if tree == "june" else {"with_text": "_transition_sigma"}
+    if tree == "july":
+        helpers += ["_gaussian_kl_div", "_transition_sigma", "_reference_replay_means", "_reference_kl_loss"]
+        helpers += ["_resolve_reference_model"]
+    else:
+        own.insert(0, "_gaussian_kl_div")
+    base = cut_out("unirl/algorithms/base.py", helpers, **told, Remote=type("Remote", (), {}))
     theirs = cut_out(
-        "unirl/algorithms/flowdppo.py", ["_gaussian_kl_div", "_flowdppo_kl_adv_loss", "FlowDPPO"],
+        "unirl/algorithms/flowdppo.py", own, **told,
         require=lambda condition, message: None, **{name: base[name] for name in helpers},
     )  # fmt: skip
-    modules = [m for m in unirl_standin.build("june") if m.__name__ == "unirl.sde.kernels"]
+    names = ["StepStrategy", "SDEStrategy", "FlowSDEStrategy", "CPSSDEStrategy", "DanceSDEStrategy"]
+    std = {"without": "transition_std"} if tree == "june" else {"with_text": "transition_std"}
+    modules = [as_module("unirl.sde.kernels", cut_out("unirl/sde/kernels.py", names, **std, GeneratorLike=None))]
     modules += [as_module("unirl.algorithms.base", base), as_module("unirl.algorithms.flowdppo", theirs)]
     shape = (3, 4, 5)
     with installed(modules, "flowdppo_fast.integrations.unirl") as integration:
         results = []
         for cls in (theirs["FlowDPPO"], integration.FlowDPPO):
             stage = test_unirl.make_stage(integration, "flow_sde", shape=shape, dtype=torch.float32)
-            # at sigma == 1 this tree's KL has a sigma that is not the transition's
-            stage.sde_indices = [1, 3, 4]
+            # at sigma == 1 the tree of June has a sigma in its KL that is not the transition's
+            stage.sde_indices = [1, 3, 4] if tree == "june" else [0, 3, 4]
             segment = test_unirl.rollout(stage, shape)
-            algo = cls(params=unirl_standin.Params(ETA), stage=stage, kl_mask_threshold=test_unirl.THRESHOLD)
+            options = {"backward": backward} if cls is integration.FlowDPPO else {}
+            algo = cls(params=unirl_standin.Params(ETA), stage=stage, kl_mask_threshold=test_unirl.THRESHOLD, **options)
+            assert algo.recomputes_anchor() is True
             algo.prepare_segment(conditions={}, segment=segment)
             test_unirl.update(stage)
             results.append(test_unirl.run(algo, segment, test_unirl.ADVANTAGES.float()))

@@ -26,7 +26,7 @@ def scheduler():
 def test_device_steps_are_those_of_the_sampler_table(sampler):
     """All steps of a schedule at once, ``sigma == 1`` and ``sigma' == 0`` included, from float32 levels."""
     levels = torch.tensor(SIGMAS)
-    schedule = fast.Schedule.from_sigmas(levels)
+    schedule = fast.ScheduleLevels.from_sigmas(levels)
     std_dev_t = diffusion(sampler, levels[:-1], levels[1:], eta=ETA, schedule=schedule)
     step = fast.SDEStep.from_levels(sampler, std_dev_t, levels[:-1], levels[1:])
     for i, expected in enumerate(fast.sde_schedule(sampler, SIGMAS, eta=ETA)):
@@ -51,7 +51,7 @@ def test_a_device_step_serves_the_sampler_and_the_losses():
 def test_device_steps_refuse_an_unknown_sampler():
     level = torch.ones(1)
     with pytest.raises(ValueError, match="sampler: got 'euler', expected one of 'flow_sde'"):
-        diffusion("euler", level, level / 2, eta=ETA, schedule=fast.Schedule(0.9, 0.9, 0.0))
+        diffusion("euler", level, level / 2, eta=ETA, schedule=fast.ScheduleLevels(0.9, 0.9, 0.0))
     with pytest.raises(ValueError, match="sampler: got 'euler', expected one of 'flow_sde'"):
         fast.SDEStep.from_levels("euler", level, level, level / 2)
 

@@ -43,7 +43,7 @@ def make_stage(unirl, sampler, *, shape=(3, 5), dtype=torch.float64, trajectory=
         sde_indices=STEPS,
         trajectory_dtype=trajectory,
         mean_dtype=means or dtype,
-        batched=batched,
+        batch_replay_steps=batched,
     )
 
 
@@ -195,6 +195,8 @@ def test_anchor_options_are_checked(unirl):
         algorithm(unirl, stage, anchor="none")
     with pytest.raises(ValueError, match="log_ratio: got 'none'"):
         algorithm(unirl, stage, log_ratio="none")
+    with pytest.raises(ValueError, match="backward: got 'none', expected 'segment' or 'step'"):
+        algorithm(unirl, stage, backward="none")
     with pytest.raises(ValueError, match="old_logp_source: got 'replay' with anchor='rollout'"):
         algorithm(unirl, stage, anchor="rollout", old_logp_source="replay")
     theirs = sys.modules["unirl.sde.kernels"].FlowSDEStrategy()
@@ -260,8 +262,119 @@ def test_stage_from_the_pipeline_and_pickling(unirl, version):
     assert algo.stage is stage
     assert algo.anchor_fields == ("sde_logp", "sde_means")
     assert pickle.loads(pickle.dumps(unirl.FlowDPPO)) is unirl.FlowDPPO
-    algo.recomputes_anchor = pickle.loads(pickle.dumps(algo.recomputes_anchor))
     assert standin.recomputes_anchor(algo) is False
+
+
+@pytest.mark.parametrize("kind", ["method", "class attribute", "instance attribute", "property", "none"])
+def test_whichever_way_the_train_stack_asks_for_the_anchor(kind):
+    """UniRL's trees ask in several ways; a rollout anchor is never replayed, and a replayed one is as UniRL says."""
+    modules = standin.build("september")
+    theirs = next(m for m in modules if m.__name__ == "unirl.algorithms.flowdppo").FlowDPPO
+    del theirs.recomputes_anchor
+    before = theirs.__init__
+
+    def init(self, **options):
+        before(self, **options)
+        self.recomputes_anchor = True
+
+    ways = {"method": lambda self: True, "class attribute": True, "property": property(lambda self: True)}
+    if kind in ways:
+        theirs.recomputes_anchor = ways[kind]
+    elif kind == "instance attribute":
+        theirs.__init__ = init
+    with installed(modules, NAME) as unirl:
+        for anchor in ("replay", "rollout"):
+            algo = algorithm(unirl, make_stage(unirl, "flow_sde"), anchor=anchor)
+            assert callable(algo.recomputes_anchor) == (kind == "method")
+            assert standin.recomputes_anchor(algo) is (anchor == "replay")
+
+
+class FlashSDEStrategy:
+    """A strategy that this module has no formula of, under a name of its own."""
+
+    canonical_name = "flash"
+
+    def transition_std(self, *, sigma, sigma_next, eta, sigma_max):
+        return eta * (0.1 + 0.9 * sigma) * torch.sqrt(sigma - sigma_next)
+
+    def denoise(self, noise_pred, sample, sigma, sigma_next, *, eta, prev_sample, sigma_max, step_index=0):
+        dt = sigma_next - sigma
+        std = self.transition_std(sigma=sigma, sigma_next=sigma_next, eta=eta, sigma_max=sigma_max)
+        mean = sample + dt * noise_pred
+        if eta == 0.0:
+            return mean, None, mean
+        drawn = mean + std * torch.randn_like(mean) if prev_sample is None else prev_sample
+        return drawn, conventions.gaussian_log_prob(drawn, mean, std), mean
+
+
+@pytest.mark.parametrize("log_ratio", ["log_probs", "means"])
+def test_a_strategy_of_another_name_brings_its_own_std(unirl, version, log_ratio):
+    stage = make_stage(unirl, "flow_sde")
+    stage.strategy = FlashSDEStrategy()
+    segment = rollout(stage)
+    algo = algorithm(unirl, stage, log_ratio=log_ratio)
+    algo.prepare_segment(conditions={}, segment=segment)
+    update(stage)
+    replayed = stage.replay({}, segment=segment, params=standin.Params(ETA), step_indices=STEPS)
+    levels = torch.tensor(SIGMAS, dtype=torch.float64)
+    now, after = levels[STEPS], levels[[i + 1 for i in STEPS]]
+    std = stage.strategy.transition_std(sigma=now, sigma_next=after, eta=ETA, sigma_max=None)
+    loss, metrics = conventions.unirl_flow_dppo(
+        replayed.log_probs, segment.sde_logp, replayed.prev_sample_means, segment.sde_means,
+        std.expand(ROWS, -1), ADVANTAGES, threshold=THRESHOLD,
+    )  # fmt: skip
+    assert 0.0 < metrics["masked_fraction"] < 1.0
+    (grad,) = torch.autograd.grad(loss, stage.model.lora_a)
+    # the log-probs of the stand-in are at its own float32 levels
+    assert_same(*run(algo, segment), (loss.detach(), grad, metrics), rtol=1e-5)
+    stage.strategy = type("Mine", (), {"canonical_name": "mine", "denoise": stage.strategy.denoise})()
+    with pytest.raises(
+        ValueError, match=r"pipeline\.strategy: got Mine \(canonical_name 'mine'\), expected one with a tr"
+    ):
+        run(algo, segment)
+
+
+@pytest.mark.parametrize("log_ratio", ["log_probs", "means"])
+@pytest.mark.parametrize("sampler", STRATEGIES)
+def test_backward_per_step(unirl, version, sampler, log_ratio):
+    """One step's graph at a time: a replay per step, and loss, gradient and metrics of the whole segment."""
+    options = {"beta": 0.2} if version == "september" else {}
+    stage = make_stage(unirl, sampler)
+    if options:
+        options["backend"] = standin.backend(stage.model)
+    algo = algorithm(unirl, stage, backward="step", log_ratio=log_ratio, **options)
+    segment = rollout(stage)
+    algo.prepare_segment(conditions={}, segment=segment)
+    update(stage)
+    expected = theirs(stage, segment, sampler, beta=options.get("beta", 0.0))
+    assert 0.0 < expected[2]["masked_fraction"] < 1.0
+    stage.replays.clear()
+    result, grad = run(algo, segment)
+    assert set(map(tuple, stage.replays)) == {(step,) for step in STEPS}
+    assert_same(result, grad, expected)
+    assert result.num_steps_or_tokens == len(STEPS)
+    algo.backward = "segment"
+    whole, _ = run(algo, segment)
+    assert result.metrics == pytest.approx(whole.metrics, rel=1e-12, abs=1e-15)
+
+
+def test_a_rollout_anchor_beside_rounded_means(unirl):
+    """Replayed means in bfloat16 beside float32 ones of the rollout: their rounding is refused where it is a KL."""
+    stage = make_stage(unirl, "dance", dtype=torch.float32, trajectory=torch.bfloat16, means=torch.bfloat16)
+    algo = algorithm(unirl, stage, anchor="rollout", kl_mask_threshold=1e-5)
+    segment = rollout(stage)
+    algo.prepare_segment(conditions={}, segment=segment)
+    with pytest.raises(
+        ValueError, match=r"anchor: got 'rollout' with torch\.bfloat16 replayed means.*is a KL of [1-9]"
+    ):
+        run(algo, segment)
+    algo.kl_mask_threshold = 1.0
+    result, _ = run(algo, segment)
+    assert 0.0 < result.metrics["kl_new_old_max"] < 0.1
+    replayed = algorithm(unirl, stage, kl_mask_threshold=1e-5)
+    segment = rollout(stage)
+    replayed.prepare_segment(conditions={}, segment=segment)
+    assert run(replayed, segment)[0].metrics["kl_new_old_max"] == 0.0
 
 
 @pytest.mark.parametrize("version", ["september"], indirect=True)
@@ -271,7 +384,7 @@ def test_reference_kl_and_batched_replay(unirl):
     for batched in (False, True):
         stage = make_stage(unirl, "dance", batched=batched)
         segment = rollout(stage)
-        algo = algorithm(unirl, stage, beta=0.2, backend=standin.backend(stage.model))
+        algo = algorithm(unirl, stage, beta=0.2, backend=standin.backend(stage.model), old_logp_source="replay")
         algo.prepare_segment(conditions={}, segment=segment)
         update(stage)
         results.append(run(algo, segment))
@@ -280,6 +393,8 @@ def test_reference_kl_and_batched_replay(unirl):
         assert_same(*results[-1], expected)
         assert results[-1][0].metrics["beta"] == 0.2
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-12, atol=0.0)
+    with pytest.raises(ValueError, match="requires old_logp_source='replay'"):
+        algorithm(unirl, make_stage(unirl, "dance", batched=True), anchor="rollout")
 
 
 # ---- strategies

@@ -323,12 +323,24 @@ def test_wrong_flags_are_named(verl_omni, call):
             verl_omni.register(log_ratio="means", **flag)
     verl_omni.register(fused_step=False)
     r = record("flow_sde", LATENTS["packed"])
-    settings = config("flow_dppo")
-    settings.model_config = {}
-    with pytest.raises(ValueError, match=r"sde_type: got None.*register\(sde_type=...\)"):
+    settings = config("flow_dppo", "ode")
+    with pytest.raises(ValueError, match=r"sde_type: got 'ode' from config.*register\(sde_type=...\)"):
         call(settings, *batch(r, "sde", r.replay(r.velocity)))
-    verl_omni.register(fused_step=False, sde_type="sde")
-    call(settings, *batch(r, "sde", r.replay(r.velocity)))
+
+
+@pytest.mark.parametrize("model_config", [None, {}, standin.ModelConfig(algo=None), standin.ModelConfig(algo={})])
+@pytest.mark.parametrize("mode", ["flow_dppo", "grpo_guard"])
+def test_a_config_without_sde_type_is_sde(verl_omni, call, mode, model_config):
+    """verl-omni's default for the key; a worker of one's own, or a loss called alone, may not have it at all."""
+    verl_omni.register(backend="reference", fused_step=False)
+    r = record("flow_sde", LATENTS["packed"])
+    v = r.leaf()
+    settings = config(mode)
+    settings.model_config = model_config
+    loss, metrics = call(settings, *batch(r, "sde", r.replay(v)))
+    check(outcome(loss, v, metrics), theirs(r, mode, "sde"), scale=8.0)
+    named = call(config(mode), *batch(r, "sde", r.replay(v)))[0]
+    assert torch.equal(loss, named)
 
 
 # ---- the scheduler step

@@ -14,7 +14,7 @@ from support.problems import ETA, SIGMAS, STOCHASTIC, make_problem
 
 import flowdppo_fast as fast
 
-SCHEDULE = fast.Schedule.from_sigmas(SIGMAS)
+SCHEDULE = fast.ScheduleLevels.from_sigmas(SIGMAS)
 
 
 def textbook_kl(problem) -> torch.Tensor:

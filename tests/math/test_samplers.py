@@ -17,7 +17,7 @@ from support.tolerance import check_within
 import flowdppo_fast as fast
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
-SCHEDULE = fast.Schedule.from_sigmas(SIGMAS)
+SCHEDULE = fast.ScheduleLevels.from_sigmas(SIGMAS)
 
 
 @pytest.mark.parametrize("sampler", fast.SAMPLERS)
@@ -78,15 +78,15 @@ def test_levels_may_be_tensors_of_a_scheduler(kind):
     """Schedulers hold float32 tensors; the step's numbers are python floats all the same."""
     levels = [kind(level) for level in SIGMAS]
     step = fast.SDEStep.from_sigmas(
-        "flow_sde", levels[0], levels[1], eta=ETA, schedule=fast.Schedule.from_sigmas(levels)
+        "flow_sde", levels[0], levels[1], eta=ETA, schedule=fast.ScheduleLevels.from_sigmas(levels)
     )
     plain = [float(level) for level in levels]
     expected = fast.SDEStep.from_sigmas(
-        "flow_sde", plain[0], plain[1], eta=ETA, schedule=fast.Schedule.from_sigmas(plain)
+        "flow_sde", plain[0], plain[1], eta=ETA, schedule=fast.ScheduleLevels.from_sigmas(plain)
     )
     assert step == expected
     assert step.is_scalar
-    assert all(type(x) is float for x in (*step.row_values(), *step.step_values(), step.dt, step.sigma))
+    assert all(type(x) is float for x in (*step.row_values(), *step.sampler_values(), step.dt, step.sigma))
 
 
 def test_schedule_of_steps():

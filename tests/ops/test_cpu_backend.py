@@ -122,7 +122,7 @@ def test_lengths(numel):
 @pytest.mark.parametrize("mixture", MIXTURES, ids=lambda m: "-".join(str(d)[6:] for d in m))
 def test_mixtures(mixture, form, with_reference, seeded):
     if seeded and form == reference.Form.MEAN:
-        with pytest.raises(RuntimeError, match="noise: got None"):
+        with pytest.raises(RuntimeError, match="drawn: got None"):
             ops.row_stats(*source(mixture, 9, form=form, seeded=True), True)
         return
     arguments = source(mixture, CHUNK + 100, form=form, seeded=seeded, with_reference=with_reference)
@@ -417,7 +417,7 @@ def test_step_tables_and_streams():
     [
         ({1: torch.zeros(3, 2, 65)}, r"old: got shape \[3, 2, 65\], expected"),
         ({1: torch.zeros(3, 2, 64, dtype=F64)}, "old: got dtype Double, but either all latents"),
-        ({2: torch.zeros(3, 2, 64, dtype=torch.int32)}, "noise: got dtype Int, expected Float, BFloat16"),
+        ({2: torch.zeros(3, 2, 64, dtype=torch.int32)}, "drawn: got dtype Int, expected Float, BFloat16"),
         ({0: torch.zeros(3, 64)}, r"new: got shape \[3, 64\], expected \[R0, R1, N\]"),
         ({0: torch.zeros(3, 2, 0)}, "new: got shape"),
         ({0: torch.zeros(3, 64, 2).transpose(1, 2)}, "new: got stride 2 in the last dim"),

@@ -59,7 +59,7 @@ def test_gradients_reach_every_transformer(recorded, name):
 def test_states_follow_from_the_recorded_velocity_and_noise(recorded, name):
     recording = recorded(name)
     trajectory, states = recording.trajectory, recording.states
-    step, latent = trajectory.step, trajectory.velocity.shape[2:]
+    step, latent = trajectory.sde_step, trajectory.velocity.shape[2:]
     # img2img starts later in the schedule
     first = len(recording.states) - CASES[name].num_steps
     noise = trajectory.noise.materialize(trajectory.velocity.shape, row_dims=2)
@@ -104,7 +104,7 @@ def test_loss_and_mask_are_the_textbooks(name):
     # Gaussians of the next state around the two policies' means; where the state is cancels from both
     std, coef, dt = (
         x.expand(len(rows), -1).reshape(-1)
-        for x in (trajectory.step.std, trajectory.step.velocity_coef, trajectory.step.dt)
+        for x in (trajectory.sde_step.std, trajectory.sde_step.velocity_coef, trajectory.sde_step.dt)
     )
     mean, old_mean = (coef.view(-1, *[1] * len(latent)) * x.detach().flatten(0, 1).double() for x in (velocity, old))
     drawn = noise.materialize(old.shape, row_dims=2) if isinstance(noise, PhiloxNoise) else noise
@@ -115,7 +115,7 @@ def test_loss_and_mask_are_the_textbooks(name):
     truth = oracle.policy_loss(
         oracle.Rule("dppo", threshold), mean, old_mean, next_state, std, dt, advantages.flatten().double()
     )
-    out = fused_dppo_velocity_loss(velocity, old, noise, trajectory.step, advantages, threshold=threshold)
+    out = fused_dppo_velocity_loss(velocity, old, noise, trajectory.sde_step, advantages, threshold=threshold)
     assert not truth.kept.all()
     assert torch.equal(out.rows.kept.flatten(), truth.kept)
     torch.testing.assert_close(out.rows.kl.flatten().double(), truth.kl, rtol=1e-5, atol=0)

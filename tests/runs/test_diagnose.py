@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 
 import numpy as np
@@ -20,12 +21,13 @@ THRESHOLD = 1e-4  # 0.41 nats
 
 def write_run(
     folder, *, objective=None, kl=0.2, updates=4, floor=0.0, iterations=12, reward=(0.5, 0.9), extra=None, weights=None,
-    nonfinite=0, dropped=None,
+    nonfinite=0, dropped=None, sizes=(ELEMENTS,),
 ):  # fmt: skip
     """A run whose rows have the statistics of Gaussian policies: log-ratios of noise that is independent of the change.
 
     ``kl``: median over rows after the first update, nats; ``floor``: KL before it; ``extra``: further metrics as
-    (first, last); ``dropped``: share of rows that is dropped at random, None for what the objective drops.
+    (first, last); ``dropped``: share of rows that is dropped at random, None for what the objective drops; ``sizes``:
+    elements of the rows, in turn by update; KL and log-ratio in nats are those of ELEMENTS, and the same per element.
     """
     folder.mkdir(parents=True)
     objective = objective or {"name": "dppo", "threshold": THRESHOLD}
@@ -62,7 +64,8 @@ def write_run(
                 gone = np.zeros(shape, bool)
             rows.append(
                 {
-                    "iteration": iteration, "update": update, "steps": [0, 2, 4], "elements": ELEMENTS,
+                    "iteration": iteration, "update": update, "steps": [0, 2, 4],
+                    "elements": sizes[(iteration * updates + update) % len(sizes)],
                     "rows": list(range(16)), "advantage": advantage.tolist(),
                     "log_ratio": (log_ratio / ELEMENTS).tolist(), "kl": (distance / ELEMENTS).tolist(),
                     "kept": (~gone).astype(int).tolist(),
@@ -122,16 +125,42 @@ def test_a_trouble_is_named_where_it_is_and_not_where_it_is_not(tmp_path, name, 
     assert name not in named(write_run(tmp_path / "healthy", **healthy))
 
 
+@pytest.mark.parametrize("objective", [None, clipping(1.0)])
+def test_rows_of_several_sizes_are_bounded_per_element(tmp_path, monkeypatch, objective):
+    """Whichever size comes last: its N once stood for all."""
+    settings = {"floor": 0.2, "objective": objective, "updates": 3, "iterations": 6}
+    one = diagnose.numbers(diagnose.RunFolder.load(write_run(tmp_path / "one", **settings)))
+    sizes, overlapping = (ELEMENTS, 4 * ELEMENTS), watched(monkeypatch)
+    texts = []
+    for name, order in (("up", sizes), ("down", sizes[::-1])):
+        folder = diagnose.RunFolder.load(write_run(tmp_path / name, **settings, sizes=order))
+        numbers = diagnose.numbers(folder)
+        key = "clip_nats" if objective else "threshold_nats"
+        assert numbers["elements"] == list(sizes)
+        assert numbers[key] == [one[key], 4 * one[key]]
+        texts.append(named(tmp_path / name)["rollout/train mismatch"])
+        diagnose.draw(folder, tmp_path / f"{name}.png")
+        assert overlapping[f"{name}.png"] == []
+    assert texts[0] == texts[1]
+    if objective is None:
+        # 0.2 nats of 4,096 elements, and the same per element of four times as many
+        assert "KL of 0.2 to 0.8 nats or more (4.9e-05 per element), 48.8% of the threshold (0.41 to 1.6" in texts[0]
+    else:
+        assert (tmp_path / "up.png").stat().st_size > 10_000
+        # of a clip range the KL at which it is one standard deviation grows with N squared
+        assert "of the KL at which the clip range is one standard deviation (0.5 to 8 nats)" in texts[0]
+
+
 def test_every_check_has_a_case():
     assert {case[0] for case in CASES} == set(diagnose.CHECKS)
 
 
 def test_spurious_clips_are_counted_by_the_exact_kl():
     """Five rows that move away and one that comes back. Log-ratios pick the 2nd, 3rd and 5th, KLs the 3rd to 5th."""
-    rows = row_log.Rows(
+    rows = row_log.LoggedRows(
         iteration=np.ones(6, int), update=np.ones(6, int), step=np.zeros(6, int),
         advantage=np.array([1.0, 1.0, -1.0, -1.0, 1.0, 1.0]), log_ratio=np.array([0.1, 2.0, -3.0, -0.2, 4.0, -9.0]),
-        kl=np.array([0.1, 0.2, 2.0, 1.0, 5.0, 9.0]), kept=np.ones(6, bool), elements=ELEMENTS,
+        kl=np.array([0.1, 0.2, 2.0, 1.0, 5.0, 9.0]), kept=np.ones(6, bool), elements=np.full(6, ELEMENTS),
     )  # fmt: skip
     found = row_log.clip_against_mask(rows, 1.0)
     assert found == {
@@ -175,6 +204,10 @@ def test_report_plots_and_status(tmp_path, capsys, monkeypatch):
     assert diagnose.run(parser.parse_args([str(bad), "--json", "--plot", str(tmp_path / "here.png")])) == 1
     report = json.loads(capsys.readouterr().out)
     assert report["moved_rows"] == 0
+    floor = inspect.signature(write_run).parameters["floor"].default
+    assert list(report["mismatch_kl_nats"]) == ["0", "2", "4"]
+    for values in report["mismatch_kl_nats"].values():
+        assert values == {"mean": pytest.approx(floor), "max": pytest.approx(floor)}
     assert [trouble["name"] for trouble in report["troubles"]] == ["one update per rollout"]
     assert (tmp_path / "here.png").exists()
     assert overlapping == {"diagnose.png": [], "here.png": []}

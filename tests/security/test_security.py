@@ -23,7 +23,8 @@ ROOT = Path(__file__).parents[2]
 SOURCES = sorted([*(ROOT / "flowdppo_fast").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 PICKLERS = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "jsonpickle"}
 NETWORK = {
-    "http", "socket", "ssl", "requests", "httpx", "aiohttp", "ftplib", "smtplib", "huggingface_hub", "urllib.request",
+    "http", "socket", "ssl", "requests", "httpx", "httpx2", "anyio", "aiohttp", "ftplib", "smtplib", "huggingface_hub",
+    "urllib.request",
 }  # fmt: skip
 RUNNERS = {"subprocess", "runpy", "code", "pty", "os.system", "os.popen"}
 RUNS_TEXT = {"eval", "exec", "compile", "__import__"}
@@ -42,7 +43,7 @@ MAY_IMPORT_BY_NAME = {
     "flowdppo_fast/samplers.py",
     "flowdppo_fast/trainer/callables.py",
     "flowdppo_fast/trainer/recipe/preflight.py",
-    "flowdppo_fast/integrations/_require.py",
+    "flowdppo_fast/integrations/_trainer.py",
     "flowdppo_fast/cli/__init__.py",
 }
 # the reward client and server, which somebody has to name in a config or start, and the config of a base model that was

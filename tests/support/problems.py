@@ -55,7 +55,7 @@ class Problem:
                 self.sigmas[i],
                 self.sigmas[i + 1],
                 eta=self.eta,
-                schedule=fast.Schedule.from_sigmas(self.sigmas),
+                schedule=fast.ScheduleLevels.from_sigmas(self.sigmas),
             )
             for i in self.index.flatten().tolist()
         ]

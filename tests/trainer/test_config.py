@@ -86,7 +86,7 @@ REFUSED = [
         "reward_weights.a: got 'b', expected a number",
     ),
     ({"model": {"compile": 1}}, TypeError, "model.compile: got 1, expected true or false"),
-    ({"model": {"lora_targets": "to_q"}}, TypeError, "model.lora_targets: got 'to_q', expected a list of text"),
+    ({"model": {"lora_targets": "attn.(to_q"}}, ValueError, r"got 'attn.\(to_q', expected a regular expression"),
     ({"optimizer": {"learning_rate": 0}}, ValueError, "learning_rate: got 0, expected a number > 0"),
     ({"optimizer": {"updates_per_rollout": 3}}, ValueError, "a divisor of sampling.prompts_per_rollout=8"),
     ({"optimizer": {"micro_batch_size": "4"}}, TypeError, "micro_batch_size: got '4', expected an integer >= 1"),

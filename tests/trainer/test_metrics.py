@@ -23,7 +23,7 @@ def loss_of(rows: int, moved: int):
 def test_only_rows_after_the_first_update_count_as_moved():
     out = loss_of(8, 6)
     for on_policy in (False, True):
-        values = reduce_micro([micro_vector(out, on_policy=on_policy)], [1.0], out.metric_names)
+        values = reduce_micro([micro_vector(out, DPPO(1e-3), 16, on_policy=on_policy)], [1.0], out.metric_names)
         assert values["ratio_moved_fraction"] == (0.0 if on_policy else 0.75)
         floor = out.rows.log_ratio.abs().max() if on_policy else 0.0
         assert values["replay_log_ratio_max"] == floor
@@ -31,7 +31,7 @@ def test_only_rows_after_the_first_update_count_as_moved():
 
 def test_micro_batches_of_unequal_size_combine_to_those_of_the_whole():
     parts = [loss_of(6, 3), loss_of(2, 2)]
-    vectors = [micro_vector(out, on_policy=False) for out in parts]
+    vectors = [micro_vector(out, DPPO(1e-3), 16, on_policy=False) for out in parts]
     values = reduce_micro(vectors, [0.75, 0.25], parts[0].metric_names)
     rows = [torch.cat(lines) for lines in zip(*(out.rows for out in parts))]
     _, ratio, kl, kept, loss = rows

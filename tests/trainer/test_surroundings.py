@@ -124,6 +124,39 @@ def test_an_interruption_before_the_first_checkpoint_is_told(pipes, config, resu
         trainer.train(resume=resume)
 
 
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_second_run_in_a_folder_is_refused_while_the_first_goes_on(pipes, config, resume):
+    settings = config(run={"iterations": 2})
+    second = FlowDPPOTrainer(pipes.digits(), bright, PROMPTS, settings)
+    refused = []
+
+    def attempt(metrics):
+        for method in (lambda: second.train(resume=resume), second.save_checkpoint):
+            with pytest.raises(
+                ValueError, match=r"is written to by another run \(process \d+ on .*\), expected a folder"
+            ):
+                method()
+            refused.append(metrics["iteration"])
+
+    first = FlowDPPOTrainer(pipes.digits(), bright, PROMPTS, settings)
+    assert len(first.train(on_iteration=attempt)) == 2
+    assert refused == [1, 1, 2, 2]
+    # the first has ended, its folder is free
+    assert len(second.train(resume=True)) == 2
+    assert not (first.output / ".running.json").exists()
+
+
+def test_a_folder_with_files_of_others_is_left_alone(pipes, config):
+    settings = config()
+    trainer = FlowDPPOTrainer(pipes.digits(), bright, PROMPTS, settings)
+    trainer.output.mkdir()
+    (trainer.output / "config.yaml").write_text("mine: true\n")
+    with pytest.raises(ValueError, match=r"has config\.yaml, which no run wrote"):
+        trainer.train()
+    assert [path.name for path in trainer.output.iterdir()] == ["config.yaml"]
+    assert (trainer.output / "config.yaml").read_text() == "mine: true\n"
+
+
 class OtherNames:
     """A reward whose call number ``number`` returns other names."""
 

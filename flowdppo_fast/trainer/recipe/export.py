@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ...runs.folder import CHECKPOINTS, RECIPE_FILE, check_elsewhere
 from .. import checkpoint
 from ..config import FlowDPPOConfig
-from ..weights.adapters import ATTENTION_TARGETS, add_lora, release, with_name, write_lora
+from ..weights.adapters import LORA_FILE, add_lora, as_targets, release, save_lora_file, with_name, write_lora
+from ..weights.layouts import kohya
 from ..weights.names import bare, plain_name
 from .recipe import PipelineConfig, Recipe
 
-RECIPE_FILE, ORIGIN_FILE = "recipe.yaml", "flowdppo.json"
+ORIGIN_FILE = "flowdppo.json"
+LAYOUTS = ("diffusers", "kohya")
 _WEIGHTS_FILE = "diffusion_pytorch_model"
 
 
@@ -35,6 +38,7 @@ class SavedRun:
         iteration: finished iterations.
         config: settings of the run.
         kind: ``"ema"`` or ``"weights"``, which of the checkpoint's weights are meant.
+        classes: of the transformers, by name; empty where an older version wrote the checkpoint.
     """
 
     folder: Path
@@ -42,6 +46,7 @@ class SavedRun:
     iteration: int
     config: FlowDPPOConfig
     kind: str
+    classes: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: str | Path, *, iteration: int | None = None, average: bool | None = None) -> SavedRun:
@@ -57,7 +62,7 @@ class SavedRun:
             ValueError: no such run or checkpoint, or an average is wanted and there is none.
         """
         folder = Path(folder).expanduser()
-        found = checkpoint.checkpoints(folder / "checkpoints")
+        found = checkpoint.checkpoints(folder / CHECKPOINTS)
         if not found:
             raise ValueError(f"run: {folder} has no complete checkpoint, expected the output folder of a training run")
         states = {path: json.loads((path / "state.json").read_text()) for path in found}
@@ -70,7 +75,8 @@ class SavedRun:
         if average and not has_average:
             raise ValueError(f"average: {folder} keeps no moving average, expected a run with model.ema_decay")
         kind = "ema" if (has_average if average is None else average) else "weights"
-        return cls(folder, chosen[-1], state["iteration"], FlowDPPOConfig.from_dict(state["config"]), kind)
+        config = FlowDPPOConfig.from_dict(state["config"])
+        return cls(folder, chosen[-1], state["iteration"], config, kind, state.get("classes", {}))
 
     @property
     def recipe_file(self) -> Path:
@@ -114,8 +120,8 @@ def apply_weights(run: SavedRun, pipeline: Any) -> None:
             )
         module = bare(module)
         if run.config.model.train == "lora":
-            rank, alpha = _rank_and_alpha(run, tensors)
-            adapter = add_lora(module, rank, alpha, run.config.model.lora_targets, 0)
+            model = run.config.model
+            adapter = add_lora(module, model.rank, model.alpha, model.lora_targets, 0)
             # it is the pipeline's from now on, to be drawn with or trained further
             release(module)
             # the pipeline may have adapters of its own, then and now
@@ -130,17 +136,13 @@ def apply_weights(run: SavedRun, pipeline: Any) -> None:
             parameter.data = value.to(device=parameter.device, dtype=dtype)
 
 
-@contextlib.contextmanager
-def same_precision(config: FlowDPPOConfig, device: torch.device) -> Iterator[None]:
-    """The autocast that the trainer samples under."""
-    formats = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    dtype = formats.get(config.model.mixed_precision)
-    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-        yield
-
-
 def export_run(
-    run: SavedRun, folder: str | Path, *, dtype: torch.dtype | None = None, fold_alpha: bool = False
+    run: SavedRun,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    fold_alpha: bool = False,
+    layout: str = "diffusers",
 ) -> list[Path]:
     """Writes the trained weights as diffusers loads them, without loading the base model.
 
@@ -154,20 +156,25 @@ def export_run(
         dtype: of the written weights; None keeps float32.
         fold_alpha: multiply LoRA weights by ``alpha / rank`` and say alpha = rank, for programs that do not read the
             alpha that diffusers keeps in the file's metadata.
+        layout: of LoRA files: ``"diffusers"``, or ``"kohya"``, the published checkpoint's names of layers with an alpha
+            each (:mod:`..weights.layouts`).
 
     Returns:
         The files that were written.
 
     Raises:
-        ValueError: full weights of a run without recipe, or whose base cannot be read.
+        ValueError: full weights of a run without recipe, or whose base cannot be read; a layout that does not fit.
     """
+    _check_layout(layout, run, fold_alpha)
     folder = Path(folder).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
+    check_elsewhere(folder, "folder")
+    named = run.tensors()
+    _check_folder(folder, named if run.config.model.train == "full" else ())
     written = []
-    for name, tensors in run.tensors().items():
+    for name, tensors in named.items():
         if run.config.model.train == "lora":
             target = folder if name == "transformer" else folder / name
-            written.append(_export_lora(run, tensors, target, dtype, fold_alpha))
+            written.append(_export_lora(run, tensors, target, dtype, fold_alpha, layout, run.classes.get(name)))
         else:
             written += _export_full(run, tensors, name, folder / name, dtype)
     origin = {
@@ -179,21 +186,45 @@ def export_run(
     return [*written, folder / ORIGIN_FILE]
 
 
-def _rank_and_alpha(run: SavedRun, tensors: Mapping[str, Tensor]) -> tuple[int, float]:
-    rank = next(len(value) for key, value in tensors.items() if ".lora_A." in key)
-    alpha = run.config.model.lora_alpha
-    # what the trainer does where alpha is not set
-    return rank, 2.0 * rank if alpha is None else alpha
+def _check_folder(folder: Path, components: Iterable[str]) -> None:
+    """An export is replaced by another one, a model or adapter from elsewhere by none."""
+    files = (folder / LORA_FILE, folder / "model_index.json", *(folder / name / "config.json" for name in components))
+    there = [str(path.relative_to(folder)) for path in files if path.exists()]
+    if there and not (folder / ORIGIN_FILE).exists():
+        raise ValueError(
+            f"folder: {folder} has {', '.join(there)}, which no export wrote, expected another folder or an export's"
+        )
+
+
+def _check_layout(layout: str, run: SavedRun, fold_alpha: bool) -> None:
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout: got {layout!r}, expected one of {', '.join(LAYOUTS)}")
+    if layout == "kohya" and run.config.model.train != "lora":
+        raise ValueError(f"layout: got 'kohya' for full weights in {run.folder}, expected a run with model.train=lora")
+    if layout == "kohya" and fold_alpha:
+        raise ValueError("fold_alpha: got True with layout 'kohya', whose files have an alpha per layer; leave it out")
 
 
 def _export_lora(
-    run: SavedRun, tensors: Mapping[str, Tensor], folder: Path, dtype: torch.dtype | None, fold_alpha: bool
+    run: SavedRun,
+    tensors: Mapping[str, Tensor],
+    folder: Path,
+    dtype: torch.dtype | None,
+    fold_alpha: bool,
+    layout: str,
+    kind: str | None,
 ) -> Path:
     from peft import LoraConfig
 
-    rank, alpha = _rank_and_alpha(run, tensors)
-    targets = list(run.config.model.lora_targets or ATTENTION_TARGETS)
-    settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)  # type: ignore[arg-type]
+    model = run.config.model
+    if layout == "kohya":
+        plain = {with_name(key, ""): value.to(dtype or value.dtype) for key, value in tensors.items()}
+        return save_lora_file(kohya(plain, model.alpha, kind), folder)
+    targets = as_targets(model.lora_targets)
+    if isinstance(targets, str):
+        # loaders want names
+        targets = sorted({key.partition(".lora_")[0] for key in tensors})
+    settings = LoraConfig(r=model.rank, lora_alpha=model.alpha, target_modules=targets)  # type: ignore[arg-type]
     return write_lora(tensors, settings, folder, dtype=dtype, fold_alpha=fold_alpha)
 
 
@@ -205,6 +236,9 @@ def _export_full(
     base = run.recipe().pipeline
     state = {**_base_tensors(base, name, without=tensors), **tensors}
     folder.mkdir(parents=True, exist_ok=True)
+    # of an earlier export, which may have had more of them
+    for old in folder.glob(f"{_WEIGHTS_FILE}*"):
+        old.unlink()
     shutil.copyfile(_base_file(base, name, "config.json"), folder / "config.json")
     width = dtype or torch.float32
     save_torch_state_dict(

@@ -17,10 +17,9 @@ from ..weights.adapters import add_lora
 
 # entries of float32 per trained weight: the weight, its gradient and AdamW's two moments
 _TRAINED_COPIES = 4
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def estimate(
+def estimate_memory(
     config: FlowDPPOConfig,
     module: nn.Module,
     arguments: Callable[[int], Mapping[str, Any]],
@@ -64,14 +63,13 @@ def estimate(
     m, s, o = config.model, config.sampling, config.optimizer
     module.requires_grad_(m.train == "full")
     if m.train == "lora":
-        rank = m.lora_rank or 32
-        add_lora(module, rank, 2.0 * rank if m.lora_alpha is None else m.lora_alpha, m.lora_targets, 0)
+        add_lora(module, m.rank, m.alpha, m.lora_targets, 0)
     trained = [p for p in module.parameters() if p.requires_grad]
     for parameter in trained:
         # adapters in float32 keep a float32 copy of what goes into them, unless autocast is on
-        parameter.data = parameter.data.to(_AUTOCAST.get(m.mixed_precision, torch.float32))
-    if m.mixed_precision != "no":
-        module.to(_AUTOCAST[m.mixed_precision])
+        parameter.data = parameter.data.to(m.autocast_dtype or torch.float32)
+    if m.autocast_dtype is not None:
+        module.to(m.autocast_dtype)
     size = 4 * (sum(p.numel() for p in trained) if entries is None else entries)
     steps = s.sde_steps_per_rollout or len(s.candidate_steps)
     width = min(o.steps_per_micro_batch or steps, steps)
@@ -102,7 +100,7 @@ def replay_bytes(
 ) -> int:
     """Most bytes that ``calls`` forwards and the backward through all of them hold at a time.
 
-    Weights, arguments and the gradients of weights do not count; the latter are :func:`estimate`'s.
+    Weights, arguments and the gradients of weights do not count; the latter are :func:`estimate_memory`'s.
 
     Args:
         module: a transformer on the meta device with what is trained of it requiring gradients.

@@ -17,7 +17,7 @@ from torch import nn
 from ..callables import load_callable, search_working_directory
 from ..prompts import REWARD_KEYS
 from ..settings import require
-from ..weights.adapters import ATTENTION_TARGETS
+from ..weights.adapters import as_targets, is_target
 from .recipe import PipelineConfig, Recipe
 
 _PACKAGES = {"bitsandbytes_4bit": "bitsandbytes", "bitsandbytes_8bit": "bitsandbytes", "torchao": "torchao"}
@@ -92,15 +92,16 @@ def inspect_pipeline(recipe: Recipe) -> PipelinePlan:
     if settings.vae_tiling or settings.vae_slicing:
         require("vae" in entries, "pipeline.vae_tiling", True, f"False: {kind.__name__} has no VAE")
     _check_call(recipe, kind)
-    targets = recipe.config.model.lora_targets or ATTENTION_TARGETS
-    rank = recipe.config.model.lora_rank or 32
+    targets = recipe.config.model.lora_targets
     components = {
-        name: _measure(settings, name, library, class_name, targets, rank)
+        name: _measure(settings, name, library, class_name, targets, recipe.config.model.rank)
         for name, (library, class_name) in entries.items()
     }
     if recipe.config.model.train == "lora":
         empty = [name for name in trained if not components[name].adapted]
-        require(not empty, "model.lora_targets", list(targets), f"names of linear layers; {empty} have none of them")
+        require(
+            not empty, "model.lora_targets", as_targets(targets), f"names of linear layers; {empty} have none of them"
+        )
     return PipelinePlan(kind, components, absent)
 
 
@@ -209,7 +210,7 @@ def _check_call(recipe: Recipe, kind: type) -> None:
 
 
 def _measure(
-    settings: PipelineConfig, name: str, library: str, class_name: str, targets: Sequence[str], rank: int
+    settings: PipelineConfig, name: str, library: str, class_name: str, targets: Sequence[str] | str | None, rank: int
 ) -> Component:
     kind = class_of(library, class_name)
     if not (inspect.isclass(kind) and issubclass(kind, nn.Module)):
@@ -219,7 +220,7 @@ def _measure(
     for path, layer in module.named_modules():
         if isinstance(layer, nn.Linear):
             linear += layer.weight.numel()
-            if any(path == target or path.endswith(f".{target}") for target in targets):
+            if is_target(path, targets):
                 adapted += rank * (layer.in_features + layer.out_features)
     parameters = sum(parameter.numel() for parameter in module.parameters())
     return Component(name, library, class_name, parameters, linear, adapted)

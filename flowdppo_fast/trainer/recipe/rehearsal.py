@@ -17,10 +17,10 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from ..config import SamplingConfig
 from ..prompts import PromptSource
-from ..record.arguments import Rows, join
+from ..record.arguments import PerRow, join
 from ..record.recorder import TrajectoryRecorder
 from ..record.trajectory import Trajectory, trajectory_bytes
-from .memory import estimate
+from .memory import estimate_memory
 from .preflight import PipelinePlan, class_of, on_meta
 from .recipe import QuantizationConfig, Recipe
 
@@ -60,7 +60,7 @@ def describe(recipe: Recipe, plan: PipelinePlan) -> str:
 
 
 def run_bytes(recipe: Recipe, plan: PipelinePlan) -> tuple[dict[str, int], str | None]:
-    """:func:`~flowdppo_fast.trainer.recipe.memory.estimate` of a recipe.
+    """:func:`~flowdppo_fast.trainer.recipe.memory.estimate_memory` of a recipe.
 
     Returns:
         Bytes by part, and why activations and trajectories are 0, or None where they are known: a pipeline may look at
@@ -76,7 +76,7 @@ def run_bytes(recipe: Recipe, plan: PipelinePlan) -> tuple[dict[str, int], str |
     except Exception as error:
         # whatever somebody else's pipeline raises on shapes without numbers
         missing = f"{plan.kind.__name__} could not be called without weights ({type(error).__name__}: {error})"
-    parts = estimate(
+    parts = estimate_memory(
         config,
         _built(recipe, plan, largest),
         (lambda rows: {}) if call is None else call.arguments,
@@ -143,7 +143,7 @@ def _rehearsal(trajectory: Trajectory, module: nn.Module) -> Rehearsal:
     own = [[call for call in step.calls if call.module is module] for step in trajectory.steps]
     calls = next((calls for calls in own if calls), trajectory.steps[0].calls)
     (first, *_) = calls
-    copies = max((len(leaf.places) for leaf in first.leaves if isinstance(leaf, Rows)), default=1)
+    copies = max((len(leaf.places) for leaf in first.leaves if isinstance(leaf, PerRow)), default=1)
 
     def arguments(rows: int) -> dict[str, Any]:
         args, kwargs = join([first], [0] * (rows // copies), _CPU)

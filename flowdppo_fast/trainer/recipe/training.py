@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from dataclasses import dataclass
@@ -10,18 +11,17 @@ from pathlib import Path
 
 from accelerate import PartialState
 
+from ...runs.folder import CHECKPOINTS, INPUTS_FILE, RECIPE_FILE, FolderLock, check_ours
 from ...samplers import find_sampler
 from .. import checkpoint
 from ..callables import search_working_directory
 from ..resume import may_differ
 from ..rewards import Reward, build_rewards
 from ..trainer import FlowDPPOTrainer
-from .export import RECIPE_FILE
 from .loading import load_pipeline
 from .preflight import PipelinePlan, check_environment, inspect_pipeline
 from .recipe import Recipe
 
-INPUTS_FILE = "inputs.json"
 # settings of the pipeline that change no more than rounding of what it computes
 _FREE_PIPELINE_SETTINGS = ("attention_backend", "local_files_only", "vae_slicing", "vae_tiling")
 
@@ -74,24 +74,25 @@ class PreparedRun:
         """Loads what the recipe names and trains; returns the metrics by iteration."""
         recipe, config = self.recipe, self.recipe.config
         # each process has to be on its own device before quantised weights are put there
-        state = PartialState(cpu=config.run.device == "cpu")
+        PartialState(cpu=config.run.device == "cpu")
         prompts, evaluation = recipe.load_prompts()
         if not config.advantage.reward_weights:
             advantage = dataclasses.replace(config.advantage, reward_weights=dict(self.weights))
             config = dataclasses.replace(config, advantage=advantage)
         pipeline = load_pipeline(recipe, self.plan)
         trainer = FlowDPPOTrainer(pipeline, self.reward, prompts, config, eval_prompts=evaluation)
-        if state.is_main_process:
-            _save_recipe(recipe)
+        trainer.state.on_begin = functools.partial(_save_recipe, recipe)
         return trainer.train(resume=self.resume)
 
 
 def _check_folder(recipe: Recipe, *, resume: bool) -> None:
     """A run is neither overwritten nor continued with other settings."""
     folder = Path(recipe.config.run.output_dir).expanduser()
-    saved = checkpoint.checkpoints(folder / "checkpoints")
+    FolderLock(folder).check()
+    saved = checkpoint.checkpoints(folder / CHECKPOINTS)
     if not resume and (saved or (folder / "metrics.jsonl").exists()):
         raise ValueError(f"run.output_dir: {folder} holds a run already; --resume continues it (resume=True in Python)")
+    check_ours(folder)
     if not (saved and (folder / RECIPE_FILE).is_file()):
         return
     before, now = Recipe.from_yaml(folder / RECIPE_FILE).portable(), recipe.portable()
@@ -111,10 +112,8 @@ def _check_folder(recipe: Recipe, *, resume: bool) -> None:
         )
 
 
-def _save_recipe(recipe: Recipe) -> None:
+def _save_recipe(recipe: Recipe, folder: Path) -> None:
     """Leaves the recipe and the digests of its prompt files in the output folder."""
-    folder = Path(recipe.config.run.output_dir).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
     for name, write in (
         (INPUTS_FILE, lambda path: path.write_text(json.dumps(recipe.inputs(), indent=2) + "\n")),
         (RECIPE_FILE, recipe.save),

@@ -61,7 +61,7 @@ class Layout:
 
 
 @dataclass(eq=False)
-class Rows:
+class PerRow:
     """An argument with an entry per row.
 
     Attributes:
@@ -82,7 +82,7 @@ class Rows:
 
 @dataclass
 class Call:
-    """One module call: its arguments as flat leaves, those with an entry per row as :class:`Rows`.
+    """One module call: its arguments as flat leaves, those with an entry per row as :class:`PerRow`.
 
     Attributes:
         layouts: of arguments that descend from an earlier call of the step, by their number among the leaves.
@@ -146,7 +146,7 @@ class ArgumentStore:
         """Copies that were given are let go."""
         self._known.clear()
 
-    def constant(self, value: Tensor, batch: int) -> Tensor | Rows:
+    def constant(self, value: Tensor, batch: int) -> Tensor | PerRow:
         """What is kept of a constant: small ones as they are, as looking for equal ones has a cost."""
         if value.numel() <= 16:
             return value
@@ -173,11 +173,11 @@ class ArgumentStore:
         self._kept[key].append(value.clone(memory_format=torch.contiguous_format))
         return self._kept[key][-1]
 
-    def _rows(self, value: Tensor | list[Any], batch: int, layout: Layout) -> Rows:
+    def _rows(self, value: Tensor | list[Any], batch: int, layout: Layout) -> PerRow:
         if isinstance(value, list):
             entries = [tree_map(self._leaf, entry) for entry in value]
             order = layout.places(batch)
-            return Rows(entries, torch.tensor(order).view(-1, batch), layout)
+            return PerRow(entries, torch.tensor(order).view(-1, batch), layout)
         known = self._known.get((id(value), layout, batch))
         if known is not None:
             return known[1]
@@ -194,7 +194,7 @@ class ArgumentStore:
         if not torch.equal(values[places], value):
             # two different rows with one fingerprint, or numbers that are not equal to themselves
             places, values = torch.arange(len(value), device=value.device), value.clone()
-        made = Rows(values, places.view(-1, batch), layout)
+        made = PerRow(values, places.view(-1, batch), layout)
         self._kept[key].append(made)
         self._known[id(given), layout, batch] = given, made
         return made
@@ -263,7 +263,7 @@ def joinable(a: Call, b: Call) -> bool:
     if a.layouts != b.layouts or None in a.layouts.values() or None in a.slots.values():
         return False
     for left, right in zip(a.leaves, b.leaves):
-        if isinstance(left, Rows) and isinstance(right, Rows):
+        if isinstance(left, PerRow) and isinstance(right, PerRow):
             if left.layout != right.layout or len(left.places) != len(right.places):
                 return False
             if type(left.values) is not type(right.values):
@@ -273,7 +273,7 @@ def joinable(a: Call, b: Call) -> bool:
                 return False
         elif isinstance(left, Ref) and isinstance(right, Ref):
             continue
-        elif isinstance(left, Rows) or isinstance(right, Rows) or not _same(left, right):
+        elif isinstance(left, PerRow) or isinstance(right, PerRow) or not _same(left, right):
             return False
     return a.surroundings == b.surroundings
 
@@ -305,7 +305,7 @@ def tensors_of(calls: Iterable[Call]) -> Iterator[Tensor]:
     """The tensors that calls hold; one that is shared comes as often as it is used."""
     for call in calls:
         for leaf in call.leaves:
-            values = [leaf.values, leaf.places] if isinstance(leaf, Rows) else [leaf]
+            values = [leaf.values, leaf.places] if isinstance(leaf, PerRow) else [leaf]
             yield from (x for x in tree_flatten(values)[0] if isinstance(x, Tensor))
 
 
@@ -324,7 +324,7 @@ def _join_given(values: list[Tensor], layout: Layout | None, batch: int, index: 
 
 def _join_kept(leaves: list[Any], rows: Sequence[int] | None, index: Tensor | None) -> Any:
     first = leaves[0]
-    if not isinstance(first, Rows):
+    if not isinstance(first, PerRow):
         return first
     if isinstance(first.values, list):
         # [copies, rows, steps]

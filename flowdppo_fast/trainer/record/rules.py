@@ -6,7 +6,7 @@ from numbers import Number
 from typing import Any
 
 from .arguments import Ref
-from .tape import Op, Program, title
+from .program import Op, Program, title
 
 # longer ones are told by their number of functions
 _LONGEST = 120

@@ -21,7 +21,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from ...noise import PhiloxNoise
-from ...samplers import Schedule, SDEStep, find_sampler
+from ...samplers import ScheduleLevels, SDEStep, find_sampler
 from ...sampling import sde_step
 
 NOISE_KINDS = ("seeded", "stored")
@@ -278,7 +278,7 @@ def trainable_step(sampler: str, sigmas: list[float], index: int, eta: float) ->
             f"{count - 2}"
         )
     step = SDEStep.from_sigmas(
-        sampler, sigmas[index], sigmas[index + 1], eta=eta, schedule=Schedule.from_sigmas(sigmas)
+        sampler, sigmas[index], sigmas[index + 1], eta=eta, schedule=ScheduleLevels.from_sigmas(sigmas)
     )
     if step.sample_coef < 0.0:
         raise ValueError(

@@ -2,14 +2,12 @@
 
 Within a step every tensor that descends from the output of a replayed module has a name, a :class:`Ref`. A torch
 function that is given one is noted with its arguments; other tensors among these are constants and kept as they were.
-What leads to the velocity is a :class:`Program`: run again on the outputs of other weights it gives their velocity,
-with gradients.
+What leads to the velocity is a :class:`Program`: run again on the outputs of other weights it gives their velocity.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -17,11 +15,11 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .arguments import Call, Ref, Rows
-from .offload import fetch
+from .arguments import Call, Ref
+from .program import Const, Live, Op, Place, Program, tensors_in, title
 
 # what is asked of a tensor besides its numbers
 _ASKED = frozenset(
@@ -49,174 +47,6 @@ _AS = frozenset(
 _CUT = frozenset(("detach", "detach_", "data", "requires_grad_"))
 
 
-class Live:
-    """A trained parameter that the pipeline itself computes with."""
-
-    def __init__(self, parameter: Tensor):
-        self.parameter = parameter
-
-
-@dataclass(eq=False)
-class Const:
-    """A tensor that does not descend from a module's output, as it was: a tensor or :class:`Rows`."""
-
-    value: Any
-
-    def on(self, device: torch.device | None) -> Tensor:
-        value = self.value.whole() if isinstance(self.value, Rows) else self.value
-        return fetch(value, device)
-
-
-@dataclass
-class Op:
-    """A torch function with flat arguments: names, :class:`Const`, :class:`Live` and plain data.
-
-    Attributes:
-        results: names of the tensors in its result, in order; None for other leaves.
-        writes: names among the arguments whose memory it writes to.
-        expected: the answer, where it is no tensor but a truth value that the pipeline went on with.
-        rows: those that the answer depends on; None: not known.
-    """
-
-    function: Callable[..., Any]
-    leaves: list[Any]
-    spec: TreeSpec
-    results: list[Ref | None]
-    writes: tuple[Ref, ...] = ()
-    expected: bool | None = None
-    rows: frozenset[int] | None = None
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a tensor lies in memory that is written to."""
-
-    memory: int
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-    dtype: torch.dtype
-
-    def of(self, flat: Tensor) -> Tensor:
-        return flat.as_strided(self.size, self.stride, self.offset)
-
-    def into(self, flat: Tensor, value: Tensor) -> Tensor:
-        """``flat`` with ``value`` in this place."""
-        return flat.as_strided_scatter(value, self.size, self.stride, self.offset)
-
-    def memory_of(self, value: Tensor) -> Tensor:
-        """Flat memory with ``value`` in this place."""
-        length = self.offset + 1 + sum((size - 1) * stride for size, stride in zip(self.size, self.stride))
-        return self.into(value.new_zeros(length), value)
-
-
-@dataclass
-class Program:
-    """From the outputs of a step's calls to its velocity.
-
-    Attributes:
-        ops: torch functions and module calls, in order.
-        result: name of the velocity.
-        negated: the scheduler took its negative (timesteps per token).
-        places: names whose memory is written to.
-        memories: what such memory held before, where it did not come from a module.
-    """
-
-    ops: list[Op | Call]
-    result: Ref
-    negated: bool = False
-    places: dict[Ref, Place] = field(default_factory=dict)
-    memories: dict[int, Const] = field(default_factory=dict)
-
-    @property
-    def calls(self) -> list[Call]:
-        return [op for op in self.ops if isinstance(op, Call)]
-
-    @property
-    def guards(self) -> list[Op]:
-        """Ops whose answers the pipeline branched on."""
-        return [op for op in self.ops if isinstance(op, Op) and op.expected is not None]
-
-    @property
-    def signature(self) -> tuple:
-        """Equal for programs that apply the same functions to the same calls; numbers may differ."""
-        names = (
-            (type(op.module).__name__, len(op.leaves), tuple(op.outputs))
-            if isinstance(op, Call)
-            else title(op.function)
-            for op in self.ops
-        )
-        return (*names, self.negated)
-
-    def run(
-        self,
-        device: torch.device | None = None,
-        rows: Collection[int] | None = None,
-        watch: dict[int, list[Tensor]] | None = None,
-    ) -> Generator[dict[int, Tensor], Mapping[tuple[int, int], Tensor], Tensor]:
-        """A generator that gives the named arguments of each call and takes its used outputs; returns the velocity.
-
-        Args:
-            rows: those whose numbers are true; branches that depend on others are not looked at. None: all.
-            watch: is given the numbers behind each branch, which is then not checked.
-
-        Raises:
-            ValueError: the pipeline branched on numbers, and these would take another branch.
-        """
-        values: dict[Ref, Tensor] = {}
-        memories = {key: held.on(device) for key, held in self.memories.items()}
-        behind: dict[Ref, list[Tensor]] = {}
-
-        def get(leaf: Any) -> Any:
-            if isinstance(leaf, Ref):
-                place = self.places.get(leaf)
-                return values[leaf] if place is None else place.of(memories[place.memory])
-            if isinstance(leaf, Const):
-                return leaf.on(device)
-            return leaf.parameter if isinstance(leaf, Live) else leaf
-
-        def put(ref: Ref, value: Tensor) -> None:
-            place = self.places.get(ref)
-            if place is None:
-                values[ref] = value
-            elif place.memory not in memories:
-                memories[place.memory] = place.memory_of(value)
-
-        for number, op in enumerate(self.ops):
-            if isinstance(op, Call):
-                outputs = yield {i: get(leaf) for i, leaf in enumerate(op.leaves) if isinstance(leaf, Ref)}
-                for key, ref in op.outputs.items():
-                    put(ref, outputs[key])
-                continue
-            if op.expected is not None and watch is None and rows is not None and not (op.rows or set()) <= set(rows):
-                continue
-            # written to are copies: gradients need what was there before
-            own = {ref: get(ref).clone() for ref in op.writes}
-            leaves = [own[leaf] if isinstance(leaf, Ref) and leaf in own else get(leaf) for leaf in op.leaves]
-            if op.expected is not None and watch is not None:
-                watch[number] = [
-                    x for leaf in op.leaves if isinstance(leaf, Ref) for x in behind.get(leaf, [get(leaf)])
-                ]
-                continue
-            args, kwargs = tree_unflatten(leaves, op.spec)
-            made = op.function(*args, **kwargs)
-            if op.expected is not None and bool(made) is not op.expected:
-                raise ValueError(
-                    f"pipeline: it branched on the transformer's output ({title(op.function)} was {op.expected}), and "
-                    "the present weights take the other branch, which was not recorded; turn that option off"
-                )
-            for ref, value in own.items():
-                place = self.places[ref]
-                memories[place.memory] = place.into(memories[place.memory], value)
-            for name, value in zip(op.results, _tensors(made)):
-                if name is not None and name not in own:
-                    put(name, value)
-                    if watch is not None and value.dtype is torch.bool:
-                        behind[name] = [x for x in leaves if isinstance(x, Tensor)]
-        velocity = get(self.result)
-        return -velocity if self.negated else velocity
-
-
 class _Flow(TorchDispatchMode):
     """Follows numbers below torch's functions, where scripted functions and extensions are not seen: memory that was
     computed from a named tensor."""
@@ -236,7 +66,7 @@ class _Flow(TorchDispatchMode):
             return result
         given, _ = tree_flatten((args, kwargs))
         if any(isinstance(x, Tensor) and _memory(x) in self.touched for x in given):
-            for made in _tensors(result):
+            for made in tensors_in(result):
                 if isinstance(made, Tensor):
                     self.mark(made)
         return result
@@ -305,7 +135,8 @@ class Tape(TorchFunctionMode):
             raise self._refusal("something outside of torch's functions (a scripted one?) computed with what")
         key = (id(value), -1) if value.is_inference() else (id(value), value._version)
         if key not in self._snapshots or key[1] < 0:
-            self._snapshots[key] = value, value.detach().clone()
+            with torch.inference_mode(False):
+                self._snapshots[key] = value, value.detach().clone()
             if self._earlier and value in self._earlier:
                 self._born[id(self._snapshots[key][1])] = self._earlier[value]
         return self._snapshots[key][1]
@@ -334,8 +165,8 @@ class Tape(TorchFunctionMode):
             return result
         if name == "__iter__":
             return iter(self.__torch_function__(Tensor.unbind, types, args, {}))
-        if name == "__set__":
-            raise self._refusal("an attribute was set of a tensor that")
+        if name in ("__set__", "tensor"):
+            raise self._refusal(f"{name} copied or changed by hand what")
         if kwargs.get("out") is not None:
             return self._out(function, types, args, kwargs)
         # before it happens: what a constant's memory holds that is written to
@@ -348,7 +179,7 @@ class Tape(TorchFunctionMode):
         kept = [Const(self.snapshot(x)) if isinstance(x, Tensor) and x is leaf else x for x, leaf in zip(kept, leaves)]
         result = function(*args, **kwargs)
         writes = self._find_writes(name, before, _targets(name, args, kwargs))
-        results = [(self.ref(x) or self._give(x)) if isinstance(x, Tensor) else None for x in _tensors(result)]
+        results = [(self.ref(x) or self._give(x)) if isinstance(x, Tensor) else None for x in tensors_in(result)]
         answer = None
         if not writes and not any(results):
             if result is None or getattr(function, "__name__", "") == "__get__" or isinstance(result, torch.Size):
@@ -400,7 +231,7 @@ class Tape(TorchFunctionMode):
     def _pass_on(self, given: list[Tensor], result: Any) -> None:
         """What is made of something that descends from calls before the first step does so too."""
         known = [self._earlier[x] for x in given if x in self._earlier]
-        for made in _tensors(result) if known else ():
+        for made in tensors_in(result) if known else ():
             if isinstance(made, Tensor):
                 self._earlier[made] = min(known)
 
@@ -437,7 +268,7 @@ class Tape(TorchFunctionMode):
         """A function with ``out=`` as the function and a copy, which have gradients."""
         out = kwargs["out"]
         made = self.__torch_function__(function, types, args, {k: v for k, v in kwargs.items() if k != "out"})
-        for target, value in zip(_tensors(out), _tensors(made)):
+        for target, value in zip(tensors_in(out), tensors_in(made)):
             if target.shape != value.shape:
                 target.resize_(value.shape)
             self.__torch_function__(Tensor.copy_, types, (target, value), {})
@@ -449,32 +280,6 @@ class Tape(TorchFunctionMode):
             "tensors between transformer and scheduler: what follows from such numbers outside of torch cannot be "
             "replayed at other weights"
         )
-
-
-def drive(runs: Sequence[Generator[Any, Any, Tensor]], answer: Callable[[int, list[Any]], list[Any]]) -> list[Tensor]:
-    """Runs programs of equal calls side by side.
-
-    Args:
-        answer: gives the used outputs of call ``number`` for the named arguments of each program.
-    """
-
-    def proceed(run: Generator[Any, Any, Tensor], reply: Any) -> Any:
-        try:
-            return run.send(reply)
-        except StopIteration as end:
-            return end.value
-
-    asked, number = [proceed(run, None) for run in runs], 0
-    while not isinstance(asked[0], Tensor):
-        asked = [proceed(run, reply) for run, reply in zip(runs, answer(number, asked))]
-        number += 1
-    return asked
-
-
-def title(function: Any) -> str:
-    """The name of a torch function; that of the attribute for one that is read."""
-    name = getattr(function, "__name__", str(function))
-    return getattr(getattr(function, "__self__", None), "__name__", name) if name == "__get__" else name
 
 
 def _alias(value: Tensor, *_unused: Any) -> Tensor:
@@ -491,11 +296,6 @@ def _geometry(value: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], int]:
 
 def _state(value: Tensor) -> tuple[int | None, Any]:
     return None if value.is_inference() else value._version, _geometry(value)
-
-
-def _tensors(result: Any) -> list[Any]:
-    # torch.return_types are tuples that pytree does not open
-    return tree_flatten(tuple(result) if isinstance(result, tuple) else result)[0]
 
 
 def _targets(name: str, args: Any, kwargs: Any) -> list[Tensor]:

@@ -12,9 +12,9 @@ from ...noise import PhiloxNoise
 from ...samplers import SDEStep
 from .arguments import Call, joinable, row_index
 from .offload import fetch, stored_bytes, to_host
+from .program import Program
 from .rules import rule_of
 from .scheduler import Transition
-from .tape import Program
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Trajectory:
         velocity: ``[B, S, *latent]`` velocities after guidance, in the dtype the scheduler was given; zero where a
             condition such as a first frame keeps tokens from moving.
         noise: ``[B, S, *latent]`` float32, or :class:`PhiloxNoise` with streams ``[B, S]``.
-        step: :class:`SDEStep` stacked to ``[S]``.
+        sde_step: :class:`SDEStep` stacked to ``[S]``.
         groups: positions of steps that one transformer call can replay together.
         device: where it is replayed, if it was moved to the host (:meth:`offload`).
     """
@@ -59,7 +59,7 @@ class Trajectory:
     steps: list[RecordedStep] = field(default_factory=list)
     velocity: Tensor = None  # type: ignore[assignment]
     noise: Tensor | PhiloxNoise = None  # type: ignore[assignment]
-    step: SDEStep = None  # type: ignore[assignment]
+    sde_step: SDEStep = None  # type: ignore[assignment]
     groups: list[list[int]] = field(default_factory=list)
     device: torch.device | None = None
 
@@ -91,10 +91,10 @@ class Trajectory:
             noise: Tensor | PhiloxNoise = PhiloxNoise(self.noise.seed, stream[:, part][row_index(rows, stream.device)])
         else:
             noise = fetch(self.noise[:, part][index], self.device)
-        return velocity, noise, self.step[part]
+        return velocity, noise, self.sde_step[part]
 
-    def finish(self, transitions: Sequence[Transition], step: SDEStep) -> None:
-        """Takes velocities and noise of the recorded steps; ``step`` is theirs, stacked."""
+    def finish(self, transitions: Sequence[Transition], sde_step: SDEStep) -> None:
+        """Takes velocities and noise of the recorded steps; ``sde_step`` is theirs, stacked."""
         velocities = [t.velocity if t.active is None else t.velocity * t.active for t in transitions]
         self.velocity = torch.stack(velocities, dim=1)
         seeded = [t.noise for t in transitions if isinstance(t.noise, PhiloxNoise)]
@@ -110,7 +110,7 @@ class Trajectory:
                 group.append(position)
             else:
                 self.groups.append([position])
-        self.step = step
+        self.sde_step = sde_step
 
     def offload(self, device: torch.device) -> None:
         """Moves what was recorded to the host, to pinned memory where there is a GPU; returns when it is there.

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
-import http.client
-import io
 import os
-import socket
 import ssl
 import threading
-import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any, get_args
 from urllib.parse import urlsplit
 
+import anyio
+import anyio.to_thread
+import httpx2
 import torch
 from torch import Tensor
 
-from .images import DEFAULT_FRAMES, check_positive, scored_pixels
+from .images import DEFAULT_FRAMES, check_all_positive, scored_pixels
 from .protocols import FlowDPPOProtocol, FlowGRPOProtocol, UniRLProtocol, WireProtocol
 from .wire import Format, excerpt
 
 # answers that may be others when asked again
 _RETRIED = (429, 500, 502, 503, 504)
-_PIECE = 1 << 16
 
 
 class RewardServerError(RuntimeError):
@@ -49,8 +46,7 @@ class HTTPReward:
             protocol alone); flow_grpo's takes JPEG whatever it is.
         quality: of JPEG files.
         batch_size, parallel: images per request, and requests at the same time.
-        timeout: seconds for one try, from the first byte sent to the last one received; connecting may take as long
-            again for each address that the host has.
+        timeout: seconds for one try, from looking the host up to the last byte received.
         deadline: seconds for a whole batch with all tries; no try starts later or runs longer.
         retries: tries after the first one.
         backoff: seconds before the second try, doubled before each further one.
@@ -89,7 +85,7 @@ class HTTPReward:
         send_metadata: bool = True,
         frames: int = DEFAULT_FRAMES,
     ):
-        check_positive(
+        check_all_positive(
             batch_size=batch_size, parallel=parallel, timeout=timeout, deadline=deadline, backoff=backoff,
             max_response_bytes=max_response_bytes, frames=frames,
         )  # fmt: skip
@@ -114,15 +110,15 @@ class HTTPReward:
         if parts.scheme not in ("http", "https") or not parts.hostname or not clean:
             raise ValueError("url: expected http://host:port/path or https://..., printable and without a password")
         # a query may hold a secret, so it is never shown
-        self.url, self._parts = f"{parts.scheme}://{parts.netloc}{parts.path}", parts
-        self._target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        self._port = parts.port
+        self.url, self._whole_url = f"{parts.scheme}://{parts.netloc}{parts.path}", url
         self.format: Format = format
         self.quality, self.batch_size, self.parallel, self.frames = quality, batch_size, parallel, frames
         self.timeout, self.deadline, self.retries, self.backoff = timeout, deadline, retries, backoff
         self.max_response_bytes, self.send_metadata = max_response_bytes, send_metadata
         kind = self.protocol.content_type
-        self._headers = {"Content-Type": kind, "Accept": kind, "Connection": "close"}
+        self._headers = {"Content-Type": kind, "Accept": kind}
+        # an answer is bounded as it travels, not as it was before it was compressed
+        self._headers["Accept-Encoding"] = "identity"
         if token_env is not None:
             self._headers["Authorization"] = f"Bearer {read_token(token_env)}"
 
@@ -131,29 +127,14 @@ class HTTPReward:
     ) -> Tensor | Mapping[str, Tensor]:
         pixels = scored_pixels(images, prompts, self.frames)
         entries = list(metadata) if metadata is not None and self.send_metadata else [{}] * len(prompts)
-        end = time.monotonic() + self.deadline
-        stop = threading.Event()
-
-        def ask(start: int) -> Tensor | Mapping[str, Tensor]:
-            part = slice(start, start + self.batch_size)
-            body = self.encode(pixels[part], prompts[part], entries[part])
-            return self._ask(body, len(prompts[part]), end, stop)
-
-        starts = range(0, len(prompts), self.batch_size)
-        with ThreadPoolExecutor(min(self.parallel, len(starts)), "flowdppo-http") as pool:
-            requests = [pool.submit(ask, start) for start in starts]
-            try:
-                wait(requests, return_when=FIRST_EXCEPTION)
-            finally:
-                # after a failure nothing is asked again, and what has not begun never does
-                stop.set()
-                for request in requests:
-                    request.cancel()
-            failed = next((r for r in requests if not r.cancelled() and r.done() and r.exception()), None)
-            if failed is not None:
-                failed.result()
-            answers = [request.result() for request in requests]
-        return self._join(answers)
+        parts = [slice(start, start + self.batch_size) for start in range(0, len(prompts), self.batch_size)]
+        asked = [(pixels[part], prompts[part], entries[part]) for part in parts]
+        answers: Future[list[Tensor | Mapping[str, Tensor]]] = Future()
+        # a loop in a thread of its own: the caller may be in a notebook, which has one. It is not waited for: it ends
+        # with the last lookup of a name, which nothing can interrupt
+        asking = threading.Thread(target=anyio.run, args=(self._answer, asked, answers), daemon=True)
+        asking.start()
+        return self._join(answers.result())
 
     def encode(self, pixels: Tensor, prompts: Sequence[Any], metadata: Sequence[Mapping]) -> bytes:
         """The body of one request."""
@@ -163,20 +144,60 @@ class HTTPReward:
         """The rewards in the answer to one request; ValueError for another answer."""
         return self.protocol.parse(answer, count)
 
-    def _ask(self, body: bytes, count: int, end: float, stop: threading.Event) -> Tensor | Mapping[str, Tensor]:
+    async def _answer(self, asked: Sequence[tuple], answers: Future) -> None:
+        try:
+            answers.set_result(await self._ask_all(asked))
+        except BaseException as error:
+            # whatever it is, the caller waits for it
+            answers.set_exception(error)
+
+    async def _ask_all(self, asked: Sequence[tuple]) -> list[Tensor | Mapping[str, Tensor]]:
+        """Rewards of all requests; after the first that fails for good the others end."""
+        end = anyio.current_time() + self.deadline
+        answers: dict[int, Tensor | Mapping[str, Tensor]] = {}
+        failed: list[Exception] = []
+        limiter = anyio.CapacityLimiter(self.parallel)
+        # without TLS nothing of it has to be loaded
+        secure = self.url.startswith("https:")
+        verify = ssl.create_default_context() if secure else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        async with (
+            httpx2.AsyncClient(verify=verify, trust_env=False, timeout=None) as client,
+            anyio.create_task_group() as group,
+        ):
+
+            async def ask(place: int) -> None:
+                async with limiter:
+                    try:
+                        # images are compressed beside the loop
+                        body = await anyio.to_thread.run_sync(self.encode, *asked[place])
+                        answers[place] = await self._ask(client, body, len(asked[place][1]), end)
+                    except Exception as error:
+                        failed.append(error)
+                        group.cancel_scope.cancel()
+
+            for place in range(len(asked)):
+                group.start_soon(ask, place)
+        if failed:
+            raise failed[0]
+        return [answers[place] for place in range(len(asked))]
+
+    async def _ask(
+        self, client: httpx2.AsyncClient, body: bytes, count: int, end: float
+    ) -> Tensor | Mapping[str, Tensor]:
         """Rewards of one request, after as many tries as it needs and may have."""
         problem, tries = "no time was left", 0
         for attempt in range(self.retries + 1):
-            if attempt and stop.wait(min(self.backoff * 2 ** (attempt - 1), max(end - time.monotonic(), 0))):
-                break
-            left = end - time.monotonic()
+            if attempt:
+                await anyio.sleep(min(self.backoff * 2 ** (attempt - 1), max(end - anyio.current_time(), 0)))
+            left = min(self.timeout, end - anyio.current_time())
             if left <= 0:
                 break
             tries += 1
             try:
-                status, reason, answer = self._post(body, time.monotonic() + min(self.timeout, left))
-            except (OSError, http.client.HTTPException) as error:
-                problem = _describe(error, min(self.timeout, left))
+                with anyio.fail_after(left):
+                    status, reason, answer = await self._post(client, body)
+            except (httpx2.TransportError, OSError) as error:
+                problem = _describe(error, left)
                 continue
             if status == 200:
                 try:
@@ -189,33 +210,26 @@ class HTTPReward:
         times = f"{tries} {'try' if tries == 1 else 'tries'}"
         raise RewardServerError(f"{self.url}: no rewards after {times}: {problem}")
 
-    def _post(self, body: bytes, end: float) -> tuple[int, str, bytes]:
-        """Status, its text and the answer of one try, which ends by ``end`` however slow the other side is."""
-        connection = _connection(self._parts.scheme, str(self._parts.hostname), self._port, end)
-        try:
-            # a server that refuses early may close while the body is still being sent; its answer says why
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                connection.request("POST", self._target, body=body, headers=self._headers)
-            response = connection.getresponse()
-            if 300 <= response.status < 400:
-                place = excerpt((response.getheader("Location") or "nowhere").encode())
+    async def _post(self, client: httpx2.AsyncClient, body: bytes) -> tuple[int, str, bytes]:
+        """Status, its text and the answer of one try."""
+        async with client.stream("POST", self._whole_url, content=body, headers=self._headers) as response:
+            if 300 <= response.status_code < 400:
+                place = excerpt(response.headers.get("Location", "nowhere").encode())
                 raise RewardServerError(
                     f"{self.url}: the server redirects to {place}, which is not followed; give the final url"
                 )
-            limit, declared = self.max_response_bytes, response.length or 0
-            answer = b"" if declared > limit else response.read(limit + 1)
-            if declared > limit or len(answer) > limit:
-                raise RewardServerError(
-                    f"{self.url}: the answer is longer than max_response_bytes={limit}, it was not read further"
-                )
-            if not answer and not response.chunked and response.getheader("Content-Length") is None:
-                # the head was cut off, or there is no body; both look like this
-                raise http.client.RemoteDisconnected("empty answer")
-            if response.length:
-                raise http.client.IncompleteRead(answer, response.length)
-            return response.status, excerpt(response.reason.encode())[1:-1], answer
-        finally:
-            connection.hang_up()
+            limit, answer = self.max_response_bytes, b""
+            declared = response.headers.get("Content-Length", "0")
+            if not declared.isdecimal() or int(declared) <= limit:
+                async for piece in response.aiter_raw():
+                    answer += piece
+                    if len(answer) > limit:
+                        break
+                else:
+                    return response.status_code, excerpt(response.reason_phrase.encode())[1:-1], answer
+            raise RewardServerError(
+                f"{self.url}: the answer is longer than max_response_bytes={limit}, it was not read further"
+            )
 
     def _join(self, answers: Sequence[Tensor | Mapping[str, Tensor]]) -> Tensor | Mapping[str, Tensor]:
         """Answers of several requests one after the other; all must have the same names."""
@@ -244,79 +258,15 @@ def read_token(variable: str) -> str:
 def _describe(error: Exception, seconds: float) -> str:
     if isinstance(error, TimeoutError):
         return f"no complete answer within {seconds:.3g} s"
-    if isinstance(error, http.client.IncompleteRead):
-        return f"the connection ended in the middle of the answer, after {len(error.partial)} bytes"
-    if isinstance(error, ConnectionRefusedError):
+    causes = list(_causes(error))
+    if any(isinstance(cause, ConnectionRefusedError) for cause in causes):
         return "the connection was refused; is the server running?"
-    if isinstance(error, http.client.RemoteDisconnected):
-        return "the server closed the connection without an answer"
-    return f"{type(error).__name__}: {excerpt(str(error).encode())}"
+    # the system's own words, where it said any
+    told = next((cause for cause in reversed(causes) if isinstance(cause, OSError)), error)
+    return f"{type(told).__name__}: {excerpt(str(told).encode())}"
 
 
-class _BoundedSocket:
-    """What ``http.client`` needs of a socket, with one end for all operations instead of a timeout for each."""
-
-    def __init__(self, raw: socket.socket, end: float):
-        self._raw, self._end = raw, end
-
-    def arm(self) -> socket.socket:
-        left = self._end - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("timed out")
-        self._raw.settimeout(left)
-        return self._raw
-
-    def sendall(self, data: bytes) -> None:
-        # over TLS a timeout counts for each part that is sent, so parts are small
-        view = memoryview(data)
-        for start in range(0, len(view), _PIECE):
-            self.arm().sendall(view[start : start + _PIECE])
-
-    def makefile(self, mode: str) -> io.BufferedReader:
-        return io.BufferedReader(_BoundedReader(self))
-
-    def close(self) -> None:
-        """Called by ``http.client`` when the response is still to be read; hang_up() closes."""
-
-
-class _BoundedReader(io.RawIOBase):
-    def __init__(self, bounded: _BoundedSocket):
-        self._bounded = bounded
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        return self._bounded.arm().recv_into(buffer)
-
-
-class _BoundedConnection(http.client.HTTPConnection):
-    """A connection whose every operation ends by ``end``."""
-
-    end: float
-    _raw: socket.socket | None = None
-
-    def connect(self) -> None:
-        self.timeout = max(self.end - time.monotonic(), 1e-3)
-        super().connect()
-        self._raw = self.sock
-        self.sock = _BoundedSocket(self._raw, self.end)  # type: ignore[assignment]
-
-    def hang_up(self) -> None:
-        self.close()
-        if self._raw is not None:
-            self._raw.close()
-
-
-class _BoundedTLSConnection(_BoundedConnection, http.client.HTTPSConnection):
-    pass
-
-
-def _connection(scheme: str, host: str, port: int | None, end: float) -> _BoundedConnection:
-    connection: _BoundedConnection
-    if scheme == "https":
-        connection = _BoundedTLSConnection(host, port, context=ssl.create_default_context())
-    else:
-        connection = _BoundedConnection(host, port)
-    connection.end = end
-    return connection
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -107,7 +107,7 @@ def encode(array: np.ndarray, kind: str, quality: int = 95) -> bytes:
     return buffer.getvalue()
 
 
-def check_positive(**values: int | float) -> None:
+def check_all_positive(**values: int | float) -> None:
     """Raises ValueError for the first of ``values`` that is not > 0."""
     for name, value in values.items():
         if not value > 0:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .images import DEFAULT_FRAMES, check_positive, encode, scored_pixels, to_arrays
+from .images import DEFAULT_FRAMES, check_all_positive, encode, scored_pixels, to_arrays
 
 
 class JPEGIncompressibility:
@@ -27,7 +27,7 @@ class JPEGIncompressibility:
     sign = 1.0
 
     def __init__(self, quality: int = 95, *, threads: int = 4, frames: int = DEFAULT_FRAMES):
-        check_positive(threads=threads, frames=frames)
+        check_all_positive(threads=threads, frames=frames)
         if not 1 <= quality <= 100:
             raise ValueError(f"quality: got {quality}, expected 1 to 100")
         self.quality, self.threads, self.frames = quality, threads, frames

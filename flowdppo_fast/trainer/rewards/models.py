@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from .images import DEFAULT_FRAMES, check_positive
+from .images import DEFAULT_FRAMES, check_all_positive
 from .preprocess import Preprocess, Preprocessor, prepare
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -40,7 +40,7 @@ class ModelReward:
         frames: int = DEFAULT_FRAMES,
         preprocess: Preprocess = "torch",
     ):
-        check_positive(batch_size=batch_size, frames=frames)
+        check_all_positive(batch_size=batch_size, frames=frames)
         chosen = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
         if chosen not in _DTYPES.values():
             raise ValueError(f"dtype: got {dtype!r}, expected one of {', '.join(_DTYPES)}")

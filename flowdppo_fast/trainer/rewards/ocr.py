@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from .images import DEFAULT_FRAMES, check_positive, scored_pixels, to_arrays
+from .images import DEFAULT_FRAMES, check_all_positive, scored_pixels, to_arrays
 
 Output = Literal["edit", "likelihood", "both"]
 Lines = Literal["detect", "one"]
@@ -71,7 +71,7 @@ class OCRReward:
         for name, value, known in (("output", output, Output), ("lines", lines, Lines)):
             if value not in get_args(known):
                 raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(get_args(known))}")
-        check_positive(batch_size=batch_size, frames=frames, threads=1 if threads is None else threads)
+        check_all_positive(batch_size=batch_size, frames=frames, threads=1 if threads is None else threads)
         self.output, self.lines, self.anywhere, self.key = output, lines, anywhere, key
         self.threads, self.batch_size, self.frames = threads, batch_size, frames
         file = packaged_model("rapidocr", _RECOGNISER) if recogniser is None else Path(recogniser)

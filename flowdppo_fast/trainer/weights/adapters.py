@@ -22,6 +22,9 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 
 # what diffusers calls the attention projections
 ATTENTION_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+ALL_LINEAR = "all-linear"
+# what no name of a layer has
+_PATTERN = re.compile(r"[*+?^$|()\[\]{}\\]")
 
 
 # name of the trained adapter where the model has none of that name
@@ -48,11 +51,33 @@ def trained_adapter(module: nn.Module) -> str | None:
     return getattr(bare(module), _MARK, None)
 
 
-def add_lora(module: nn.Module, rank: int, alpha: float, targets: Sequence[str] | None, seed: int) -> str:
+def as_targets(targets: Sequence[str] | str | None) -> list[str] | str:
+    """``model.lora_targets`` as peft takes them: ends of layer names, a pattern of whole names, or ``"all-linear"``."""
+    if isinstance(targets, str):
+        return targets if targets == ALL_LINEAR or _PATTERN.search(targets) else [targets]
+    return list(targets or ATTENTION_TARGETS)
+
+
+def is_target(path: str, targets: Sequence[str] | str | None) -> bool:
+    """Whether the linear layer at ``path`` gets an adapter."""
+    wanted = as_targets(targets)
+    if isinstance(wanted, str):
+        return wanted == ALL_LINEAR or re.fullmatch(wanted, path) is not None
+    return any(path == target or path.endswith(f".{target}") for target in wanted)
+
+
+def blocks_of(module: nn.Module) -> dict[str, int]:
+    """The model's lists of blocks: name and how many there are; lists inside of blocks do not count."""
+    lists = [(name, child) for name, child in bare(module).named_children() if isinstance(child, nn.ModuleList)]
+    return {name: len(child) for name, child in lists if len(child) > 1}
+
+
+def add_lora(module: nn.Module, rank: int, alpha: float, targets: Sequence[str] | str | None, seed: int) -> str:
     """Adds an adapter that changes nothing yet and alone is trained; adapters that are on stay on, frozen.
 
     Args:
-        targets: names of layers; None means :data:`ATTENTION_TARGETS`.
+        targets: ends of layer names, a pattern of whole names or ``"all-linear"``; None means
+            :data:`ATTENTION_TARGETS`.
         seed: of the adapter's first matrices; the global generator is left as it was.
 
     Returns:
@@ -65,7 +90,7 @@ def add_lora(module: nn.Module, rank: int, alpha: float, targets: Sequence[str] 
     settings = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]
-        target_modules=list(targets or ATTENTION_TARGETS),
+        target_modules=as_targets(targets),
         init_lora_weights="gaussian",
     )
     before = {id(layer): active_adapters(layer) for layer in adapter_layers(module)}
@@ -158,10 +183,14 @@ def write_lora(
     for key, value in tensors.items():
         value = value * scale if ".lora_B." in key else value
         packed[f"transformer.{with_name(key, '')}"] = value.detach().to(dtype or value.dtype).cpu().contiguous()
+    return save_lora_file(packed, folder, {LORA_ADAPTER_METADATA_KEY: json.dumps(described, indent=2, sort_keys=True)})
+
+
+def save_lora_file(tensors: Mapping[str, Tensor], folder: Path, metadata: Mapping[str, str] | None = None) -> Path:
+    """Writes the file that ``load_lora_weights(folder)`` looks for."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LORA_FILE
-    text = json.dumps(described, indent=2, sort_keys=True)
-    save_file(packed, path, metadata={"format": "pt", LORA_ADAPTER_METADATA_KEY: text})
+    save_file({key: value.contiguous() for key, value in tensors.items()}, path, {"format": "pt", **(metadata or {})})
     return path
 
 

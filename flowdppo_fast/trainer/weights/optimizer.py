@@ -55,9 +55,7 @@ class PolicyOptimizer:
             0-d device tensors: ``grad_norm`` before clipping, ``skipped`` (not finite) and ``stopped`` (too far).
         """
         loss, kl = self.workers.sum(torch.stack([loss, kl])).unbind()
-        taken: dict[str, Tensor] = {}
-        self.workers.sharding.step(lambda: taken.update(self._take(loss, kl)))
-        return taken
+        return self.workers.sharding.inside(lambda: self._take(loss, kl), update=True)
 
     def _take(self, loss: Tensor, kl: Tensor) -> dict[str, Tensor]:
         s = self.settings

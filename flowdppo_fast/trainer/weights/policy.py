@@ -32,6 +32,7 @@ class PolicyWeights:
         names: of the trained weights.
         parameters: this process's own tensors of them (:mod:`.sharding`), float32.
         ema: their moving average, or None.
+        classes: of the transformers, by name.
 
     Raises:
         ValueError: processes that start from different weights.
@@ -47,14 +48,14 @@ class PolicyWeights:
         workers: Workers,
     ):
         self.modules = {name: bare(module) for name, module in modules.items()}
+        # sharding gives them classes of its own
+        self.classes = {name: type(module).__name__ for name, module in self.modules.items()}
         self.model, self.workers = model, workers
         for name, module in self.modules.items():
             # no dropout of activations or labels: the replay must be the function that the rollout was
             module.eval()
             if model.train == "lora":
-                rank = model.lora_rank or 32
-                alpha = 2.0 * rank if model.lora_alpha is None else model.lora_alpha
-                add_lora(module, rank, alpha, model.lora_targets, derive_seed(seed, "adapters", name))
+                add_lora(module, model.rank, model.alpha, model.lora_targets, derive_seed(seed, "adapters", name))
             else:
                 module.requires_grad_(True)
             if model.gradient_checkpointing:
@@ -89,7 +90,7 @@ class PolicyWeights:
             raise RuntimeError("reference: the weights at the start were not kept, expected keep_start=True")
         if self.workers.sharded:
             # what is gathered is read from the memory that the shards had at first
-            with self._holding(self._start):
+            with holding(self.parameters, self._start):
                 yield
             return
         own = [p.data for p in self.parameters]
@@ -103,7 +104,7 @@ class PolicyWeights:
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """Within this context the weights are their moving average, if there is one."""
-        return self._holding(self.ema.averages) if self.ema is not None else contextlib.nullcontext()
+        return contextlib.nullcontext() if self.ema is None else holding(self.parameters, self.ema.averages)
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """What a checkpoint keeps, by file: whole tensors; all processes have to come here."""
@@ -129,7 +130,6 @@ class PolicyWeights:
                     )
             for own, value in zip(self.workers.sharding.own(saved), values):
                 value.copy_(own)
-        self.workers.sharding.changed()
 
     def save_pretrained(self, folder: Path) -> None:
         """Writes the (averaged) weights as diffusers loads them, one folder per transformer, from the main process; all
@@ -148,15 +148,6 @@ class PolicyWeights:
                             self.workers.attempt(module.save_pretrained, folder / name)  # type: ignore[arg-type]
                 finally:
                     hook.remove()
-
-    @contextlib.contextmanager
-    def _holding(self, values: Sequence[Tensor]) -> Iterator[None]:
-        try:
-            with holding(self.parameters, values):
-                self.workers.sharding.changed()
-                yield
-        finally:
-            self.workers.sharding.changed()
 
     def _kept(self) -> dict[str, Sequence[Tensor]]:
         kept = {

@@ -54,13 +54,12 @@ class WholeWeights:
             parameter.grad = torch.zeros_like(parameter)
         return list(self.named.values())
 
-    def call(self, function: Callable[[], T]) -> T:
-        """``function()``, which calls transformers; all of their calls go through here."""
-        return function()
+    def inside(self, function: Callable[[], T], *, update: bool = False) -> T:
+        """``function()``, which calls transformers or, for an ``update``, steps the own tensors by their gradients.
 
-    def step(self, take: Callable[[], None]) -> None:
-        """Calls ``take()`` when the own tensors have the gradients of an update; it changes the tensors in place."""
-        take()
+        All of both go through here: it is the door to an engine that wants to be around them (:mod:`.zero`).
+        """
+        return function()
 
     def sum_gradients(self, gradients: Sequence[Tensor]) -> None:
         """Makes gradients of the own tensors, as backwards left them, sums over processes."""
@@ -71,9 +70,6 @@ class WholeWeights:
             torch.distributed.all_reduce(flat)
             parts = flat.split([grad.numel() for grad in bucket])
             torch._foreach_copy_(bucket, [part.view_as(grad) for part, grad in zip(parts, bucket)])
-
-    def changed(self) -> None:
-        """Has to be told when the own tensors were written to outside of :meth:`step`."""
 
     def whole(self, values: Sequence[Tensor]) -> dict[str, Tensor]:
         """Whole tensors by the weight's name from one value for each own tensor, of its shape or a number.

@@ -52,16 +52,22 @@ class ZeroWeights(WholeWeights):
         self._engine, zero, *_ = deepspeed.initialize(model=around, optimizer=self._client, config=settings)
         groups = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
         (self._shard,) = groups
+        self._followed = self._shard._version
         return [self._shard]
 
-    def call(self, function: Callable[[], T]) -> T:
-        """``function()`` as the forward of the engine's module."""
+    def inside(self, function: Callable[[], T], *, update: bool = False) -> T:
+        """``function()`` as the forward of the engine's module, or as its optimizer's step."""
+        return self._step(function) if update else self._call(function)
+
+    def _call(self, function: Callable[[], T]) -> T:
+        if self._followed != self._shard._version:
+            self._follow()
         output, result = self._engine(function), self._around.result
         self._around.result = None
         # hooks are put on tensors; DeepSpeed warns of whatever else comes out of a module
         return result if output is None else output
 
-    def step(self, take: Callable[[], None]) -> None:
+    def _step(self, take: Callable[[], T]) -> T:
         """DeepSpeed makes the shard's gradient, calls ``take()``, and gives all processes what became of the shard."""
         self._client.take = take
         self._engine.step()
@@ -73,14 +79,17 @@ class ZeroWeights(WholeWeights):
         if self.stage == 3:
             # a weight that the next update does not reach would keep this gradient
             self._engine.optimizer.grad_partitions_flat_buffer.zero_()
+        self._followed = self._shard._version
+        return self._client.taken
 
     def sum_gradients(self, gradients: Sequence[Tensor]) -> None:
         """Means over processes become sums."""
         torch._foreach_mul_(list(gradients), float(self.count))
 
     @torch.no_grad()
-    def changed(self) -> None:
-        """The transformers' weights follow the shard."""
+    def _follow(self) -> None:
+        """Gives the transformers what was written to the shard outside of a step."""
+        self._followed = self._shard._version
         if self.stage < 3:
             self._engine.optimizer.update_lp_params()
             return
@@ -138,15 +147,15 @@ class _Around(nn.Module):
 class _Client(torch.optim.Optimizer):
     """What DeepSpeed takes for its optimizer."""
 
-    take: Callable[[], None] | None = None
+    take: Callable[[], Any] | None = None
+    taken: Any = None
 
     def __init__(self, parameters: list[nn.Parameter]):
         super().__init__(parameters, {})
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         assert self.take is not None
-        self.take()
-        self.take = None
+        self.taken, self.take = self.take(), None
 
 
 def zero_stage() -> int:

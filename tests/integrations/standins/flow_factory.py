@@ -1,4 +1,8 @@
-"""Flow-Factory, July 2026: trainer registry, ``DPPOTrainer`` and what its ``optimize`` reaches, an adapter."""
+"""Flow-Factory: trainer registry, ``DPPOTrainer`` and what its ``optimize`` reaches, an adapter, in two layouts.
+
+``july`` is the tree of June and July 2026: flat batches and ``adapter.forward``. ``states`` is the later one under
+``trainers.rl``: a replayed step of one or several latents, with a reduction that may leave padding out.
+"""
 
 from __future__ import annotations
 
@@ -139,9 +143,90 @@ class Accelerator:
         return nn.utils.clip_grad_norm_(parameters, max_norm)
 
 
-def build() -> list[ModuleType]:
+@dataclass
+class LatentState:
+    components: dict[str, Tensor]
+
+    @property
+    def component_names(self):
+        return tuple(self.components)
+
+
+@dataclass
+class StepOutput:
+    next_state_mean: LatentState | None = None
+    velocity: LatentState | None = None
+    std_dev_t: dict[str, Tensor] | None = None
+    dt: dict[str, Tensor] | None = None
+    log_prob: Tensor | None = None
+
+
+@dataclass
+class StateAdapter:
+    """A model of several latents, one :class:`Adapter` each; the last ``padding`` elements of a row do not count."""
+
+    adapters: dict[str, Adapter]
+    padding: int = 0
+
+    def __post_init__(self):
+        self.trajectory_component_order = tuple(self.adapters)
+        self.scheduler_group = {name: one.scheduler for name, one in self.adapters.items()}
+        self.scheduler = next(iter(self.scheduler_group.values()))
+
+    def train(self): ...
+
+    def get_trainable_parameters(self):
+        return [one.weight for one in self.adapters.values()]
+
+    def get_train_step_indices(self):
+        return self.scheduler.train_timesteps
+
+    @contextlib.contextmanager
+    def use_ref_parameters(self):
+        with contextlib.ExitStack() as stack:
+            for one in self.adapters.values():
+                stack.enter_context(one.use_ref_parameters())
+            yield
+
+    def get_replay_step(self, batch, step):
+        return batch["steps"][step]
+
+    def get_replay_callback(self, batch, step, field):
+        return LatentState(batch["callbacks"][field][step])
+
+    def reduce_latent_values(self, values, *, active_numel=None, state=None):
+        rows = torch.cat([x.flatten(1) for x in values.values()], dim=1)
+        return rows[:, : rows.shape[1] - self.padding].mean(1)
+
+    def forward_state(self, replay, fields, guidance_scale):
+        """All latents at once; the joint log-prob is the mean over all elements that count."""
+        names = {"next_latents_mean": "next_state_mean"}
+        found: dict[str, dict[str, Tensor]] = {field: {} for field in fields if field != "log_prob"}
+        density = {}
+        for name, one in self.adapters.items():
+            out = one.forward(
+                replay.times.timestep[name], replay.times.next_timestep[name], replay.state.components[name],
+                replay.next_state.components[name], guidance_scale, noise_level=self.scheduler.noise_level,
+                return_kwargs=["next_latents_mean", "std_dev_t", "dt", "noise_pred"],
+            )  # fmt: skip
+            out.velocity = out.noise_pred
+            for field in found:
+                found[field][name] = getattr(out, field)
+            cps = one.scheduler.dynamics_type == "CPS"
+            gap = (replay.next_state.components[name].detach() - out.next_latents_mean) ** 2
+            std = out.std_dev_t * torch.sqrt(-out.dt)
+            density[name] = -gap if cps else -gap / (2.0 * std**2) - torch.log(std).expand_as(gap)
+        values = {
+            names.get(field, field): LatentState(parts) if field in ("next_latents_mean", "velocity") else parts
+            for field, parts in found.items()
+        }
+        return StepOutput(**values, log_prob=self.reduce_latent_values(density) if "log_prob" in fields else None)
+
+
+def build(layout: str = "july") -> list[ModuleType]:
     """Flow-Factory's packages; the trainer records what it logs in ``logged``."""
-    registry: dict[str, str] = {"dppo": "flow_factory.trainers.dppo.DPPOTrainer"}
+    trainers = "flow_factory.trainers.rl.dppo" if layout == "states" else "flow_factory.trainers.dppo"
+    registry: dict[str, str] = {"dppo": f"{trainers}.DPPOTrainer"}
 
     def register_trainer(name):
         def decorator(cls):
@@ -187,6 +272,56 @@ def build() -> list[ModuleType]:
     class DPPOTrainer(GRPOTrainer):
         pass
 
+    class StateDPPOTrainer(GRPOTrainer):
+        def _replay_forward(self, batch, replay, fields):
+            return self.adapter.forward_state(replay, fields, self.training_args.guidance_scale)
+
+        def _reference_forward(self, batch, replay, fields, guidance_scale=None):
+            scale = self.training_args.guidance_scale if guidance_scale is None else guidance_scale
+            with torch.no_grad(), self.adapter.use_ref_parameters():
+                return self.adapter.forward_state(replay, fields, scale)
+
+        def _canonical_return_fields(self, fields):
+            return tuple(sorted(fields))
+
+        def _require_output_state(self, output, field, source):
+            state = getattr(output, field)
+            assert state.component_names == self.adapter.trajectory_component_order
+            return state
+
+        def _require_replay_log_prob(self, replay, step):
+            return replay.log_prob
+
+        def _errors(self, new, other):
+            return {name: (new.components[name] - other.components[name]) ** 2 for name in new.components}
+
+        def _reference_kl_divergence(self, output, reference, replay):
+            field = {"x-based": "next_state_mean", "v-based": "velocity"}[self.training_args.kl_type]
+            errors = self._errors(getattr(output, field), getattr(reference, field))
+            return self.adapter.reduce_latent_values(errors, state=replay.state).mean()
+
+        def _trust_region_kl(self, output, replay, old):
+            if self.training_args.kl_mask_type == "v-based":
+                return self.adapter.reduce_latent_values(self._errors(output.velocity, old), state=replay.state)
+            errors = self._errors(output.next_state_mean, old)
+            for name, scheduler in self.adapter.scheduler_group.items():
+                std = output.std_dev_t[name]
+                std = std if scheduler.dynamics_type == "CPS" else std * torch.sqrt(-output.dt[name])
+                errors[name] = errors[name] / (2.0 * std**2)
+            return self.adapter.reduce_latent_values(errors, state=replay.state)
+
+        def _apply_optimizer_step(self, loss_info):
+            grad_norm = self.accelerator.clip_grad_norm_(self.adapter.get_trainable_parameters(), 1e9)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            reduced = {**reduce_loss_info(self.accelerator, loss_info), "grad_norm": grad_norm}
+            self.log_data({f"train/{name}": value for name, value in reduced.items()}, step=self.step)
+            self.step += 1
+            return type(loss_info)(list)
+
+    if layout == "states":
+        DPPOTrainer = StateDPPOTrainer
+
     def filter_kwargs(func, **kwargs):
         return {k: v for k, v in kwargs.items() if k in inspect.signature(func).parameters}
 
@@ -201,7 +336,7 @@ def build() -> list[ModuleType]:
         return flat
 
     return [
-        module("flow_factory.trainers.dppo", DPPOTrainer=DPPOTrainer),
+        module(trainers, DPPOTrainer=DPPOTrainer),
         module(
             "flow_factory.trainers.registry",
             register_trainer=register_trainer,

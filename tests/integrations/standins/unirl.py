@@ -2,7 +2,8 @@
 
 ``june`` is the tree of June 2026: ``recomputes_anchor`` is a method, ``denoise`` draws from the global generator,
 replayed means are cast to the trajectory dtype. ``september`` has an attribute instead, a ``beta`` with a reference
-model, a ``generator`` argument and batched replay (all steps of a micro-batch stacked step-major in one call).
+model, strategies with a ``transition_std``, a ``generator`` argument and batched replay (all steps of a micro-batch
+stacked step-major in one call), which it refuses beside a rollout anchor.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from .. import conventions
 from . import module
 
 
@@ -72,7 +74,7 @@ class Stage:
     sde_indices: list[int]
     trajectory_dtype: torch.dtype
     mean_dtype: torch.dtype
-    batched: bool = False
+    batch_replay_steps: bool = False
     replays: list[list[int]] = field(default_factory=list)
 
     def diffuse(self, x: torch.Tensor, params: Params) -> LatentSegment:
@@ -96,7 +98,7 @@ class Stage:
 
     def replay(self, conditions, *, segment, params, step_indices):
         self.replays.append(step_indices)
-        if self.batched:
+        if self.batch_replay_steps:
             return self._replay_batched(segment, params, step_indices)
         log_probs, means = [], []
         for i in step_indices:
@@ -146,15 +148,23 @@ def build(version: str) -> list[ModuleType]:
 
     class FlowSDEStrategy(SDEStrategy):
         canonical_name: ClassVar[str] = "flow"
+        transition: ClassVar[Any] = staticmethod(conventions.flow_sde)
 
         def __init__(self, *, config=None):
             del config
 
+        if later:
+
+            def transition_std(self, *, sigma, sigma_next, eta, sigma_max):
+                return type(self).transition(sigma, sigma, sigma, sigma_next, eta, sigma_max)[2]
+
     class CPSSDEStrategy(FlowSDEStrategy):
         canonical_name: ClassVar[str] = "cps"
+        transition: ClassVar[Any] = staticmethod(conventions.cps)
 
     class DanceSDEStrategy(FlowSDEStrategy):
         canonical_name: ClassVar[str] = "dance"
+        transition: ClassVar[Any] = staticmethod(conventions.dance)
 
     @dataclass(frozen=True)
     class AlgorithmStepResult:
@@ -209,6 +219,8 @@ def build(version: str) -> list[ModuleType]:
             if later:
                 self.beta = float(later_options.pop("beta", 0.0))
                 self._ref_model = getattr(later_options.pop("backend", None), "model", None)
+                if getattr(self.stage, "batch_replay_steps", False) and old_logp_source != "replay":
+                    raise ValueError("batch_replay_steps=True requires old_logp_source='replay'")
             assert not later_options, later_options
 
         def prepare_segment(self, *, conditions, segment):

@@ -60,9 +60,17 @@ LORA = {"train": "lora", "lora_rank": 4, "lora_alpha": 3.0}
 
 
 @pytest.mark.bits(across="again")
-@pytest.mark.parametrize("name", ["sd3", "flux"])
-def test_lora_is_what_load_lora_weights_loads(pipes, trained, tmp_path, name):
-    trainer, draw = trained(name, model={**LORA, "lora_targets": ["to_q", "to_v", "to_out.0"]})
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [
+        ("sd3", ["to_q", "to_v", "to_out.0"]),
+        ("flux", ["to_q", "to_v", "to_out.0"]),
+        ("sd3", r"transformer_blocks\.\d+\.attn\.to_[qv]"),
+        ("flux", "all-linear"),
+    ],
+)
+def test_lora_is_what_load_lora_weights_loads(pipes, trained, tmp_path, name, targets):
+    trainer, draw = trained(name, model={**LORA, "lora_targets": targets})
     run = SavedRun.open(trainer.output)
     written = export_run(run, tmp_path / "out")
     assert [path.name for path in written] == ["pytorch_lora_weights.safetensors", "flowdppo.json"]
@@ -189,6 +197,32 @@ def test_full_weights_need_their_base(trained, tmp_path):
     leave_recipe(trainer, tmp_path / "base")
     with pytest.raises(ValueError, match=r"has no transformer/.*index\.json, expected it there"):
         export_run(SavedRun.open(trainer.output), tmp_path / "out")
+
+
+def test_an_export_replaces_an_export_and_nothing_else(pipes, trained, tmp_path):
+    base = pipes.sd3()
+    base.save_pretrained(tmp_path / "base")
+    trainer, _ = trained("sd3", model={"train": "full"})
+    leave_recipe(trainer, tmp_path / "base")
+    run = SavedRun.open(trainer.output)
+    before = (tmp_path / "base" / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=r"has model_index\.json, transformer/config\.json, which no export wrote"):
+        export_run(run, tmp_path / "base")
+    assert (tmp_path / "base" / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes() == before
+    for folder in (trainer.output, trainer.output / "checkpoints" / "export"):
+        with pytest.raises(ValueError, match=r"folder: got .*, which the run in .* writes to, expected another"):
+            export_run(run, folder)
+    export_run(run, tmp_path / "out")
+    stale = tmp_path / "out" / "transformer" / "diffusion_pytorch_model-00001-of-00002.safetensors"
+    stale.touch()
+    export_run(run, tmp_path / "out")
+    assert not stale.exists()
+    adapter = tmp_path / "mine" / "pytorch_lora_weights.safetensors"
+    adapter.parent.mkdir()
+    adapter.touch()
+    lora, _ = trained("sd3", model=LORA, run={"iterations": 1, "output_dir": str(tmp_path / "lora")})
+    with pytest.raises(ValueError, match=r"has pytorch_lora_weights\.safetensors, which no export wrote"):
+        export_run(SavedRun.open(lora.output), adapter.parent)
 
 
 def make_wan() -> WanPipeline:

@@ -82,7 +82,7 @@ def estimated(**sections):
         "sampling", {}
     )
     config = FlowDPPOConfig.from_dict(sections)
-    return memory.estimate(config, small_transformer(), arguments_of, weights=1000, trajectory=100.0, idle=7000)
+    return memory.estimate_memory(config, small_transformer(), arguments_of, weights=1000, trajectory=100.0, idle=7000)
 
 
 def test_each_lever_lowers_its_part_of_the_estimate_and_no_other():
@@ -118,7 +118,7 @@ def test_adapters_in_float32_cost_activations_without_autocast():
         def half(rows):
             return {name: value.to(torch.bfloat16) for name, value in arguments_of(rows).items()}
 
-        found.append(memory.estimate(config, small_transformer().to(torch.bfloat16), half, weights=0))
+        found.append(memory.estimate_memory(config, small_transformer().to(torch.bfloat16), half, weights=0))
     assert found[0]["trained"] == found[1]["trained"]
     assert found[0]["activations"] > 1.2 * found[1]["activations"]
 
@@ -131,6 +131,6 @@ def test_trained_bytes_are_those_of_the_run(pipes, small_config):
         held = [*weights.parameters, *(p.grad for p in weights.parameters), *weights.ema.averages]
         held += [value for state in trainer.optimizer.adamw.state.values() for value in state.values() if value.ndim]
         module = pipes.sd3().transformer.to("meta")
-        guess = memory.estimate(trainer.config, module, arguments_of, weights=0, activations=0)
+        guess = memory.estimate_memory(trainer.config, module, arguments_of, weights=0, activations=0)
         assert guess["trained"] + guess["ema"] == stored_bytes(held)
         assert guess["activations"] == 0

@@ -86,9 +86,9 @@ def test_loss_and_mask_on_replayed_velocities_equal_the_textbook(pipes, case, no
     threshold = 1e-4
     out = fused_dppo_velocity_loss(velocity, old, drawn, step, advantages, threshold=threshold)
 
-    levels = [trajectory.step.sigma, trajectory.step.sigma_next]
+    levels = [trajectory.sde_step.sigma, trajectory.sde_step.sigma_next]
     sigma, following = (level.expand(ROWS, -1).reshape(-1) for level in levels)
-    sigmas = [1.0, float(trajectory.step.sigma_next[0])]
+    sigmas = [1.0, float(trajectory.sde_step.sigma_next[0])]
 
     def mean_of(v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return oracle.sampler_step(

@@ -45,13 +45,20 @@ class RawServer:
         """Head and body of the request."""
         data = b""
         while b"\r\n\r\n" not in data:
-            data += connection.recv(65536)
+            data += self._more(connection)
         head, body = data.split(b"\r\n\r\n", 1)
         length = next(int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-l"))
         while len(body) < length:
-            body += connection.recv(65536)
+            body += self._more(connection)
         self.requests[-1] = (head, body)
         return head, body
+
+    @staticmethod
+    def _more(connection) -> bytes:
+        data = connection.recv(65536)
+        if not data:
+            raise ConnectionError("the client hung up")
+        return data
 
     def __enter__(self):
         self.threads[0].start()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import socket
+import threading
 import time
 
 import pytest
@@ -28,6 +30,21 @@ def test_time_of_a_try_is_bounded(pictures, behave):
         with pytest.raises(RewardServerError, match=r"no rewards after 1 try: no complete answer within 0\.4 s"):
             HTTPReward(server.url, **QUICK)(pictures, [""] * 6)
         assert 0.35 < time.monotonic() - started < 3
+
+
+def test_time_to_look_the_host_up_counts(pictures, monkeypatch):
+    known = threading.Event()
+
+    def slow(*arguments, **options):
+        known.wait(5)
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    started = time.monotonic()
+    with pytest.raises(RewardServerError, match=r"no complete answer within 0\.4 s"):
+        HTTPReward("http://slowly-named.invalid/", **QUICK)(pictures, [""] * 6)
+    assert time.monotonic() - started < 3
+    known.set()
 
 
 def test_a_late_sign_of_life_does_not_extend_a_try(pictures):

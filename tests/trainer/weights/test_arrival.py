@@ -210,7 +210,7 @@ def test_a_scheduler_of_ones_own_keeps_its_levels(pipes, config, make):
     assert not torch.equal(levels, torch.linspace(1, 0, 5))
     trainer = FlowDPPOTrainer(pipeline, bright, PROMPTS, config())
     (trajectory,) = trainer.sample(0).trajectories
-    assert torch.equal(trajectory.step.sigma.float(), levels[:2])
+    assert torch.equal(trajectory.sde_step.sigma.float(), levels[:2])
 
 
 def test_a_scheduler_with_steps_of_its_own_is_refused(pipes, config):

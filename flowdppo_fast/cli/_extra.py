@@ -6,7 +6,9 @@ import importlib.util
 
 _TRAINER = {
     "accelerate": "accelerate",
+    "anyio": "anyio",
     "diffusers": "diffusers",
+    "httpx2": "httpx2",
     "matplotlib": "matplotlib",
     "peft": "peft",
     "pydantic": "pydantic",
@@ -17,7 +19,7 @@ _TRAINER = {
 }
 
 
-def require_trainer() -> None:
+def check_extra() -> None:
     """Raises:
     ValueError: a package of the ``trainer`` extra is not installed.
     """

@@ -7,7 +7,7 @@ import importlib.util
 from typing import Any
 
 
-def require(module: str, trainer: str, source: str) -> Any:
+def module_of(module: str, trainer: str, source: str) -> Any:
     """The imported ``module`` of ``trainer``.
 
     Raises:
