@@ -44,7 +44,11 @@ class Surroundings:
     @staticmethod
     @contextlib.contextmanager
     def put_back(call: Any) -> Iterator[None]:
-        """Within this context everything is as it was when ``call`` was recorded."""
+        """Within this context everything is as it was when ``call`` was recorded.
+
+        Raises:
+            ValueError: gradient checkpointing, which runs parts of the module again in the backward, after this context.
+        """
         own: Surroundings = call.surroundings
         if own is None:
             yield
@@ -52,6 +56,12 @@ class Surroundings:
         now = _parts(call.module)
         # parts that came since, such as adapters, are left as they are
         changed = [key for key in now if key in own.parts and not _same(now[key], own.parts[key])]
+        if changed and torch.is_grad_enabled() and any(getattr(x, "gradient_checkpointing", False) for x, _ in now):
+            names = ", ".join(sorted({name for _, name in changed}))
+            raise ValueError(
+                f"pipeline: it had set {names} of {type(call.module).__name__} for this call, and gradient checkpointing "
+                "would run its blocks without that in the backward, expected model.gradient_checkpointing=false"
+            )
         try:
             for key in changed:
                 _set(*key, own.parts[key])

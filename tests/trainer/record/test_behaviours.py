@@ -54,5 +54,53 @@ def test_what_would_not_follow_is_refused_by_name(name):
             record(build(mode, dtype), STEPS, combine, call, dtype=dtype)
 
 
+def test_what_was_set_for_a_call_is_refused_where_checkpointing_would_lose_it():
+    combine, call, mode = RIGHT["replaced layer"]
+    pipeline = build(mode, torch.float32)
+    recorder, trajectory, _ = record(pipeline, STEPS, combine, call)
+    assert recorder.replay(trajectory).requires_grad
+    pipeline.transformer.gradient_checkpointing = True
+    with pytest.raises(ValueError, match=r"had set forward of Net .* expected model.gradient_checkpointing=false"):
+        recorder.replay(trajectory)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("name", ["double batch", "two per row", "layers first", "list of rows", "clean image"])
+def test_small_batches_are_ordinary(name, rows):
+    combine, call, mode = RIGHT[name]
+    pipeline = build(mode, torch.float32)
+    recorder, trajectory, states = record(pipeline, STEPS, combine, call, rows=rows)
+    assert recorder.verify(trajectory, [rows - 1]).same_geometry == 0.0
+    with moved(pipeline), torch.no_grad():
+        _, fresh, _ = record(pipeline, STEPS, combine, call, rows=rows, states=states)
+        assert not torch.equal(fresh.velocity, trajectory.velocity)
+        assert relative(recorder.replay(trajectory), fresh.velocity) <= 8 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("name", ["guidance", "clean image", "chunks in place", "control net that shares layers"])
+def test_a_pipeline_in_inference_mode_is_trained_all_the_same(name):
+    combine, call, mode = RIGHT[name]
+    pipeline = build(mode, torch.float32)
+    with torch.inference_mode():
+        recorder, trajectory, _ = record(pipeline, STEPS, combine, call)
+    recorder.replay(trajectory, [1, 2]).square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in pipeline.transformer.out.parameters())
+
+
+def test_a_branch_that_turns_is_an_error():
+    def combine(pipeline, c, u, x, t, i):
+        return torch.stack([row * (0.3 / row.norm()) if row.norm() > 0.3 else row for row in c])
+
+    pipeline = build("", torch.float32)
+    recorder, trajectory, _ = record(pipeline, STEPS, combine, None)
+    assert recorder.verify(trajectory, [2, 0]).same_geometry == 0.0
+    with torch.no_grad():
+        pipeline.transformer.out.weight.mul_(0.01)
+        pipeline.transformer.out.bias.zero_()
+    for rows in (None, [1]):
+        with pytest.raises(ValueError, match=r"it branched on the transformer's output .* take the other branch"):
+            recorder.replay(trajectory, rows)
+
+
 def relative(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).square().mean().sqrt() / b.double().square().mean().sqrt())
