@@ -154,6 +154,26 @@ def _scaled(grad: Tensor, upstream: Tensor, kept: bool) -> Tensor:
     return scaled if math.isfinite(scale) else torch.where(grad == 0, grad, scaled)
 
 
+class LogProbCall(NamedTuple):
+    """What goes beside a trainer's own log-probs and drifts.
+
+    Attributes:
+        old_log_prob, advantages, row_weights: ``[R]``.
+        step, step_values: as of :class:`~flowdppo_fast.rows.RowSource`.
+        ints, floats: of :class:`~flowdppo_fast.objectives.EpilogueOptions`.
+        backend: who computes.
+    """
+
+    old_log_prob: Tensor
+    step: Tensor | None
+    step_values: list[float]
+    advantages: Tensor
+    row_weights: Tensor | None
+    ints: list[int]
+    floats: list[float]
+    backend: str
+
+
 class LogProbLoss(torch.autograd.Function):
     """``(loss, rows, summary)`` of an objective on rows that have log-probs and drifts in place of latents.
 
@@ -161,15 +181,13 @@ class LogProbLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx, log_prob, drift, reference_drift, old_log_prob, step, step_values, advantages, row_weights,
-        backend, ints, floats,
-    ):  # fmt: skip
+    def forward(ctx, log_prob, drift, reference_drift, call: LogProbCall):
+        old_log_prob, *rest, backend = call
         loss, rows, summary = operator("log_prob_loss", backend, log_prob.device.type)(
-            log_prob, old_log_prob, drift, reference_drift, step, step_values, advantages, row_weights, ints, floats
+            log_prob, old_log_prob, drift, reference_drift, *rest
         )
-        ctx.save_for_backward(rows, step)
-        ctx.step_values = step_values
+        ctx.save_for_backward(rows, call.step)
+        ctx.step_values = call.step_values
         ctx.mark_non_differentiable(rows, summary)
         ctx.set_materialize_grads(False)
         return loss, rows, summary
@@ -178,7 +196,7 @@ class LogProbLoss(torch.autograd.Function):
     @_first_order
     def backward(ctx, grad_loss, grad_rows, grad_summary):
         if grad_loss is None:
-            return (None,) * 11
+            return (None,) * 4
         rows, step = ctx.saved_tensors
         std = ctx.step_values[0] if step is None else step[:, 0]
         upstream = grad_loss / rows.shape[1]
@@ -188,7 +206,7 @@ class LogProbLoss(torch.autograd.Function):
         ]
         # the kernels' Q and R are drifts over S**2
         through_drifts = [None if grad is None else grad / std**2 for grad in grads[1:]]
-        return grads[0], *through_drifts, *(None,) * 8
+        return grads[0], *through_drifts, None
 
 
 class RowStatistics(torch.autograd.Function):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import layout
-from ..autograd import LogProbLoss
+from ..autograd import LogProbCall, LogProbLoss
 from ..backend import BackendName, resolve_backend
 from ..losses import row_statistics
 from ..objectives import DPPO, EpilogueOptions, GRPOGuard, LogProbKind, Objective, ReferenceKL, is_number
@@ -108,14 +108,16 @@ def log_prob_policy_loss(
 
     name = resolve_backend(backend, device.type, dtype)
     table, values = mean_step(std, dt, shape, device, dtype)
+    call = LogProbCall(
+        vector(old_log_prob.detach(), "old_log_prob"), table, values, vector(advantages.detach(), "advantages"),  # type: ignore[arg-type]
+        vector(row_weights, "row_weights"), options.ints, options.floats, name,
+    )  # fmt: skip
     loss, rows, summary = LogProbLoss.apply(
         vector(log_prob, "log_prob", differentiable=True),
         vector(drift, "drift", differentiable=True),
         vector(reference_drift, "reference_drift", differentiable=True),
-        vector(old_log_prob.detach(), "old_log_prob"),
-        table, values, vector(advantages.detach(), "advantages"), vector(row_weights, "row_weights"),
-        name, options.ints, options.floats,
-    )  # fmt: skip
+        call,
+    )
     names = tuple(n for n in objective.metrics if drift is not None or n not in _DIVERGENCE_METRICS)
     names += ("kl_ref_mean",) if reference_drift is not None else ()
     out = log_prob.dtype

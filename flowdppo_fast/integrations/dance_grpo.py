@@ -1,13 +1,14 @@
 """DanceGRPO (XueZeyue/DanceGRPO): its ``flux_step`` with the mean returned, and the losses of its ``train_one_step``.
 
-Nothing of DanceGRPO is imported. Its step function returns no mean, and its loops store none, so Flow-DPPO needs two
-lines more in the sampling loop; ``docs/integrations/dance_grpo.md`` shows them.
+Nothing of DanceGRPO is imported. Its step function returns no mean, and its loops store none: :func:`record` keeps them
+while a rollout or a replay runs. ``docs/integrations/dance_grpo.md`` shows the lines.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,9 +21,46 @@ from ..results import LossOutput
 from ..rows import stats_dtype
 from ..samplers import SDEStep
 from ..sampling import sde_step
+from ._record import Seen, StepRecord
 from ._rows import clip_pair, log_prob_policy_loss
 
-__all__ = ["dppo_loss_from_sample", "flux_step", "policy_loss_from_sample", "ratio_clip_loss", "transition_std"]
+__all__ = [
+    "dppo_loss_from_sample",
+    "flux_step",
+    "policy_loss_from_sample",
+    "ratio_clip_loss",
+    "record",
+    "transition_std",
+]
+
+
+def record(*, modules: Sequence[Any] = ()) -> StepRecord:
+    """Keeps means of ``flux_step``: ``old = dance_grpo.record()``, and ``@old`` above ``def sample_reference_model(``.
+
+    While the decorated function runs, :func:`flux_step` of this module is in the place of the script's. After a
+    rollout ``old.means()`` is ``[B, T, *latent]``, in the order of the prompts. After a replay (``new =
+    dance_grpo.record()`` and ``@new`` above ``def grpo_one_step(``) ``new.mean`` is the step's mean with its graph, and
+    ``new.std`` its standard deviation.
+
+    Args:
+        modules: modules outside the package ``fastvideo`` and the script that call ``flux_step``.
+    """
+    return StepRecord({"flux_step": _read_flux_step}, "fastvideo", tuple(modules), "means")
+
+
+def _read_flux_step(step: Callable[..., Any], call: inspect.BoundArguments) -> tuple[Any, Seen | None]:
+    return read_dance_step(flux_step, call)
+
+
+def read_dance_step(step: Callable[..., Any], call: inspect.BoundArguments) -> tuple[Any, Seen | None]:
+    """Runs ``step``, of the signature of :func:`flux_step`: what was called for, and the mean."""
+    named = call.arguments
+    if not named["grpo"]:
+        return step(**named), None
+    *result, mean = step(**named, return_mean=True)
+    index = int(named["index"])
+    std = transition_std(named["eta"], named["sigmas"], index)
+    return tuple(result), Seen(mean, named["model_output"], std, named["prev_sample"] is None, index)
 
 
 def transition_std(eta: float, sigmas: Tensor, index: int) -> float:
@@ -102,6 +140,7 @@ def policy_loss_from_sample(
     prev_sample_mean: Tensor,
     std: float | Tensor,
     *,
+    advantages: str = "advantages",
     adv_clip_max: float | None = 5.0,
     backend: BackendName = "auto",
 ) -> LossOutput:
@@ -109,18 +148,20 @@ def policy_loss_from_sample(
 
     Args:
         objective: :class:`~flowdppo_fast.DPPO`, ``RatioClip``, ``GRPOGuard`` or ``Unclipped``.
-        sample: the script's dict after its permutation. Read: ``advantages [B]``, ``next_latents [B, T, *latent]`` and
-            ``prev_sample_mean [B, T, *latent]``, which has to be permuted with the other keys.
+        sample: the script's dict after its permutation. Read: the advantages ``[B]``, ``next_latents [B, T, *latent]``
+            and ``prev_sample_mean [B, T, *latent]``, which has to be permuted with the other keys.
         j: column after the permutation.
-        prev_sample_mean: ``[B, *latent]`` from ``flux_step(..., return_mean=True)``, with gradient.
-        std: :func:`transition_std` at the *permuted* index (``perms[i][j]``), or what the step function returned.
+        prev_sample_mean: ``[B, *latent]``, with gradient: ``new.mean`` of a :func:`record`, or from
+            ``flux_step(..., return_mean=True)``.
+        std: ``new.std``, or :func:`transition_std` at the *permuted* index (``perms[i][j]``).
+        advantages: their key; ``"vq_advantages"`` or ``"mq_advantages"`` in HunyuanVideo's script.
         adv_clip_max: clamp on advantages (``args.adv_clip_max``).
         backend: as for :func:`~flowdppo_fast.fused_policy_loss`.
 
     Raises:
         ValueError: a key that ``sample`` lacks.
     """
-    for key in ("advantages", "next_latents", "prev_sample_mean"):
+    for key in (advantages, "next_latents", "prev_sample_mean"):
         if key not in sample:
             raise ValueError(
                 f"sample: got keys {sorted(sample)}, expected {key!r} among them; store it in the sampling loop "
@@ -131,7 +172,7 @@ def policy_loss_from_sample(
         sample["prev_sample_mean"][:, j].detach(),
         sample["next_latents"][:, j].detach(),
         std,
-        sample["advantages"].detach().reshape(-1),
+        sample[advantages].detach().reshape(-1),
         objective=objective,
         advantage_clip=adv_clip_max,
         backend=backend,

@@ -2,13 +2,14 @@
 
 Nothing of flow_grpo is imported. The scripts hold one dict per micro-batch, ``sample``, whose tensors are ``[B, T,
 ...]``: ``latents``, ``next_latents``, ``log_probs``, ``advantages`` and, for what is here, the rollout policy's
-``prev_sample_mean`` or ``old_velocity`` stored in the sampling loop. Guide with the changed lines per script:
-``docs/integrations/flow_grpo.md``.
+``prev_sample_mean`` or ``old_velocity``, which :func:`record` keeps around the sampling call. Guide with the changed
+lines per script: ``docs/integrations/flow_grpo.md``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -21,6 +22,7 @@ from ..results import LossOutput
 from ..samplers import SDEStep, on_host
 from ..sampling import sde_step, sde_step_with_logprob
 from ..schedule import HostSchedule, per_row
+from ._record import Seen, StepRecord
 from ._rows import clip_pair, log_prob_policy_loss, squared_drift
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "grpo_guard_loss_from_sample",
     "policy_loss_from_sample",
     "ratio_clip_loss_from_sample",
+    "record",
     "recover_noise",
     "sampler_step",
     "sde_step_with_logprob",
@@ -38,6 +41,32 @@ __all__ = [
 ]
 
 _SAMPLERS = {"sde": "flow_sde", "cps": "cps", "wan": "wan"}
+
+
+def record(*, keep: Literal["means", "velocities"] = "means", modules: Sequence[Any] = ()) -> StepRecord:
+    """Keeps the old policy of a rollout: ``with flow_grpo.record() as old:`` around ``pipeline_with_logprob(...)``.
+
+    While it is open, it looks on as the pipeline's ``sde_step_with_logprob`` runs, whichever that is, and keeps a
+    column for each step that draws noise: all steps, or those of the window of a Fast pipeline. Steps without noise and
+    recorded states that are scored again are no columns.
+
+    Args:
+        keep: ``"means"``: ``old.means()`` is ``sample["prev_sample_mean"]``, ``[B, T, *latent]`` float32.
+            ``"velocities"``: ``old.velocities()`` is ``sample["old_velocity"]``, in the dtype the step was given.
+        modules: modules outside the package ``flow_grpo`` whose ``sde_step_with_logprob`` the pipeline calls.
+
+    Raises:
+        RuntimeError: no loaded module has the step function.
+    """
+    return StepRecord({"sde_step_with_logprob": _read_step}, "flow_grpo", tuple(modules), keep)
+
+
+def _read_step(step: Callable[..., Any], call: inspect.BoundArguments) -> tuple[Any, Seen]:
+    """Either step of flow_grpo: that of the images, with its ``noise_level``, and that of Wan."""
+    result, named = step(*call.args, **call.kwargs), call.arguments
+    silent = named["prev_sample"] is not None or named.get("determistic", False) or named.get("noise_level") == 0.0
+    timestep = float(torch.as_tensor(named["timestep"]).reshape(-1)[0])
+    return result, Seen(result[2], named["model_output"], result[3], not silent, -timestep)
 
 
 def wan_sde_step_with_logprob(
@@ -137,6 +166,7 @@ def policy_loss_from_sample(
     std_dev_t: Tensor,
     sqrt_dt: Tensor | None = None,
     *,
+    scheduler: Any = None,
     sde_type: str = "sde",
     log_prob: Tensor | None = None,
     prev_sample_mean_ref: Tensor | None = None,
@@ -160,7 +190,8 @@ def policy_loss_from_sample(
         j: timestep column.
         prev_sample_mean: ``[B, *latent]`` mean of the current policy, with gradient.
         std_dev_t, sqrt_dt: as the step function returned them (``return_sqrt_dt=True``, for Wan
-            ``return_dt_and_std_dev_t=True``); ``sqrt_dt`` may be left out for ``"cps"``.
+            ``return_dt_and_std_dev_t=True``); ``sqrt_dt`` may be left out for ``"cps"``, and with a ``scheduler``.
+        scheduler: the pipeline's, from which ``sqrt_dt`` is made for ``sample["timesteps"][:, j]``; one sync.
         sde_type: ``"sde"``, ``"cps"`` or ``"wan"``. CPS log-ratios keep the scripts' scale, ``-mean((x'-mu)**2)``.
         log_prob: ``[B]`` log-prob of the current policy, with gradient, for the second form.
         prev_sample_mean_ref, beta: mean of the reference policy and weight of the KL to it.
@@ -176,10 +207,13 @@ def policy_loss_from_sample(
         ValueError: unknown ``sde_type``, ``sqrt_dt`` missing, or a key that ``sample`` lacks; the message names it.
     """
     _sampler(sde_type)
+    if sqrt_dt is None and scheduler is not None:
+        dt = sampler_step(scheduler, _column(sample, "timesteps", j), sde_type=sde_type).dt
+        sqrt_dt = torch.sqrt(-per_row(dt, prev_sample_mean)).to(std_dev_t)
     if sqrt_dt is None and sde_type != "cps":
         raise ValueError(
-            f"sqrt_dt: got None, expected sqrt(-dt) for sde_type={sde_type!r}; call the step function with "
-            "return_sqrt_dt=True (Wan: return_dt_and_std_dev_t=True)"
+            f"sqrt_dt: got None, expected sqrt(-dt) for sde_type={sde_type!r}; pass scheduler=pipeline.scheduler, or "
+            "call the step function with return_sqrt_dt=True (Wan: return_dt_and_std_dev_t=True)"
         )
     shared = {
         "advantage_clip": adv_clip_max,
@@ -270,7 +304,7 @@ def grpo_guard_loss_from_sample(
     j: int,
     prev_sample_mean: Tensor,
     std_dev_t: Tensor,
-    sqrt_dt: Tensor,
+    sqrt_dt: Tensor | None = None,
     *,
     clip_range: float | tuple[float, float] = 2e-6,
     bias: Literal["row", "batch"] = "row",

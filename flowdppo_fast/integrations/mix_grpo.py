@@ -1,12 +1,15 @@
 """MixGRPO (Tencent-Hunyuan/MixGRPO): its two step functions and the loss of its ``train_one_step``, fused.
 
-Nothing of MixGRPO is imported. Both steps keep their signatures; ``flow_grpo_step`` already returns the mean, so
-Flow-DPPO only has to store it. Its DPM-Solver steps are deterministic updates and stay the trainer's own.
+Nothing of MixGRPO is imported. Both steps keep their signatures, and :func:`record` keeps their means. The DPM-Solver
+steps after the window are deterministic updates and stay the trainer's own.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +19,9 @@ from ..objectives import LOG_SQRT_2PI, RatioClip
 from ..results import LossOutput
 from ..samplers import ScheduleLevels, SDEStep
 from ..sampling import sde_step
+from ._record import Seen, StepRecord
 from ._rows import clip_pair, log_prob_policy_loss
-from .dance_grpo import dance_step, dppo_loss_from_sample, policy_loss_from_sample, transition_std
+from .dance_grpo import dance_step, dppo_loss_from_sample, policy_loss_from_sample, read_dance_step, transition_std
 
 __all__ = [
     "dance_grpo_step",
@@ -25,8 +29,45 @@ __all__ = [
     "flow_grpo_step",
     "policy_loss_from_sample",
     "ratio_clip_loss",
+    "record",
     "transition_std",
 ]
+
+
+def record(*, modules: Sequence[Any] = ()) -> StepRecord:
+    """Keeps means of MixGRPO's steps, as :func:`flowdppo_fast.integrations.dance_grpo.record` does of DanceGRPO's.
+
+    ``old.means()`` has a column for every step of the schedule, as ``all_log_probs`` has, those outside the window and
+    those of DPM-Solver included. They are never trained on. A DPM-Solver step with noise is an error, because a replay
+    of it draws another state instead of scoring the recorded one.
+
+    Args:
+        modules: modules outside the package ``fastvideo`` and the script that call the steps.
+    """
+    readers = {"flow_grpo_step": _read_flow_step, "dance_grpo_step": _read_dance_step, "dpm_step": _read_dpm_step}
+    return StepRecord(readers, "fastvideo", tuple(modules), "means")
+
+
+def _read_flow_step(step: Callable[..., Any], call: inspect.BoundArguments) -> tuple[Any, Seen]:
+    named = call.arguments
+    result = flow_grpo_step(**named)
+    mean, std = result[3:]
+    return result, Seen(mean, named["model_output"], std, named["prev_sample"] is None, int(named["index"]))  # type: ignore[arg-type]
+
+
+def _read_dance_step(step: Callable[..., Any], call: inspect.BoundArguments) -> tuple[Any, Seen | None]:
+    return read_dance_step(dance_grpo_step, call)
+
+
+def _read_dpm_step(step: Callable[..., Any], call: inspect.BoundArguments) -> tuple[Any, Seen]:
+    named = call.arguments
+    if named["sde_solver"]:
+        raise ValueError(
+            "dpm_apply_strategy: got a DPM-Solver step with noise, expected DPM-Solver after the window alone; its "
+            "replay draws a state of its own, so set --dpm_apply_strategy post, or --dpm_algorithm_type null"
+        )
+    result = step(*call.args, **call.kwargs)
+    return result, Seen(result[0], named["model_output"], 0.0, True, int(named["step_index"]))
 
 
 def flow_grpo_step(

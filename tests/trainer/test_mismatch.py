@@ -47,7 +47,7 @@ def exact(trainer: Apart) -> torch.Tensor:
     rows = []
     for trajectory, local, _ in rollout.locate(trainer.updates[0]):
         size = torch.linspace(0, 1, len(trajectory)).view(-1, *[1] * (trajectory.velocity.dim() - 1))
-        scale = trajectory.step.kl_scale.double().view(1, -1, *[1] * (trajectory.velocity.dim() - 2))
+        scale = trajectory.sde_step.kl_scale.double().view(1, -1, *[1] * (trajectory.velocity.dim() - 2))
         u = scale * trajectory.velocity.double() * trainer.shift * size
         rows.append(u.square().flatten(2).mean(2)[list(local)] / 2)
     return torch.cat(rows).flatten()
