@@ -47,7 +47,7 @@ class Surroundings:
         """Within this context everything is as it was when ``call`` was recorded.
 
         Raises:
-            ValueError: gradient checkpointing, which runs parts of the module again in the backward, after this context.
+            ValueError: gradient checkpointing is on, which runs blocks again in the backward, after this context.
         """
         own: Surroundings = call.surroundings
         if own is None:
@@ -59,8 +59,8 @@ class Surroundings:
         if changed and torch.is_grad_enabled() and any(getattr(x, "gradient_checkpointing", False) for x, _ in now):
             names = ", ".join(sorted({name for _, name in changed}))
             raise ValueError(
-                f"pipeline: it had set {names} of {type(call.module).__name__} for this call, and gradient checkpointing "
-                "would run its blocks without that in the backward, expected model.gradient_checkpointing=false"
+                f"pipeline: it had set {names} of {type(call.module).__name__} for this call, and gradient "
+                "checkpointing would run its blocks without that in the backward, expected model.gradient_checkpointing=false"
             )
         try:
             for key in changed:
