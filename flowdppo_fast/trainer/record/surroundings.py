@@ -60,7 +60,8 @@ class Surroundings:
             names = ", ".join(sorted({name for _, name in changed}))
             raise ValueError(
                 f"pipeline: it had set {names} of {type(call.module).__name__} for this call, and gradient "
-                "checkpointing would run its blocks without that in the backward, expected model.gradient_checkpointing=false"
+                "checkpointing would run its blocks without that in the backward, expected "
+                "model.gradient_checkpointing=false"
             )
         try:
             for key in changed:
