@@ -81,7 +81,7 @@ test-cpus: build
 # the generated tables in README.md and docs/ against the committed result folders they are made from
 README_RESULTS := bench/results/cpu/2026-11-30-2f797059d5 bench/results/cpu/2026-11-20-749900e5a2
 GOALS_RESULTS := bench/results/cpu/2026-11-30-2f797059d5 bench/results/cpu/2026-11-20-749900e5a2 bench/results/cpu/2026-11-20-ff6d2f5be9-video
-HOST_RESULTS := bench/results/host/2026-11-30-0391ba1eea
+HOST_RESULTS := bench/results/host/2026-12-01-a18e6bc562
 # folders in which GPU backends passed `pytest -m gpu`
 EVIDENCE :=
 check-tables: build

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .backend import is_traced, operator
+from .backend import is_traced, launches_itself, operator, triton_kernels
 from .layout import to_rows
 from .objectives import RowField
 from .rows import Form, RowPlan, RowSource
@@ -30,11 +30,27 @@ def _first_order(backward: Callable) -> Callable:
     return either
 
 
+def _save(ctx: Any, *tensors: Tensor | None) -> None:
+    """``ctx.save_for_backward``, which refuses tensors of inference mode: these take no part in autograd, and are kept
+    beside."""
+    aside: dict[int, Tensor] = {}
+    if not is_traced():
+        aside = {place: x for place, x in enumerate(tensors) if x is not None and x.is_inference()}
+    ctx.aside = aside
+    ctx.save_for_backward(*(None if place in aside else x for place, x in enumerate(tensors)))
+
+
+def _saved(ctx: Any) -> tuple:
+    """What :func:`_save` was given."""
+    saved = ctx.saved_tensors
+    return tuple(ctx.aside.get(place, x) for place, x in enumerate(saved)) if ctx.aside else saved
+
+
 class RowCall(NamedTuple):
-    """Rows on their way through autograd; ``new`` goes beside them.
+    """Rows on their way through autograd; what it is to see of ``rows.new`` goes beside them.
 
     Attributes:
-        rows: as the operators take them but for ``rows.new``, which is as the caller has it.
+        rows: as the operators take them, detached.
         plan: what is known of the latents.
         backend: who computes.
     """
@@ -48,6 +64,7 @@ class LossCall(NamedTuple):
     """A :class:`RowCall` and what an objective takes besides, in the schemas' order; C++'s ``ObjectiveArguments``.
 
     Attributes:
+        geometry: of Triton's kernels, which then take the rows as the caller has them; else None.
         advantages, row_weights, old_log_prob: ``[R]``.
         ints, floats: of :class:`~flowdppo_fast.objectives.EpilogueOptions`.
         reduction: over rows.
@@ -58,6 +75,7 @@ class LossCall(NamedTuple):
     rows: RowSource
     plan: RowPlan
     backend: str
+    geometry: Any
     advantages: Tensor
     row_weights: Tensor | None
     old_log_prob: Tensor | None
@@ -68,34 +86,42 @@ class LossCall(NamedTuple):
     wanted: bool
 
 
-def _row_grad(ctx, new: Tensor, saved: tuple, coefficients: Tensor, upstream: Tensor, factor: float) -> Tensor:
-    call = ctx.call
+def _row_grad(call: RowCall | LossCall, rows: RowSource, lines: Tensor, upstream: Tensor, factor: float) -> Tensor:
+    """The gradient in the shape of the tensor it belongs to; the last three of ``lines`` are the coefficients."""
     row_grad = operator("row_grad", call.backend, call.plan.device.type)
-    return call.plan.gradient(row_grad(new, *saved[1:6], *call.rows[6:], coefficients, upstream, factor))
+    return call.plan.gradient(row_grad(*rows, lines[-3:], upstream, factor))
 
 
-def policy_loss(call: LossCall) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """``(loss, rows, summary, grad)`` of an objective; ``loss`` is differentiable in ``call.rows.new``.
+def policy_loss(new: Tensor, call: LossCall) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """``(loss, rows, summary, grad)`` of an objective; ``loss`` is differentiable in ``new``.
 
     ``loss`` is the mean (0-d), the sum (0-d) or the vector of row losses ``[R]``; ``grad`` is None unless it is wanted.
     """
-    rows, plan, backend, *inputs, reduction, in_forward, wanted = call
+    inputs: list[Any]
+    rows, plan, backend, geometry, *inputs, reduction, in_forward, wanted = call
     # autograd sees the loss alone, which is what a call costs it
-    new, grad = plan.to_rows(rows.new.detach()), None
+    grad = None
     if in_forward:
         count = call.advantages.shape[0]
-        factor = 1.0 / count if reduction == "mean" and count > 0 else 1.0
+        inputs.append(1.0 / count if reduction == "mean" and count > 0 else 1.0)
+    if geometry is not None:
+        kernels = triton_kernels()
+        if in_forward:
+            loss, results, summary, grad = kernels.launch_policy_loss_and_grad(rows, geometry, plan.shape, *inputs)
+        else:
+            loss, results, summary = kernels.launch_policy_loss(rows, geometry, *inputs)
+    elif in_forward:
         one_pass = operator("policy_loss_and_grad", backend, plan.device.type)
-        loss, results, summary, grad = one_pass(new, *rows[1:], *inputs, factor)
+        loss, results, summary, grad = one_pass(*rows, *inputs)
         grad = plan.gradient(grad)
     else:
-        loss, results, summary = operator("policy_loss", backend, plan.device.type)(new, *rows[1:], *inputs)
+        loss, results, summary = operator("policy_loss", backend, plan.device.type)(*rows, *inputs)
     if reduction == "none":
         loss = results[RowField.LOSS].clone()
     elif reduction == "sum":
         loss = results[RowField.LOSS].sum()
-    if rows.new.requires_grad and torch.is_grad_enabled():
-        loss = PolicyLoss.apply(rows.new, call, _Made(loss, results, grad))
+    if new.requires_grad and torch.is_grad_enabled():
+        loss = PolicyLoss.apply(new, call, _Made(loss, results, grad))
     return loss, results, summary, grad if wanted else None
 
 
@@ -116,18 +142,19 @@ class PolicyLoss(torch.autograd.Function):
         if grad is not None:
             ctx.save_for_backward(grad)
         else:
-            ctx.save_for_backward(new, *call.rows[1:6], results)
+            _save(ctx, new, *call.rows[1:6], results)
         ctx.call = call
         return loss
 
     @staticmethod
     @_first_order
     def backward(ctx, grad_loss):
-        saved, call = ctx.saved_tensors, ctx.call
+        call = ctx.call
         if call.in_forward:
             # torch may take what it is handed for the .grad of a leaf, and add to it later
             kept = call.wanted or torch._C._autograd._get_current_graph_task_keep_graph()
-            return _scaled(saved[0], grad_loss, kept), None, None
+            return _scaled(ctx.saved_tensors[0], grad_loss, kept), None, None
+        saved = _saved(ctx)
         results, factor = saved[-1], 1.0
         count = results.shape[1]
         if call.reduction == "mean" and count > 0:
@@ -136,8 +163,16 @@ class PolicyLoss(torch.autograd.Function):
                 grad_loss = grad_loss / count
             else:
                 factor = 1.0 / count
-        new = call.plan.to_rows(saved[0])
-        return _row_grad(ctx, new, saved, results[RowField.GRAD_P :], grad_loss, factor), None, None
+        rows, plan = RowSource(*saved[:6], *call.rows[6:]), call.plan
+        if call.geometry is not None:
+            if launches_itself(call.backend, plan.device.type):
+                launch = triton_kernels().launch_gradient
+                return launch(rows, call.geometry, results, grad_loss, factor, plan.shape), None, None
+            rows = plan.in_rows(rows)
+        else:
+            # not kept as rows: that may be a copy
+            rows = rows._replace(new=plan.to_rows(rows.new))
+        return _row_grad(call, rows, results, grad_loss, factor), None, None
 
 
 def _scaled(grad: Tensor, upstream: Tensor, kept: bool) -> Tensor:
@@ -186,7 +221,7 @@ class LogProbLoss(torch.autograd.Function):
         loss, rows, summary = operator("log_prob_loss", backend, log_prob.device.type)(
             log_prob, old_log_prob, drift, reference_drift, *rest
         )
-        ctx.save_for_backward(rows, call.step)
+        _save(ctx, rows, call.step)
         ctx.step_values = call.step_values
         ctx.mark_non_differentiable(rows, summary)
         ctx.set_materialize_grads(False)
@@ -197,7 +232,7 @@ class LogProbLoss(torch.autograd.Function):
     def backward(ctx, grad_loss, grad_rows, grad_summary):
         if grad_loss is None:
             return (None,) * 4
-        rows, step = ctx.saved_tensors
+        rows, step = _saved(ctx)
         std = ctx.step_values[0] if step is None else step[:, 0]
         upstream = grad_loss / rows.shape[1]
         grads = [
@@ -215,9 +250,8 @@ class RowStatistics(torch.autograd.Function):
     @staticmethod
     def forward(ctx, new, call: RowCall, second_moment: bool):
         rows, plan, backend = call
-        new = plan.to_rows(new)
-        stats = operator("row_stats", backend, plan.device.type)(new, *rows[1:], second_moment)
-        ctx.save_for_backward(new, *rows[1:6])
+        stats = operator("row_stats", backend, plan.device.type)(*rows, second_moment)
+        _save(ctx, *rows[:6])
         ctx.call = call
         return stats
 
@@ -226,8 +260,8 @@ class RowStatistics(torch.autograd.Function):
     def backward(ctx, grad_stats):
         # E does not depend on the new policy
         coefficients = torch.cat((grad_stats[:2], grad_stats[3:]))
-        saved = ctx.saved_tensors
-        return _row_grad(ctx, saved[0], saved, coefficients, grad_stats.new_ones(1), 1.0), None, None
+        rows = RowSource(*_saved(ctx), *ctx.call.rows[6:])
+        return _row_grad(ctx.call, rows, coefficients, grad_stats.new_ones(1), 1.0), None, None
 
 
 class SamplerStep(torch.autograd.Function):
@@ -255,7 +289,7 @@ class SamplerStep(torch.autograd.Function):
         form = Form.VELOCITY
         if given is not None:
             form, centre, drawn = Form.MEAN, mean, given
-        ctx.save_for_backward(centre, drawn, streams, step)
+        _save(ctx, centre, drawn, streams, step)
         ctx.numbers = (step_values, seed, first_stream, int(form))
         ctx.plan, ctx.backend, ctx.dtype, ctx.unnormalized = plan, backend, velocity.dtype, unnormalized
         ctx.set_materialize_grads(False)
@@ -273,7 +307,7 @@ class SamplerStep(torch.autograd.Function):
         like = grad_mean if grad_log_prob is None else grad_log_prob
         if like is None:
             return None, *nothing
-        centre, draw, streams, step = ctx.saved_tensors
+        centre, draw, streams, step = _saved(ctx)
         step_values, seed, first_stream, form = ctx.numbers
         rows = math.prod(ctx.plan.rows)
         if step is None:

@@ -222,9 +222,8 @@ def operator(op: str, backend: str, device_type: str) -> Callable:
     """The callable behind operator ``op`` of a resolved backend, all with the signatures of ``reference.py``."""
     if backend == "reference":
         return getattr(reference, op)
-    if backend == "triton" and (device_type == "cpu" or not (is_traced() or torch._C._autograd._profiler_enabled())):
-        # past the dispatcher, whose way into Python and back takes longer than the launcher itself
-        return _triton_operator(op)
+    if launches_itself(backend, device_type):
+        return getattr(triton_kernels(), op)
     return _CUDA_OPERATORS[op] if backend == "cuda" else _OPERATORS[op]
 
 
@@ -237,15 +236,21 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
+def launches_itself(backend: str, device_type: str) -> bool:
+    """Whether kernels are called past the dispatcher, whose way into Python and back takes longer than Triton's
+    launcher: unless somebody has to see the operators."""
+    return backend == "triton" and (device_type == "cpu" or not (is_traced() or torch._C._autograd._profiler_enabled()))
+
+
 @functools.cache
-def _triton_operator(op: str) -> Callable:
-    # imported at the first call, so that importing the package stays light
-    return getattr(importlib.import_module("flowdppo_fast.kernels"), op)
+def triton_kernels() -> Any:
+    """The module, imported at the first call, so that importing the package stays light."""
+    return importlib.import_module("flowdppo_fast.kernels")
 
 
 def _register_triton() -> None:
     def lazily(op: str) -> Callable:
-        return lambda *args: _triton_operator(op)(*args)
+        return lambda *args: getattr(triton_kernels(), op)(*args)
 
     for op in ops.SCHEMAS:
         ops.library.impl(op, lazily(op), "CUDA")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import layout
 from .autograd import LossCall, policy_loss
-from .backend import is_traced, resolve_backend
+from .backend import is_traced, launches_itself, resolve_backend, triton_kernels
 from .noise import PhiloxNoise
 from .objectives import DPPO, EpilogueOptions, GRPOGuard, Objective, as_objective
 from .results import LossOutput
@@ -121,6 +121,7 @@ def settings_of(
 
 
 def run(
+    new: Tensor,
     source: RowSource,
     plan: RowPlan,
     settings: Settings,
@@ -131,16 +132,18 @@ def run(
     single_pass: bool | None,
     backend: str,
 ) -> LossOutput:
-    """What both forms share: row tensors, backend, autograd."""
+    """What both forms share: row tensors, backend, autograd, which sees ``new``; the source has it detached."""
     ints, floats, metrics, one_pass = settings
     name = resolve_backend(backend, plan.device.type, plan.dtype, own_rule=ints[0] >= BUILT_IN)
     kind = (plan.rows, plan.device, plan.dtype)
     if one_pass and single_pass is None:
-        one_pass = _is_quicker_in_one_pass(source.new, name)
+        one_pass = _is_quicker_in_one_pass(new, name)
+    geometry = _geometry(source, plan, name)
     call = LossCall(
-        source,
+        plan.in_rows(source) if geometry is None else source,
         plan,
         name,
+        geometry,
         layout.row_vector(advantages, "advantages", *kind),
         None if row_weights is None else layout.row_vector(row_weights, "row_weights", *kind),
         None if old_log_prob is None else layout.row_vector(old_log_prob, "old_log_prob", *kind),
@@ -150,10 +153,22 @@ def run(
         one_pass,
         single_pass is True,
     )
-    loss, rows, summary, grad = policy_loss(call)
+    loss, rows, summary, grad = policy_loss(new, call)
     if reduction == "none":
         loss = loss.reshape(plan.rows)
     return LossOutput(loss, rows, summary, plan.rows, metrics, name, grad)
+
+
+def _geometry(source: RowSource, plan: RowPlan, backend: str) -> Any:
+    """What Triton's kernels know of latents that they take as the caller has them.
+
+    None where operators are called, or a tensor has to be permuted or copied first.
+    """
+    if plan.whole is None or not launches_itself(backend, plan.device.type):
+        return None
+    if not plan.kept:
+        plan.kept.append(triton_kernels().geometry_of(plan.in_rows(source)))
+    return plan.kept[0]
 
 
 def _is_quicker_in_one_pass(new: Tensor, backend: str) -> bool:

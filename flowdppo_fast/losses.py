@@ -24,7 +24,7 @@ from .loss_call import check_call, check_seeded, dppo, run, settings_of, streams
 from .noise import PhiloxNoise
 from .objectives import LogProbKind, Objective, ReferenceKL, TrustRegionName
 from .results import LossOutput
-from .rows import Form, plan_of
+from .rows import Form, RowSource, plan_of
 from .rules import RowValues
 from .samplers import SDEStep
 from .step_arguments import mean_step, velocity_step
@@ -105,10 +105,11 @@ def fused_policy_velocity_loss(
     )  # fmt: skip
     table, values = velocity_step(step, plan.rows, plan.device, plan.dtype)
     streams, seed, first_stream = (None, 0, 0) if stored is not None else streams_of(noise, plan)
-    source = plan.source(
-        velocity, old_velocity, stored, reference_velocity, streams, table, values, seed, first_stream, _VELOCITY
-    )
-    return run(source, plan, settings, advantages, row_weights, old_log_prob, reduction, single_pass, backend)
+    source = RowSource(
+        velocity.detach(), old_velocity, stored, reference_velocity, streams, table, values,
+        seed, first_stream, _VELOCITY,
+    )  # fmt: skip
+    return run(velocity, source, plan, settings, advantages, row_weights, old_log_prob, reduction, single_pass, backend)
 
 
 def fused_policy_loss(
@@ -186,19 +187,13 @@ def fused_policy_loss(
         latent_reduction, log_prob, advantage_clip, kl_weight, reference_kl,
     )  # fmt: skip
     table, values = mean_step(std, dt, plan.rows, plan.device, plan.dtype)
-    source = plan.source(
-        prev_sample_mean,
-        old_prev_sample_mean,
-        prev_sample,
-        reference_prev_sample_mean,
-        None,
-        table,
-        values,
-        0,
-        0,
-        _MEAN,
+    source = RowSource(
+        prev_sample_mean.detach(), old_prev_sample_mean, prev_sample, reference_prev_sample_mean,
+        None, table, values, 0, 0, _MEAN,
+    )  # fmt: skip
+    return run(
+        prev_sample_mean, source, plan, settings, advantages, row_weights, old_log_prob, reduction, single_pass, backend
     )
-    return run(source, plan, settings, advantages, row_weights, old_log_prob, reduction, single_pass, backend)
 
 
 def fused_dppo_velocity_loss(
@@ -421,7 +416,9 @@ def row_statistics(
     table, values = velocity_step(step, shape, plan.device, plan.dtype)
     streams, seed, first_stream = (None, 0, 0) if stored is not None else streams_of(noise, plan)
     name = resolve_backend(backend, plan.device.type, plan.dtype)
-    source = plan.source(velocity, old_velocity, stored, None, streams, table, values, seed, first_stream, _VELOCITY)
-    stats = RowStatistics.apply(velocity, RowCall(source, plan, name), second_moment)
+    source = RowSource(
+        velocity.detach(), old_velocity, stored, None, streams, table, values, seed, first_stream, _VELOCITY
+    )
+    stats = RowStatistics.apply(velocity, RowCall(plan.in_rows(source), plan, name), second_moment)
     p, q = stats[0].reshape(shape), stats[1].reshape(shape)
     return (p, q, stats[2].detach().reshape(shape)) if second_moment else (p, q)

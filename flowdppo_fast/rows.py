@@ -75,6 +75,7 @@ class RowPlan(NamedTuple):
         whole: the shape as which all latents can be viewed; None where one of them has to be permuted or copied.
         memory_order: of the latent dims of the tensor that gets the gradient, None where it is the logical one.
         order: the one in which the operators see all latents: seeded noise is defined on the logical one.
+        kept: what a backend has worked out for latents like these; empty until then.
     """
 
     shape: torch.Size
@@ -85,37 +86,21 @@ class RowPlan(NamedTuple):
     whole: tuple[int, int, int] | None
     memory_order: tuple[int, ...] | None
     order: tuple[int, ...] | None
+    kept: list[Any]
 
     def to_rows(self, x: Tensor) -> Tensor:
         """``x`` as ``[R0, R1, N]``."""
         return layout.to_rows(x, self.row_dims, self.order) if self.whole is None else x.view(self.whole)
 
-    def source(
-        self,
-        new: Tensor,
-        old: Tensor,
-        drawn: Tensor | None,
-        reference: Tensor | None,
-        streams: Tensor | None,
-        step: Tensor | None,
-        step_values: list[float],
-        seed: int,
-        first_stream: int,
-        form: int,
-    ) -> RowSource:
-        """The rows of these latents; ``new`` stays as it is, for autograd to see it."""
-        whole = self.whole
+    def in_rows(self, source: RowSource) -> RowSource:
+        """A source of latents in the caller's shape as the operators take it."""
+        drawn, reference = source.drawn, source.reference
         return RowSource(
-            new,
-            self.to_rows(old) if whole is None else old.view(whole),
-            None if drawn is None else self.to_rows(drawn) if whole is None else drawn.view(whole),
+            self.to_rows(source.new),
+            self.to_rows(source.old),
+            None if drawn is None else self.to_rows(drawn),
             None if reference is None else self.to_rows(reference),
-            streams,
-            step,
-            step_values,
-            seed,
-            first_stream,
-            form,
+            *source[4:],
         )
 
     def from_rows(self, rows: Tensor) -> Tensor:
@@ -174,7 +159,7 @@ def _plan(named: Mapping[str, Tensor], rows: torch.Size | tuple[int, ...], diffe
     order = memory_order if "noise" in named or "prev_sample" in named else None
     whole = (math.prod(rows[:-1]), rows[-1]) if dims > 1 else (rows[0], 1)
     shape = (*whole, math.prod(lead.shape[dims:]))
-    seen = not torch.compiler.is_compiling() and order is None
+    seen = not torch.compiler.is_compiling() and memory_order is None
     return RowPlan(
         lead.shape,
         dims,
@@ -184,6 +169,7 @@ def _plan(named: Mapping[str, Tensor], rows: torch.Size | tuple[int, ...], diffe
         shape if seen and all(_is_viewed(x, shape, dims) for x in named.values()) else None,
         memory_order,
         order,
+        [],
     )
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
+from ..runs.logs import given
 from ._extra import check_extra
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -13,7 +13,7 @@ LAYOUTS = ("diffusers", "kohya")
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Which weights of which run; shared with ``sample``."""
-    parser.add_argument("run_folder", type=Path, metavar="RUN", help="output folder of a run (run.output_dir)")
+    parser.add_argument("run_folder", type=given, metavar="RUN", help="output folder of a run (run.output_dir)")
     parser.add_argument("--iteration", type=int, help="take this checkpoint (default: the newest complete one)")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument(
@@ -24,7 +24,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_arguments(parser)
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="where to write")
+    parser.add_argument("-o", "--output", type=given, required=True, metavar="FOLDER", help="where to write")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the written weights (default: float32)")
     parser.add_argument(
         "--fold-alpha",

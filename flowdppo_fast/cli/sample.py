@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..runs.logs import given
 from ._extra import check_extra
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--offload", action="store_true", help="keep on the GPU only the component that is at work")
     parser.add_argument("--device", help="as torch names it (default: a GPU if there is one)")
     parser.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="FILE",
+        "-o", "--output", type=given, required=True, metavar="FILE",
         help="one image, or a grid of several (.png, .jpg); .gif animates a video; a folder gets a file per image",
     )  # fmt: skip
 
@@ -51,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check_output(output: Path) -> None:
-    from ..runs.folder import CHECKPOINTS, check_elsewhere
+    from ..trainer.run_folder import CHECKPOINTS, check_elsewhere
 
     # a picture beside a run's files is nobody's trouble
     folder = output if output.suffix == "" or CHECKPOINTS in output.absolute().parts else None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
+from ..runs.logs import given
 from ._extra import check_extra
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", type=Path, help="YAML file, as in examples/configs")
+    parser.add_argument("config", type=given, help="YAML file, as in examples/configs")
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="settings other than the file's, read as YAML"
     )

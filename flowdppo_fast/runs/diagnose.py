@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from . import figures
+from .logs import given
 from .reading import RunFolder
 from .row_log import LoggedRows, clip_against_mask
 
@@ -378,9 +379,9 @@ def _draw_dropped(folder: RunFolder, moved: LoggedRows, axis: Any) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``flowdppo diagnose``."""
-    parser.add_argument("run", type=Path, help="run folder with metrics.jsonl, rows.jsonl and config.yaml")
+    parser.add_argument("run", type=given, help="run folder with metrics.jsonl, rows.jsonl and config.yaml")
     parser.add_argument("--shift", type=float, default=1.0, help="shift of the model's schedule (SD3: 3; default 1)")
-    parser.add_argument("--plot", type=Path, help="where the plots go (default: diagnose.png in the run folder)")
+    parser.add_argument("--plot", type=given, help="where the plots go (default: diagnose.png in the run folder)")
     parser.add_argument("--json", action="store_true", help="machine-readable report")
 
 

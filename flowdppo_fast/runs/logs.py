@@ -14,6 +14,11 @@ METRICS_FILE, ROWS_FILE = "metrics.jsonl", "rows.jsonl"
 ADVICE = "the last checkpoint is as it was; mend this and continue with resume=True"
 
 
+def given(path: str) -> Path:
+    """A path of the command line; shells leave the ``~`` of ``--output=~/x`` to the program."""
+    return Path(path).expanduser()
+
+
 def append_lines(path: Path, lines: Iterable[str]) -> None:
     """Appends ``lines`` to a log of the run; they are on the disk when this returns.
 

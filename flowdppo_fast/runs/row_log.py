@@ -176,9 +176,8 @@ def clip_against_mask(rows: LoggedRows, clip: float | np.ndarray) -> dict[str, f
 
     Returns:
         ``dropped`` share of rows; ``threshold`` the KL (nats of the smallest rows) with which the mask drops as many;
-        ``spurious`` share of
-        the dropped rows that are nearer than that by their exact KL (with equal numbers, as many farther rows are
-        missed); ``kl_of_clipped_median`` and ``kl_of_masked_median``.
+        ``spurious`` share of the dropped rows that are nearer than that by their exact KL (with equal numbers, as many
+        farther rows are missed); ``kl_of_clipped_median`` and ``kl_of_masked_median``.
     """
     away = rows.away
     clipped = away & (np.abs(rows.log_ratio) > clip)

@@ -106,13 +106,15 @@ class RunLog:
         Raises:
             RuntimeError: the line, or the plot, cannot be written.
         """
+        if self._bar is not None:
+            self.history.append(dict(metrics))
+            append_lines(self.folder / METRICS_FILE, [to_json(dict(metrics))])
+        # after the line: a tracker that fails takes nothing of the run with it
         if self._trackers:
             numbers = {key: value for key, value in metrics.items() if key != "iteration"}
             self.accelerator.log(numbers, step=int(metrics["iteration"]))
         if self._bar is None:
             return
-        self.history.append(dict(metrics))
-        append_lines(self.folder / METRICS_FILE, [to_json(dict(metrics))])
         shown = {name: form.format(metrics[key]) for key, (name, form) in _POSTFIX.items() if key in metrics}
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update()

@@ -42,7 +42,7 @@ class PromptSource:
     """
 
     def __init__(self, prompts: Sequence[str | Mapping[str, Any]], pipeline: Any, options: Sequence[str]):
-        if isinstance(prompts, (str, Mapping)) or not len(prompts):
+        if isinstance(prompts, (str, Mapping)) or not hasattr(prompts, "__len__") or not len(prompts):
             raise ValueError(f"prompts: got {prompts!r}, expected a non-empty sequence of texts or mappings")
         self.entries = [_entry(position, prompt) for position, prompt in enumerate(prompts)]
         first = self.entries[0]

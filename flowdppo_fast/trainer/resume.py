@@ -12,11 +12,12 @@ from typing import Any
 from accelerate.logging import get_logger
 from torch import Tensor
 
-from ..runs.folder import CHECKPOINTS, CONFIG_FILE, FolderLock, check_ours
 from ..runs.logs import ADVICE, METRICS_FILE, ROWS_FILE, drop_later_lines, from_json
 from . import checkpoint
 from .advantages import RewardHistory
 from .config import FlowDPPOConfig
+from .run_folder import CHECKPOINTS, CONFIG_FILE, FolderLock, check_ours
+from .weights.arrival import check_unchanged
 from .weights.distributed import Workers
 from .weights.optimizer import PolicyOptimizer
 from .weights.policy import PolicyWeights
@@ -126,9 +127,10 @@ class RunState:
 
         Raises:
             ValueError: the folder holds a run and ``resume`` is False, or one with other settings, or another run
-                writes to it, or it has files that no run wrote.
+                writes to it, or it has files that no run wrote; or the pipeline was changed since it was given.
             RuntimeError: the folder cannot be written to, or all its checkpoints are damaged.
         """
+        check_unchanged(self.weights.modules)
         if self.workers.is_main:
             self.workers.attempt(self._hold)
         self.workers.agree()

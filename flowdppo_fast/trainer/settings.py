@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import functools
 import hashlib
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -65,11 +66,14 @@ def read_text(path: Path, where: str) -> str:
         ValueError: it is not UTF-8.
     """
     try:
-        return path.read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{where}: {path} is not UTF-8 ({error.reason} at byte {error.start}), expected UTF-8"
         ) from None
+    if "\0" in text:
+        raise ValueError(f"{where}: {path} has NUL characters, as UTF-16 without a byte order mark, expected UTF-8")
+    return text
 
 
 def build(kind: type[Section], name: str, entries: Any) -> Section:
@@ -81,7 +85,8 @@ def build(kind: type[Section], name: str, entries: Any) -> Section:
     if not isinstance(entries, Mapping):
         raise TypeError(f"{name}: got {type(entries).__name__}, expected settings of that section")
     try:
-        return _adapter(kind).validate_python(_numbers(dict(entries)))  # type: ignore[arg-type]
+        values = {key: _value(entry) for key, entry in entries.items()}
+        return _adapter(kind).validate_python(_numbers(values))  # type: ignore[arg-type]
     except ValidationError as error:
         raise _refusal(kind, name, error) from None
 
@@ -126,6 +131,13 @@ def _words(value: Any) -> str:
         return f"<{kind.__name__} {list(value.shape)} {value.dtype} {digest}>"
     name = getattr(value, "__qualname__", None)
     return f"<{kind.__name__}>" if name is None else f"<{kind.__name__} {value.__module__}.{name}>"
+
+
+def _value(entry: Any) -> Any:
+    """A setting as Python gives it: paths are texts; arrays, tensors and ranges are lists."""
+    if isinstance(entry, os.PathLike):
+        return os.fspath(entry)
+    return list(entry) if isinstance(entry, range) else entry.tolist() if hasattr(entry, "tolist") else entry
 
 
 def _numbers(value: Any) -> Any:

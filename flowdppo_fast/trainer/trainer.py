@@ -335,7 +335,7 @@ class FlowDPPOTrainer:
     def save_pretrained(self, folder: str | Path) -> None:
         """Trained weights (the moving average if there is one) as diffusers loads them: LoRA adapters by
         ``load_lora_adapter``, full transformers by ``from_pretrained``; one folder per transformer."""
-        self.weights.save_pretrained(Path(folder))
+        self.weights.save_pretrained(Path(folder).expanduser())
         self.workers.agree()
 
     def _record(self, iteration: int, rows: range, entries: list[dict], same_latents: bool) -> tuple[Trajectory, Any]:

@@ -105,14 +105,39 @@ def _squares(sums, partials, given_drift, row, rows, zero):
 
 
 @triton.jit
-def _read_row(
+def _read_inputs(
     advantages,
     row_weights,
+    old_log_prob,
+    step,
+    std,
+    scale,
+    neg_dt,
+    at,
+    rows,
+    zero,
+    COLUMNS: tl.constexpr,
+    MEAN_FORM: tl.constexpr,
+):
+    """Of a block of rows what their partials have no part in: ``S, k, -dt``, advantage, weight, old log-prob."""
+    inside = at < rows
+    s, k, t = training_step(step, std, scale, neg_dt, at, rows, zero.dtype, zero.shape[0], COLUMNS, MEAN_FORM)
+    weight = zero + 1.0
+    if row_weights is not None:
+        weight = tl.load(row_weights + at, mask=inside, other=0.0)
+    old = zero
+    if old_log_prob is not None:
+        old = tl.load(old_log_prob + at, mask=inside, other=0.0)
+    return s, k, t, tl.load(advantages + at, mask=inside, other=0.0), weight, old
+
+
+@triton.jit
+def _read_row(
+    inputs,
     sums,
     partials,
     given_drift,
     given_reference_drift,
-    step,
     at,
     rows,
     numel,
@@ -137,12 +162,9 @@ def _read_row(
     elif given_reference_drift is not None:
         apart = tl.load(given_reference_drift + at, mask=inside, other=0.0)
     square = _squares(sums, partials, given_drift, at, rows, zero)
-    s, k, t = step
-    p, q, e, r = row_statistics(cross, square, moment, apart, numel, k, MEAN_FORM)
-    weight = zero + 1.0
-    if row_weights is not None:
-        weight = tl.load(row_weights + at, mask=inside, other=0.0)
-    return Row(p, q, e, r, s, k, t, tl.load(advantages + at, mask=inside, other=0.0), weight)
+    std, scale, neg_dt, advantage, weight, _ = inputs
+    p, q, e, r = row_statistics(cross, square, moment, apart, numel, scale, MEAN_FORM)
+    return Row(p, q, e, r, std, scale, neg_dt, advantage, weight)
 
 
 @triton.jit
@@ -299,6 +321,7 @@ def epilogue_kernel(
     TILE_ROW_BLOCKS: tl.constexpr,
     SPLIT_BLOCK: tl.constexpr,
     SPLIT_BLOCKS: tl.constexpr,
+    OVERLAPS: tl.constexpr,  # with the launch ahead, which makes the partials
 ):
     dtype: tl.constexpr = advantages.dtype.element_ty
     LINE_GRAD_Q: tl.constexpr = 6
@@ -306,6 +329,13 @@ def epilogue_kernel(
     zero = tl.full((ROW_BLOCK,), 0.0, dtype)
     one = zero + 1.0
     line = rows.to(tl.int64)
+    # sent for before the partials are there; for more than a block of rows it would take registers
+    first = _read_inputs(
+        advantages, row_weights, old_log_prob, step, std, scale, neg_dt, tl.arange(0, ROW_BLOCK), rows, zero,
+        COLUMNS, MEAN_FORM,
+    )  # fmt: skip
+    if OVERLAPS:
+        tl.extra.cuda.gdc_wait()
     if partials is None:
         sums = advantages  # of its type; not looked at
     else:
@@ -328,16 +358,21 @@ def epilogue_kernel(
     for block in range(ROW_BLOCKS):
         at = tl.arange(0, ROW_BLOCK) + block * ROW_BLOCK
         inside = at < rows
+        if ROW_BLOCKS == 1:
+            inputs = first
+        else:
+            inputs = _read_inputs(
+                advantages, row_weights, old_log_prob, step, std, scale, neg_dt, at, rows, zero, COLUMNS, MEAN_FORM
+            )
         old = None
-        log_ratio = None
         if old_log_prob is not None:
-            old = tl.load(old_log_prob + at, mask=inside, other=0.0)
+            old = inputs[5]
+        log_ratio = None
         if partials is None:
             log_ratio = tl.load(log_prob + at, mask=inside, other=0.0) - old
-        numbers_of_step = training_step(step, std, scale, neg_dt, at, rows, dtype, ROW_BLOCK, COLUMNS, MEAN_FORM)
         row = _read_row(
-            advantages, row_weights, sums, partials, given_drift, given_reference_drift, numbers_of_step,
-            at, rows, numel, zero, MEAN_FORM, old_log_prob is not None, REFERENCE, FIELDS,
+            inputs, sums, partials, given_drift, given_reference_drift, at, rows, numel, zero,
+            MEAN_FORM, old_log_prob is not None, REFERENCE, FIELDS,
         )  # fmt: skip
         results, extras = _evaluate_row(
             row, log_ratio, old, bias, numel, numbers,

@@ -12,10 +12,10 @@ from flowdppo_fast.kernels.launch import (
     BLOCK,
     MEAN,
     NUM_WARPS,
+    Geometry,
+    Kind,
     Launcher,
-    cut,
-    on_device,
-    row_strides,
+    geometry_of,
     step_arguments,
     vector_width,
 )
@@ -32,7 +32,7 @@ def gradient_kernel(
     reference,
     streams,
     step,
-    coefficients,  # [3, rows]
+    coefficients,  # [LINE + 3, rows], of which the last three
     upstream,
     grad,  # [rows, numel]
     scale,
@@ -53,6 +53,7 @@ def gradient_kernel(
     first_stream: tl.int64,
     COLUMNS: tl.constexpr,
     MEAN_FORM: tl.constexpr,
+    LINE: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCKS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -64,9 +65,10 @@ def gradient_kernel(
     start = (program % splits).to(tl.int64) * (BLOCKS * BLOCK)
     remaining = tl.minimum(numel - start, BLOCKS * BLOCK).to(tl.int32)
     grad += row.to(tl.int64) * numel + start
-    grad_p = tl.load(coefficients + row)
-    grad_q = tl.load(coefficients + rows.to(tl.int64) + row)
-    grad_r = tl.load(coefficients + 2 * rows.to(tl.int64) + row)
+    coefficients += LINE * rows.to(tl.int64) + row
+    grad_p = tl.load(coefficients)
+    grad_q = tl.load(coefficients + rows.to(tl.int64))
+    grad_r = tl.load(coefficients + 2 * rows.to(tl.int64))
     if (grad_p != 0) | (grad_q != 0) | (grad_r != 0):
         if step is None:
             k = tl.full((), scale, dtype)
@@ -122,39 +124,43 @@ def gradient_kernel(
 _launch_gradient = Launcher(gradient_kernel, fp_fusion=True)
 
 
-def launch_gradient(source: RowSource, coefficients: Tensor, upstream: Tensor | None, factor: float) -> Tensor:
-    """:func:`row_grad` whose ``upstream`` may be None for 1."""
-    new, old, drawn, reference, streams = source[:5]
-    rows0, rows1, numel = new.shape
-    rows = rows0 * rows1
-    grad = new.new_empty(new.shape)
-    if rows == 0:
+def launch_gradient(
+    source: RowSource, geometry: Geometry, lines: Tensor, upstream: Tensor | None, factor: float, shape: torch.Size
+) -> Tensor:
+    """:func:`row_grad`, contiguous in ``shape``; ``upstream`` may be None for 1.
+
+    ``lines`` are contiguous ``[L, rows]``, of which the last three are the coefficients.
+    """
+    grad = source.new.new_empty(shape)
+    if geometry.rows == 0:
         return grad
-    coefficients = coefficients.contiguous()
-    step, (std, scale, _) = step_arguments(source.step, source.step_values, rows, coefficients)
+    step, (std, scale, _) = step_arguments(source.step, source.step_values, geometry.rows, lines)
     if step is None and source.form == MEAN:
         scale = 1.0 / std if std != 0.0 else float("inf")
-    factor /= numel
-    if coefficients.dtype == torch.float64:
+    factor /= geometry.numel
+    if lines.dtype == torch.float64:
         # python floats reach kernels as float32
-        scaled = torch.full((), factor, dtype=torch.float64, device=new.device)
+        scaled = torch.full((), factor, dtype=torch.float64, device=lines.device)
         upstream, factor = scaled if upstream is None else scaled * upstream, 1.0
     upstream_stride = 0 if upstream is None or upstream.numel() == 1 else upstream.stride(0)
-    blocks, splits = cut(rows, numel)
-    rows1, outer, inner = row_strides(new, old, drawn, reference)
-    with on_device(new):
-        _launch_gradient(
-            rows * splits, NUM_WARPS,
-            (new, old, drawn, reference, streams, step, coefficients, upstream, grad),
-            (scale, factor),
-            (numel, splits, upstream_stride, rows1, *outer, *inner),
-            (source.seed, source.first_stream),
-            (0 if step is None else step.shape[1], source.form == MEAN, vector_width(grad), blocks, BLOCK),
+    columns = 0 if step is None else step.shape[1]
+    of = ("gradient", source.form, columns, upstream_stride, lines.shape[0], grad.dtype)
+    kind = geometry.prepared.get(of)
+    if kind is None:
+        (blocks, splits), strides = geometry.cut, geometry.strides
+        ints = (geometry.numel, splits, upstream_stride, strides.rows1, *strides.outer, *strides.inner)
+        kind = geometry.prepared[of] = Kind(
+            geometry.rows * splits, NUM_WARPS, ints,
+            (columns, source.form == MEAN, lines.shape[0] - 3, vector_width(grad), blocks, BLOCK),
         )  # fmt: skip
+    _launch_gradient(
+        kind, (*source[:5], step, lines, upstream, grad), (scale, factor), (source.seed, source.first_stream)
+    )
     return grad
 
 
 @takes_rows
 def row_grad(source: RowSource, coefficients: Tensor, upstream: Tensor, factor: float) -> Tensor:
     """:func:`flowdppo_fast.reference.row_grad` in one launch."""
-    return launch_gradient(source, coefficients, upstream, factor)
+    lines = coefficients.contiguous()
+    return launch_gradient(source, geometry_of(source), lines, upstream, factor, source.new.shape)

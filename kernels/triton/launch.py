@@ -6,7 +6,6 @@ are added up: an input gives the same bits again on one kind of GPU, with one ve
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from triton import knobs
 from triton.compiler import CompiledKernel
 
-from flowdppo_fast.rows import Form
+from flowdppo_fast.rows import Form, RowSource
 
 # 8 elements per thread and block: one 16-byte load per bf16 tensor, two per float32 tensor. Larger shares per thread
 # raise registers (four accumulators each) faster than they raise the bytes in flight per SM.
@@ -31,7 +30,6 @@ _MAX_BLOCKS = 8
 _WARP_TILE = 512
 _MAX_SPLIT_BLOCK = 128
 MEAN = int(Form.MEAN)
-_NOTHING = contextlib.nullcontext()
 
 
 class Cut(NamedTuple):
@@ -144,107 +142,159 @@ def step_arguments(
     return (None, step_values) if step is None else (step, (None, None, None))
 
 
-def on_device(x: Tensor) -> contextlib.AbstractContextManager:
-    """Makes the tensor's GPU the current one, which is where Triton launches."""
-    if x.is_cuda and x.get_device() != torch.cuda.current_device():
-        return torch.cuda.device(x.device)
-    return _NOTHING
+class Geometry:
+    """How the rows of a call lie and are cut, and what was prepared to launch on rows that lie so.
+
+    Attributes:
+        rows, numel: as the latents' ``[R0, R1, N]`` has them.
+        strides: of ``new, old, drawn, reference``.
+        prepared: kinds of launches, by what else they depend on; of whoever launches.
+    """
+
+    __slots__ = ("cut", "numel", "prepared", "rows", "strides")
+
+    def __init__(self, rows0: int, rows1: int, numel: int, *strides: tuple[int, ...] | None) -> None:
+        self.rows, self.numel = rows0 * rows1, numel
+        self.strides = _row_strides(rows0, rows1, *strides)
+        self.cut = cut(self.rows, numel)
+        self.prepared: dict[Any, Any] = {}
 
 
-# handles kept per kernel; shapes that a run sees are few, and a cleared cache only costs Triton's own way once more
-_MOST_HANDLES = 1024
+geometry_at = functools.lru_cache(maxsize=1024)(Geometry)
+
+
+def geometry_of(source: RowSource) -> Geometry:
+    """The geometry of latents ``[R0, R1, N]``."""
+    return geometry_at(*source.new.shape, *[x if x is None else x.stride() for x in source[:4]])
+
+
+class Kind:
+    """What launches of one kind share: all but tensors, floats and counters.
+
+    Attributes:
+        programs: how many.
+        ints: integers that Triton may specialise on.
+        constants: ``tl.constexpr`` parameters.
+        overlaps: whether it is one of two launches of which the second may begin before the first one ends, where the
+            GPU can do that; None for a kernel without the parameter ``OVERLAPS``.
+        handles: what was compiled, by what Triton specialises on besides.
+    """
+
+    __slots__ = ("constants", "handles", "ints", "num_warps", "overlaps", "programs")
+
+    def __init__(
+        self,
+        programs: int,
+        num_warps: int,
+        ints: tuple[int | None, ...],
+        constants: tuple[Any, ...],
+        overlaps: bool | None = None,
+    ) -> None:
+        self.overlaps = overlaps
+        self.programs, self.num_warps, self.ints, self.constants = programs, num_warps, ints, constants
+        self.handles: dict[tuple, tuple] = {}
+
+
+# shapes that a run sees are few, and a kind that was dropped only costs Triton's own way once more
+kind_of = functools.lru_cache(maxsize=1024)(Kind)
 
 
 class Launcher:
     """A kernel, launched by the handle that Triton compiled for arguments of the same kind.
 
     Triton's own launch binds the arguments by name, works out their specialisation and looks it up by its string: most
-    of a small loss's host time. Here that happens once per kind of arguments. The key of a kind is no coarser than
-    Triton's rules: of tensors dtype, 16-byte alignment and (AMD: buffers below 2 GB) the size of their memory; integers
-    and constants by value; floats not at all, if they are floats. What Triton reads from the environment when it
-    compiles counts as it was at the first launch of a kind. Hooks on launches see every launch: then Triton's own way
-    is taken.
+    of a small loss's host time. Here that happens once per :class:`Kind` and, of tensors, dtype, 16-byte alignment and
+    (AMD: buffers below 2 GB) the size of their memory; of floats nothing, if they are floats. That is no coarser than
+    Triton's rules. What Triton reads from the environment when it compiles counts as it was at the first launch of a
+    kind. Hooks on launches see every launch: then Triton's own way is taken.
 
-    Parameters of the kernel are in the order of :meth:`__call__`'s arguments.
+    Parameters of the kernel are in the order ``tensors, floats, ints, counters, constants, OVERLAPS``; counters are
+    integers annotated as int64, on which Triton does not specialise. ``OVERLAPS`` (programmatic dependent launch, from
+    sm_90 on) is for two launches in a row: the first lets the second one start, the second (``waits``) does what needs
+    none of the first one's results, and waits for them. What ran before both has ended by then.
     """
 
-    def __init__(self, kernel: Any, *, fp_fusion: bool) -> None:
+    def __init__(self, kernel: Any, *, fp_fusion: bool, waits: bool = False) -> None:
         self.kernel = kernel
         self._fp_fusion = fp_fusion
+        self._waits = waits
+        self._can_overlap: dict[int, bool] = {}
         self._compiled = isinstance(kernel, triton.JITFunction)
-        self._handles: dict[tuple, tuple] = {}
         self._driver: Any = None
         self._sizes_count = False
 
     def __call__(
         self,
-        programs: int,
-        num_warps: int,
+        kind: Kind,
         tensors: tuple[Tensor | None, ...],
-        floats: tuple[float | None, ...],
-        ints: tuple[int | None, ...],
-        counters: tuple[int, ...],
-        constants: tuple[Any, ...],
-        kind: tuple[Any, ...] | None = None,
+        floats: tuple[float | None, ...] = (),
+        counters: tuple[int, ...] = (),
     ) -> None:
-        """Launches on the current device.
-
-        Args:
-            programs: how many.
-            ints: integers that Triton may specialise on; few different ones in a run.
-            counters: integers annotated as int64, which it does not specialise on.
-            constants: ``tl.constexpr`` parameters.
-            kind: what stands for them in the key; None for themselves. Hashing a compiled function takes Python calls.
-        """
-        arguments = (*tensors, *floats, *ints, *counters, *constants)
+        """Launches on the device of the first tensor."""
+        arguments = (*tensors, *floats, *kind.ints, *counters, *kind.constants)
+        if not self._compiled:
+            self._launch_by_name(kind, arguments if kind.overlaps is None else (*arguments, False))
+            return
+        driver = triton.runtime.driver.active
+        device, own = driver.get_current_device(), tensors[0].get_device()  # type: ignore[union-attr]
+        if own != device and own >= 0:
+            # Triton launches on the current device
+            with torch.cuda.device(own):
+                self(kind, tensors, floats, counters)
+            return
+        if driver is not self._driver:
+            self._driver, self._sizes_count = driver, driver.get_current_target().backend == "hip"
+            self._can_overlap.clear()
+        if kind.overlaps is not None:
+            can = self._can_overlap.get(device)
+            arguments += (kind.overlaps and (self._ask(device) if can is None else can),)
         runtime = knobs.runtime
         if (
-            not self._compiled
             # hooks: a chain of them, or what somebody put in its place
-            or getattr(runtime.launch_enter_hook, "calls", runtime.launch_enter_hook)
+            getattr(runtime.launch_enter_hook, "calls", runtime.launch_enter_hook)
             or getattr(runtime.launch_exit_hook, "calls", runtime.launch_exit_hook)
             or self.kernel.pre_run_hooks
             # another compilation than usual
             or runtime.debug
             or runtime.add_stages_inspection_hook
         ):
-            self._launch_by_name(programs, num_warps, arguments)
+            self._launch_by_name(kind, arguments)
             return
-        driver = triton.runtime.driver.active
-        if driver is not self._driver:
-            self._adopt(driver)
         bits = 0
-        dtypes = []
+        # handles belong to the kernel and to the driver that loaded them
+        key = [self, driver, device]
         for x in tensors:
             if x is None:
-                dtypes.append(None)
+                key.append(None)
             else:
-                dtypes.append(x.dtype)
+                key.append(x.dtype)
                 bits |= x.data_ptr()
-        device = driver.get_current_device()
-        kinds = [f.__class__ if f.__class__ is float else f for f in floats]
-        key = (device, num_warps, *dtypes, *kinds, *ints, *(constants if kind is None else kind))
+        for number in floats:
+            key.append(float if number.__class__ is float else number)
         if bits % 16 != 0:
-            key += tuple([x is None or x.data_ptr() % 16 == 0 for x in tensors])
+            key += [x is None or x.data_ptr() % 16 == 0 for x in tensors]
         if self._sizes_count:
-            key += tuple([x is None or x.untyped_storage().size() < 2**31 for x in tensors])
-        handle = self._handles.get(key)
+            key += [x is None or x.untyped_storage().size() < 2**31 for x in tensors]
+        found = tuple(key)
+        handle = kind.handles.get(found)
         if handle is None:
-            compiled = self._launch_by_name(programs, num_warps, arguments)
+            compiled = self._launch_by_name(kind, arguments)
             # nothing to keep where Triton was asked to compile in the background
             if isinstance(compiled, CompiledKernel):
-                if len(self._handles) >= _MOST_HANDLES:
-                    self._handles.clear()
-                self._handles[key] = (compiled.run, compiled.function, compiled.packed_metadata)
+                kind.handles[found] = (compiled.run, compiled.function, compiled.packed_metadata)
             return
         run, function, metadata = handle
-        run(programs, 1, 1, driver.get_current_stream(device), function, metadata, None, None, None, *arguments)
+        run(kind.programs, 1, 1, driver.get_current_stream(device), function, metadata, None, None, None, *arguments)
 
-    def _launch_by_name(self, programs: int, num_warps: int, arguments: tuple) -> Any:
-        return self.kernel[(programs,)](*arguments, num_warps=num_warps, enable_fp_fusion=self._fp_fusion)
+    def _ask(self, device: int) -> bool:
+        """Whether the current device can start a launch before the one ahead of it has ended."""
+        target = self._driver.get_current_target()
+        can = self._can_overlap[device] = target.backend == "cuda" and target.arch >= 90
+        return can
 
-    def _adopt(self, driver: Any) -> None:
-        # handles belong to the driver that loaded them
-        self._handles.clear()
-        self._driver = driver
-        self._sizes_count = driver.get_current_target().backend == "hip"
+    def _launch_by_name(self, kind: Kind, arguments: tuple) -> Any:
+        # an option that Triton's compiler for AMD does not know
+        options = {"launch_pdl": True} if self._waits and arguments[-1] else {}
+        return self.kernel[(kind.programs,)](
+            *arguments, num_warps=kind.num_warps, enable_fp_fusion=self._fp_fusion, **options
+        )

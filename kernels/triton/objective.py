@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from flowdppo_fast.kernels.epilogue import epilogue_kernel, rule_constants
 from flowdppo_fast.kernels.gradient import launch_gradient
-from flowdppo_fast.kernels.launch import MEAN, Launcher, cut, epilogue_tiles, on_device, step_arguments
+from flowdppo_fast.kernels.launch import (
+    MEAN,
+    Geometry,
+    Kind,
+    Launcher,
+    epilogue_tiles,
+    geometry_at,
+    geometry_of,
+    step_arguments,
+)
 from flowdppo_fast.kernels.statistics import launch_partials
 from flowdppo_fast.objectives import SUMMARY, RowField
 from flowdppo_fast.rows import RowSource, takes_rows
@@ -16,30 +27,47 @@ _ROW_FIELDS, _SUMMARIES = len(RowField), len(SUMMARY)
 _NO_NUMBERS = (None,) * 5
 
 # unfused, so that decisions see the reference's roundings
-_launch_kernel = Launcher(epilogue_kernel, fp_fusion=False)
+_launch_kernel = Launcher(epilogue_kernel, fp_fusion=False, waits=True)
 
 
-@takes_rows
-def policy_loss(
+def launch_policy_loss(
     source: RowSource,
+    geometry: Geometry,
     advantages: Tensor,
     row_weights: Tensor | None,
     old_log_prob: Tensor | None,
     ints: list[int],
     floats: list[float],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`flowdppo_fast.reference.policy_loss` in two launches."""
-    rows0, rows1, numel = source.new.shape
-    rows = rows0 * rows1
-    if rows == 0:
+    """:func:`policy_loss` of latents in any shape in which rows lie like ``geometry``'s."""
+    if geometry.rows == 0:
         return _nothing(advantages)
-    with on_device(source.new):
-        return _launch_epilogue(
-            launch_partials(source, old_log_prob is not None, advantages), None, None, None,
-            source.step, source.step_values, advantages, row_weights, old_log_prob, ints, floats,
-            numel, splits=cut(rows, numel).splits, mean_form=source.form == MEAN,
-            reference=source.reference is not None,
-        )  # fmt: skip
+    partials = launch_partials(source, geometry, old_log_prob is not None, advantages)
+    return _launch_epilogue(
+        geometry, source.form == MEAN, source.reference is not None, (advantages, partials, None, None, None),
+        source.step, source.step_values, row_weights, old_log_prob, ints, floats,
+    )  # fmt: skip
+
+
+def launch_policy_loss_and_grad(
+    source: RowSource, geometry: Geometry, shape: torch.Size, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`policy_loss_and_grad` likewise; the gradient is contiguous in ``shape``."""
+    *objective, factor = arguments
+    loss, rows, summary = launch_policy_loss(source, geometry, *objective)
+    return loss, rows, summary, launch_gradient(source, geometry, rows, None, factor, shape)
+
+
+@takes_rows
+def policy_loss(source: RowSource, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`flowdppo_fast.reference.policy_loss` in two launches."""
+    return launch_policy_loss(source, geometry_of(source), *arguments)
+
+
+@takes_rows
+def policy_loss_and_grad(source: RowSource, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`flowdppo_fast.reference.policy_loss_and_grad` in three launches."""
+    return launch_policy_loss_and_grad(source, geometry_of(source), source.new.shape, *arguments)
 
 
 def log_prob_loss(
@@ -55,13 +83,14 @@ def log_prob_loss(
     floats: list[float],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`flowdppo_fast.reference.log_prob_loss` in one launch."""
-    if log_prob.shape[0] == 0:
+    # sums over rows of one element
+    geometry = geometry_at(log_prob.shape[0], 1, 1)
+    if geometry.rows == 0:
         return _nothing(advantages)
-    with on_device(log_prob):
-        return _launch_epilogue(
-            None, log_prob, drift, reference_drift, step, step_values, advantages, row_weights, old_log_prob,
-            ints, floats, 1, splits=1, mean_form=True, reference=False,
-        )  # fmt: skip
+    return _launch_epilogue(
+        geometry, True, False, (advantages, None, log_prob, drift, reference_drift), step, step_values,
+        row_weights, old_log_prob, ints, floats,
+    )  # fmt: skip
 
 
 def _nothing(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,63 +101,44 @@ def _nothing(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _launch_epilogue(
-    partials: Tensor | None,
-    log_prob: Tensor | None,
-    given_drift: Tensor | None,
-    given_reference_drift: Tensor | None,
+    geometry: Geometry,
+    mean_form: bool,
+    reference: bool,
+    given: tuple[Tensor | None, ...],
     step: Tensor | None,
     step_values: list[float],
-    advantages: Tensor,
     row_weights: Tensor | None,
     old_log_prob: Tensor | None,
     ints: list[int],
     floats: list[float],
-    numel: int,
-    *,
-    splits: int,
-    mean_form: bool,
-    reference: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    advantages = given[0]
+    assert advantages is not None
     # advantages are in the accumulation dtype
-    rows = advantages.shape[0]
     loss, summary = advantages.new_empty(()), advantages.new_empty(_SUMMARIES)
-    row_results = advantages.new_empty((_ROW_FIELDS, rows))
-    step, values = step_arguments(step, step_values, rows, loss)
+    row_results = advantages.new_empty((_ROW_FIELDS, geometry.rows))
+    step, values = step_arguments(step, step_values, geometry.rows, loss)
     numbers, options = floats, None
     if advantages.dtype == torch.float64:
         # like step_arguments(): python floats reach kernels as float32
         numbers, options = _NO_NUMBERS, advantages.new_tensor(floats)
-    tiles, row_block, row_blocks, num_warps = epilogue_tiles(rows, splits)
-    kind = (
-        *ints[1:], 0 if step is None else step.shape[1], mean_form, reference,
-        2 + (old_log_prob is not None) + reference, row_block, row_blocks,
-        tiles.row_block, tiles.row_blocks, tiles.split_block, tiles.split_blocks,
-    )  # fmt: skip
+    columns = 0 if step is None else step.shape[1]
+    of = ("epilogue", mean_form, reference, old_log_prob is not None, columns, options is None, *ints)
+    kind = geometry.prepared.get(of)
+    if kind is None:
+        rows, splits = geometry.rows, geometry.cut.splits
+        tiles, row_block, row_blocks, num_warps = epilogue_tiles(rows, splits)
+        kind = geometry.prepared[of] = Kind(
+            1, num_warps, (rows, splits, geometry.numel),
+            (
+                *rule_constants(ints[0]), *ints[1:], columns, mean_form, reference,
+                2 + (old_log_prob is not None) + reference, row_block, row_blocks,
+                tiles.row_block, tiles.row_blocks, tiles.split_block, tiles.split_blocks,
+            ),
+            # float64 has its tables made between the two launches
+            overlaps=given[1] is not None and options is None,
+        )  # fmt: skip
     _launch_kernel(
-        1, num_warps,
-        (
-            advantages, partials, log_prob, given_drift, given_reference_drift, step, row_weights, old_log_prob,
-            loss, row_results, summary, options,
-        ),
-        (*values, *numbers),
-        (rows, splits, numel),
-        (),
-        (*rule_constants(ints[0]), *kind),
-        (ints[0], *kind),
-    )  # fmt: skip
+        kind, (*given, step, row_weights, old_log_prob, loss, row_results, summary, options), (*values, *numbers)
+    )
     return loss, row_results, summary
-
-
-@takes_rows
-def policy_loss_and_grad(
-    source: RowSource,
-    advantages: Tensor,
-    row_weights: Tensor | None,
-    old_log_prob: Tensor | None,
-    ints: list[int],
-    floats: list[float],
-    factor: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:func:`flowdppo_fast.reference.policy_loss_and_grad` in three launches."""
-    loss, rows, summary = policy_loss(*source, advantages, row_weights, old_log_prob, ints, floats)
-    return loss, rows, summary, launch_gradient(source, rows[RowField.GRAD_P :], None, factor)

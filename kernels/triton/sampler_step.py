@@ -13,7 +13,7 @@ from flowdppo_fast.kernels.launch import (
     NUM_WARPS,
     Launcher,
     cut,
-    on_device,
+    kind_of,
     partial_tiles,
     row_strides,
     step_arguments,
@@ -179,23 +179,21 @@ def sde_step(
     drawn, wanted_mean = None if given else next_sample, mean if with_mean else None
     stored = [x for x in (drawn, wanted_mean) if x is not None]
     rows1, outer, inner = row_strides(sample, velocity, source)
-    with on_device(sample):
-        _launch_step(
-            rows * splits, NUM_WARPS,
-            (sample, velocity, source, streams, step, drawn, wanted_mean, partials),
-            values,
-            (numel, splits, rows1, *outer, *inner),
-            (seed, first_stream),
-            (given, compute == torch.float64, vector_width(*(stored or [sample])), blocks, BLOCK),
+    kind = kind_of(
+        rows * splits, NUM_WARPS, (numel, splits, rows1, *outer, *inner),
+        (given, compute == torch.float64, vector_width(*(stored or [sample])), blocks, BLOCK),
+    )  # fmt: skip
+    _launch_step(
+        kind,
+        (sample, velocity, source, streams, step, drawn, wanted_mean, partials),
+        tuple(values),
+        (seed, first_stream),
+    )
+    if with_log_prob:
+        tiles = partial_tiles(rows, splits)
+        kind = kind_of(
+            tiles.row_blocks, 1, (rows, splits, numel),
+            (given, unnormalized, tiles.row_block, tiles.split_block, tiles.split_blocks),
         )  # fmt: skip
-        if with_log_prob:
-            tiles = partial_tiles(rows, splits)
-            _launch_log_prob(
-                tiles.row_blocks, 1,
-                (partials, step, log_prob),
-                (values[2],),
-                (rows, splits, numel),
-                (),
-                (given, unnormalized, tiles.row_block, tiles.split_block, tiles.split_blocks),
-            )  # fmt: skip
+        _launch_log_prob(kind, (partials, step, log_prob), (values[2],))
     return next_sample, mean, log_prob

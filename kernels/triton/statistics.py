@@ -16,11 +16,12 @@ from flowdppo_fast.kernels.launch import (
     BLOCK,
     MEAN,
     NUM_WARPS,
+    Geometry,
+    Kind,
     Launcher,
-    cut,
-    on_device,
+    geometry_of,
+    kind_of,
     partial_tiles,
-    row_strides,
     step_arguments,
 )
 from flowdppo_fast.kernels.philox import normals, row_stream
@@ -53,7 +54,11 @@ def partials_kernel(
     SECOND_MOMENT: tl.constexpr,
     BLOCKS: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,  # with the launch behind; see launch.Launcher
 ):
+    if OVERLAPS:
+        # it waits for this one's results, and by then it is there
+        tl.extra.cuda.gdc_launch_dependents()
     dtype: tl.constexpr = partials.dtype.element_ty
     program = tl.program_id(0)
     row = program // splits
@@ -133,10 +138,13 @@ def statistics_kernel(
     ROW_BLOCK: tl.constexpr,
     SPLIT_BLOCK: tl.constexpr,
     SPLIT_BLOCKS: tl.constexpr,
+    OVERLAPS: tl.constexpr,  # with the launch ahead
 ):
     dtype: tl.constexpr = partials.dtype.element_ty
     row = tl.program_id(0) * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
     _, k, _ = training_step(step, std, scale, neg_dt, row, rows, dtype, ROW_BLOCK, COLUMNS, MEAN_FORM)
+    if OVERLAPS:
+        tl.extra.cuda.gdc_wait()
     fields: tl.constexpr = 2 + SECOND_MOMENT + REFERENCE
     cross, square, moment, apart = row_sums(partials, row, rows, splits, fields, ROW_BLOCK, SPLIT_BLOCK, SPLIT_BLOCKS)
     if REFERENCE and not SECOND_MOMENT:
@@ -151,53 +159,50 @@ def statistics_kernel(
 
 
 _launch_partials = Launcher(partials_kernel, fp_fusion=True)
-_launch_statistics = Launcher(statistics_kernel, fp_fusion=False)
+_launch_statistics = Launcher(statistics_kernel, fp_fusion=False, waits=True)
 
 
-def launch_partials(source: RowSource, second_moment: bool, like: Tensor) -> Tensor:
-    """Sums of ``d*z, d*d``, then ``z*z`` and ``w*w`` where asked, per program; the device must be current.
+def launch_partials(source: RowSource, geometry: Geometry, second_moment: bool, like: Tensor) -> Tensor:
+    """Sums of ``d*z, d*d``, then ``z*z`` and ``w*w`` where asked, per program.
 
     Returns ``[fields, R, splits]`` in ``like``'s dtype as one long vector, with room for ``[fields, R]`` behind it.
     """
-    new, old, drawn, reference, streams = source[:5]
-    rows0, rows1, numel = new.shape
-    rows = rows0 * rows1
-    blocks, splits = cut(rows, numel)
-    partials = like.new_empty((2 + second_moment + (reference is not None)) * rows * (splits + 1))
-    rows1, outer, inner = row_strides(new, old, drawn, reference)
-    _launch_partials(
-        rows * splits, NUM_WARPS,
-        (new, old, drawn, reference, streams, partials),
-        (),
-        (numel, splits, rows1, *outer, *inner),
-        (source.seed, source.first_stream),
-        (source.form == MEAN, second_moment, blocks, BLOCK),
-    )  # fmt: skip
+    of = ("partials", second_moment, source.form)
+    found = geometry.prepared.get(of)
+    if found is None:
+        found = geometry.prepared[of] = _prepared(source, geometry, second_moment)
+    kind, size = found
+    partials = like.new_empty(size)
+    _launch_partials(kind, (*source[:5], partials), (), (source.seed, source.first_stream))
     return partials
+
+
+def _prepared(source: RowSource, geometry: Geometry, second_moment: bool) -> tuple[Kind, int]:
+    """The launch, and how many numbers its results take."""
+    rows, (blocks, splits), strides = geometry.rows, geometry.cut, geometry.strides
+    ints = (geometry.numel, splits, strides.rows1, *strides.outer, *strides.inner)
+    kind = Kind(rows * splits, NUM_WARPS, ints, (source.form == MEAN, second_moment, blocks, BLOCK), overlaps=True)
+    return kind, (2 + second_moment + (source.reference is not None)) * rows * (splits + 1)
 
 
 @takes_rows
 def row_stats(source: RowSource, second_moment: bool) -> Tensor:
     """:func:`flowdppo_fast.reference.row_stats` in two launches."""
-    new = source.new
-    rows, numel = new.shape[0] * new.shape[1], new.shape[2]
-    stats = torch.empty((4, rows), dtype=stats_dtype(new), device=new.device)
+    geometry, dtype = geometry_of(source), stats_dtype(source.new)
+    rows, splits = geometry.rows, geometry.cut.splits
+    stats = torch.empty((4, rows), dtype=dtype, device=source.new.device)
     if rows == 0:
         return stats
     step, values = step_arguments(source.step, source.step_values, rows, stats)
-    with on_device(new):
-        partials = launch_partials(source, second_moment, stats)
-        splits = cut(rows, numel).splits
-        tiles = partial_tiles(rows, splits)
-        _launch_statistics(
-            tiles.row_blocks, 1,
-            (partials, step, stats),
-            values,
-            (rows, splits, numel),
-            (),
-            (
-                0 if step is None else step.shape[1], source.form == MEAN, second_moment, source.reference is not None,
-                tiles.row_block, tiles.split_block, tiles.split_blocks,
-            ),
-        )  # fmt: skip
+    partials = launch_partials(source, geometry, second_moment, stats)
+    tiles = partial_tiles(rows, splits)
+    kind = kind_of(
+        tiles.row_blocks, 1, (rows, splits, geometry.numel),
+        (
+            0 if step is None else step.shape[1], source.form == MEAN, second_moment, source.reference is not None,
+            tiles.row_block, tiles.split_block, tiles.split_blocks,
+        ),
+        True,
+    )  # fmt: skip
+    _launch_statistics(kind, (partials, step, stats), tuple(values))
     return stats

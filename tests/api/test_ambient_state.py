@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import numpy as np
 import pytest
 import torch
+from support.ambient import STATES, Schedule, default_device
 from support.backends import Backend
 
 import flowdppo_fast as fast
@@ -14,43 +13,6 @@ from flowdppo_fast.integrations import flow_grpo
 
 SIGMAS = [1.0 - i / 10 for i in range(11)]
 SHAPE = (4, 6, 5, 5)
-
-
-class Schedule:
-    """What is read of a diffusers scheduler."""
-
-    def __init__(self, steps: int = 10):
-        self.sigmas = torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float32, device="cpu")
-        self.timesteps = 1000.0 * self.sigmas[:-1]
-
-
-@contextlib.contextmanager
-def default_dtype(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@contextlib.contextmanager
-def default_device(device):
-    torch.set_default_device(device)
-    try:
-        yield
-    finally:
-        torch.set_default_device(None)
-
-
-STATES = {
-    "float64": lambda: default_dtype(torch.float64),
-    "bfloat16": lambda: default_dtype(torch.bfloat16),
-    "meta": lambda: default_device("meta"),
-    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
-    "no_grad": torch.no_grad,
-    "inference": torch.inference_mode,
-}
 
 
 @pytest.fixture(scope="module")
@@ -161,3 +123,50 @@ def test_numpys_numbers_are_bounds_and_deviations(backend: Backend, given, numbe
         yield fast.fused_dppo_loss(new, old, old + 0.125 * noise, std, advantages, **named).loss
 
     assert all(torch.equal(a, b) for a, b in zip(losses(number), losses(float)))
+
+
+def losses_of(given, velocity, step, backend: str):
+    """Scalars that are differentiable in ``velocity``, by name."""
+    old, noise, advantages = (given[name] for name in ("old", "noise", "advantages"))
+    named = {"backend": backend}
+    seeded = fast.PhiloxNoise(7, given["streams"])
+    yield "mean", fast.fused_dppo_velocity_loss(velocity, old, noise, step, advantages, **named).loss
+    yield "seeded", fast.fused_dppo_velocity_loss(velocity, old, seeded, step, advantages, **named).loss
+    for reduction in ("none", "sum"):
+        out = fast.fused_dppo_velocity_loss(velocity, old, noise, step, advantages, reduction=reduction, **named)
+        yield reduction, out.loss.sum()
+    more = {"reference_velocity": given["reference"], "kl_weight": 0.1, "row_weights": given["weights"]}
+    yield "reference", fast.fused_dppo_velocity_loss(velocity, old, noise, step, advantages, **more, **named).loss
+    for kind in (fast.RatioClip(), fast.GRPOGuard(), fast.Unclipped()):
+        out = fast.fused_policy_velocity_loss(velocity, old, noise, step, advantages, objective=kind, **named)
+        yield type(kind).__name__, out.loss
+    yield "means", fast.fused_dppo_loss(velocity, old, old + 0.1 * noise, given["std"], advantages, **named).loss
+    yield "statistics", sum(x.sum() for x in fast.row_statistics(velocity, old, noise, step, **named))
+    replayed = fast.sde_step(old, velocity, step, prev_sample=noise, return_mean=True, log_prob="gaussian", **named)
+    yield "step", replayed.log_prob.sum() + replayed.mean.sum()
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_what_a_rollout_made_in_inference_mode_serves_a_backward(backend: Backend, given, stacked):
+    """Torch saves no such tensors for a backward."""
+    if backend.device != "cpu":
+        pytest.skip("which tensors autograd saves does not depend on the device")
+
+    def rollout():
+        step = fast.sde_schedule("flow_sde", SIGMAS)
+        tensors = {name: x.clone() for name, x in given.items() if isinstance(x, torch.Tensor)}
+        tensors |= {"reference": given["old"] + 0.02, "weights": torch.ones(4)}
+        return tensors, fast.SDEStep.stack(step[2:6]) if stacked else step[3]
+
+    with torch.inference_mode():
+        made, made_step = rollout()
+    plain, plain_step = rollout()
+    assert made["old"].is_inference()
+    for number, (name, _) in enumerate(losses_of(plain, plain["new"], plain_step, backend.name)):
+        grads = []
+        for tensors, step in ((plain, plain_step), (made, made_step)):
+            leaf = given["new"].clone().requires_grad_()
+            found = list(losses_of(tensors, leaf, step, backend.name))[number][1]
+            grads.append(torch.autograd.grad(found, leaf)[0])
+        assert torch.equal(*grads), name
+        assert grads[0].any(), name

@@ -29,7 +29,8 @@ LAYERS = {
     "wings of the trainer": ("trainer.record", "trainer.weights", "trainer.rewards"),
     "its loop": (
         "trainer.advantages", "trainer.checkpoint", "trainer.evaluation", "trainer.metrics", "trainer.mismatch",
-        "trainer.pipeline_calls", "trainer.resume", "trainer.rollout", "trainer.row_plan", "trainer.trainer",
+        "trainer.pipeline_calls", "trainer.resume", "trainer.rollout", "trainer.row_plan",
+        "trainer.run_folder", "trainer.trainer",
     ),
     "a run as a file": ("trainer.recipe", "trainer.export"),
     "its front door": ("trainer",),

@@ -63,7 +63,9 @@ def compile_assembly(spec: Specialisation, arch: str) -> str:
     philox._HARDWARE = triton.language.constexpr(False)
     options = {"num_warps": spec.num_warps, "enable_fp_fusion": spec.fp_fusion}
     target = GPUTarget("hip", arch, ARCHITECTURES[arch])
-    return triton.compile(ASTSource(kernel, *signature_of(spec)), target=target, options=options).asm["amdgcn"]
+    return triton.compile(ASTSource(kernel, *signature_of(spec, overlaps=False)), target=target, options=options).asm[
+        "amdgcn"
+    ]
 
 
 def inspect(spec: Specialisation, arch: str) -> Report:

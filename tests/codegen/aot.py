@@ -118,14 +118,14 @@ def specialisations() -> list[Specialisation]:
         types = _latents(new=new, old=new, noise=noise, reference=reference) | _STREAM | {"partials": "*fp32"}
         if strided:
             types |= dict.fromkeys(("rows1", "new_outer", "old_outer", "noise_outer"), "i32")
-        constants = stream | {"BLOCKS": blocks, "MEAN_FORM": mean, "SECOND_MOMENT": moment}
+        constants = stream | {"BLOCKS": blocks, "MEAN_FORM": mean, "SECOND_MOMENT": moment, "OVERLAPS": True}
         add(f"partials {name}", "statistics.partials_kernel", types, constants, aligned=aligned)
 
     def gradient(name, new, noise, reference=None, *, mean=False):
         types = _latents(new=new, old=new, noise=noise, reference=reference) | _STREAM
         types |= {"coefficients": "*fp32", "upstream": "*fp32", "upstream_stride": "i32", "grad": f"*{new}"}
         types |= {"scale": "fp32", "factor": "fp32"}
-        constants = stream | {"COLUMNS": 0, "MEAN_FORM": mean, "VECTOR": _VECTOR[new]}
+        constants = stream | {"COLUMNS": 0, "MEAN_FORM": mean, "LINE": 5, "VECTOR": _VECTOR[new]}
         add(f"gradient {name}", "gradient.gradient_kernel", types, constants)
 
     def step(name, dtype, noise, out, mean=None, partials=None, given=False):
@@ -149,6 +149,7 @@ def specialisations() -> list[Specialisation]:
             "TILE_ROW_BLOCKS": tiles.partials.row_blocks,
             "SPLIT_BLOCK": tiles.partials.split_block,
             "SPLIT_BLOCKS": tiles.partials.split_blocks,
+            "OVERLAPS": sums == ("partials",),
         }
         functions = rule_constants(rule)
         constants = _EPILOGUE_FLAGS | dict(zip(("DECIDE", "PENALTY", "NORMALIZED"), functions)) | geometry | flags
@@ -191,7 +192,7 @@ def specialisations() -> list[Specialisation]:
         "statistics 8 x 32",
         "statistics.statistics_kernel",
         {"partials": "*fp32", "stats": "*fp32"} | _STEP | counts,
-        geometry | {"COLUMNS": 0, "MEAN_FORM": False, "SECOND_MOMENT": False, "REFERENCE": False},
+        geometry | {"COLUMNS": 0, "MEAN_FORM": False, "SECOND_MOMENT": False, "REFERENCE": False, "OVERLAPS": True},
         1,
         False,
     )
@@ -234,8 +235,13 @@ def compiled_kernel(spec: Specialisation) -> Any:
     return kernel
 
 
-def signature_of(spec: Specialisation) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], list]]:
-    """Types, constants and attributes, the latter two by index of the parameter, as Triton's compiler takes them."""
+def signature_of(
+    spec: Specialisation, overlaps: bool = True
+) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], list]]:
+    """Types, constants and attributes, the latter two by index of the parameter, as Triton's compiler takes them.
+
+    ``overlaps``: whether the GPU can start a launch before the one ahead of it has ended.
+    """
     signature: dict[str, str] = {}
     constants: dict[tuple[int], Any] = {}
     attributes: dict[tuple[int], list] = {}
@@ -244,6 +250,8 @@ def signature_of(spec: Specialisation) -> tuple[dict[str, str], dict[tuple[int],
         if kind is None:
             signature[param.name] = "constexpr"
             constants[(index,)] = spec.constants[param.name] if param.is_constexpr else None
+            if param.name == "OVERLAPS":
+                constants[(index,)] &= overlaps
             continue
         signature[param.name] = kind
         # what the launcher finds out about 16-byte aligned tensors and sizes that 16 divides
@@ -263,7 +271,7 @@ def compile_cubin(spec: Specialisation, arch: int) -> bytes:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    source = ASTSource(compiled_kernel(spec), *signature_of(spec))
+    source = ASTSource(compiled_kernel(spec), *signature_of(spec, arch >= 90))
     options = {"num_warps": spec.num_warps, "enable_fp_fusion": spec.fp_fusion}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).asm["cubin"]
 

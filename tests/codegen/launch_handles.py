@@ -26,7 +26,7 @@ from triton.compiler import CompiledKernel, make_backend
 import flowdppo_fast as fast
 from flowdppo_fast import backend, kernels
 from flowdppo_fast.kernels import gradient, objective, sampler_step, statistics
-from flowdppo_fast.kernels.launch import Launcher
+from flowdppo_fast.kernels.launch import Kind, Launcher, kind_of
 from flowdppo_fast.objectives import DPPO, EpilogueOptions
 
 LAUNCHERS = {
@@ -75,9 +75,9 @@ class Watch:
     def specialisation(self, kernel: Any, arguments: tuple) -> str:
         return str((self.driver.device, *bind(kernel, *arguments, backend=self.backend)[1]))
 
-    def launch_by_name(self, launcher: Launcher, programs: int, num_warps: int, arguments: tuple) -> CompiledKernel:
+    def launch_by_name(self, launcher: Launcher, kind: Kind, arguments: tuple) -> CompiledKernel:
         self.counts["by name"] += 1
-        made_for = self.specialisation(launcher.kernel, arguments), num_warps
+        made_for = self.specialisation(launcher.kernel, arguments), kind.num_warps
 
         def run(x, y, z, stream, function, metadata, launch_metadata, enter, exit, *given):
             if self.silent:
@@ -88,7 +88,7 @@ class Watch:
                 self.wrong.append(f"{launcher.kernel.__name__}: {asked} by a handle for {made_for}")
 
         compiled = object.__new__(CompiledKernel)
-        compiled._run, compiled.function, compiled.packed_metadata = run, None, num_warps
+        compiled._run, compiled.function, compiled.packed_metadata = run, None, kind.num_warps
         return compiled
 
 
@@ -147,19 +147,20 @@ def another_tensor(draw: random.Random, optional: bool) -> torch.Tensor | None:
 
 def changed(draw: random.Random, arguments: tuple) -> tuple:
     """The arguments of a launch with a few of them replaced by what Triton may take for another kind."""
-    programs, num_warps, *groups, constants = arguments
-    groups = [list(group) for group in groups]
-    for group, values in zip(groups, (None, FLOATS, INTS, (0, 1, 16, -5, 2**40))):
+    kind, *groups = arguments
+    groups = [*map(list, groups), *([] for _ in range(3 - len(groups))), list(kind.ints)]
+    for group, values in zip(groups, (None, FLOATS, (0, 1, 16, -5, 2**40), INTS)):
         for i in range(len(group)):
             if draw.random() < 0.2:
-                group[i] = draw.choice(values) if values else another_tensor(draw, optional=True)
-    constants = list(constants)
+                group[i] = draw.choice(values) if values else another_tensor(draw, optional=i > 0)
+    *groups, ints = map(tuple, groups)
+    constants, num_warps = list(kind.constants), kind.num_warps
     if draw.random() < 0.2:
         i = draw.randrange(len(constants))
         constants[i] = draw.choice((False, True) if isinstance(constants[i], bool) else (0, 1, 2, 4))
     if draw.random() < 0.1:
         num_warps = draw.choice((1, 2, 4, 8))
-    return programs, num_warps, *map(tuple, groups), tuple(constants)
+    return kind_of(kind.programs, num_warps, ints, tuple(constants), kind.overlaps), *groups
 
 
 def mutations(watch: Watch, arguments: dict[str, tuple], rounds: int) -> None:

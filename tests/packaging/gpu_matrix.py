@@ -4,14 +4,15 @@
 
 For each Triton, unpacked from its wheel into ``build/gpu_matrix`` and put in front of the path: the binder and the
 specialisation of every kernel, and a loss with its gradient on the emulated driver against the float64 reference. For
-each torch: the CUDA binding is compiled (syntax alone) against the headers of its wheel. It downloads gigabytes, of
-which it keeps the unpacked Tritons and the headers. What failed is in the result with its reason; then the exit status
-is 1.
+each torch: the CUDA binding is compiled (syntax alone) against the headers of its wheel, and the private names of
+torch that the package uses are looked for. It downloads gigabytes, of which it keeps the unpacked Tritons and what it
+needs of torch. What failed is in the result with its reason; then the exit status is 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import datetime
 import json
 import os
@@ -28,6 +29,8 @@ TORCHES = ("2.10.0", "2.11.0", "2.13.0")
 CACHE = ROOT / "build" / "gpu_matrix"
 RESULTS = Path("bench/results/gpu_matrix")
 GPUS = (80, 90, 100)
+# headers; torch's modules, and the library in which the names of those in C++ are
+_OF_TORCH = ("torch/include/", "torch/lib/libtorch_python.so", "torch/utils/", "torch/autograd/", "torch/distributed/")
 
 
 def call(*command: object, **options) -> str:
@@ -39,8 +42,8 @@ def call(*command: object, **options) -> str:
     return done.stdout
 
 
-def unpacked(name: str, version: str, prefix: str) -> Path:
-    """The files of a wheel whose names begin with ``prefix``."""
+def unpacked(name: str, version: str, *prefixes: str) -> Path:
+    """The files of a wheel whose names begin with one of ``prefixes``."""
     folder = CACHE / f"{name}-{version}"
     if folder.exists():
         return folder
@@ -52,12 +55,47 @@ def unpacked(name: str, version: str, prefix: str) -> Path:
         call(*pip, "--dest", temporary, f"{name}=={version}", env=environment)
         (wheel,) = Path(temporary).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(Path(temporary, "files"), [x for x in archive.namelist() if x.startswith(prefix)])
+            archive.extractall(Path(temporary, "files"), [x for x in archive.namelist() if x.startswith(prefixes)])
         # zip files keep no permissions
         for program in Path(temporary, "files").glob("*/backends/*/bin/*"):
             program.chmod(0o755)
         Path(temporary, "files").rename(folder)
     return folder
+
+
+def private_names() -> list[str]:
+    """What the package uses of torch that begins with an underscore, ``torch._C._autograd._profiler_enabled``."""
+    found = set()
+    for path in (*ROOT.glob("flowdppo_fast/**/*.py"), *ROOT.glob("kernels/**/*.py")):
+        tree = ast.parse(path.read_text())
+        inner = {node.value for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
+                found |= {f"{node.module}.{name.name}" for name in node.names}
+            elif isinstance(node, ast.Import):
+                found |= {name.name for name in node.names if name.name.split(".")[0] == "torch"}
+            elif isinstance(node, ast.Attribute) and node not in inner and ast.unparse(node).startswith("torch."):
+                found.add(ast.unparse(node))
+    return sorted(name for name in found if any(part.startswith("_") and part[1:2] != "_" for part in name.split(".")))
+
+
+def missing_names(wheel: Path) -> list[str]:
+    """Those of :func:`private_names` that an unpacked torch does not have: in its modules, or in C++."""
+    compiled = (wheel / "torch/lib/libtorch_python.so").read_bytes()
+    missing = []
+    for name in private_names():
+        parts = name.split(".")
+        module = next((file for end in range(len(parts) - 1, 1, -1)
+                       for file in (wheel.joinpath(*parts[:end]).with_suffix(".py"),
+                                    wheel.joinpath(*parts[:end], "__init__.py")) if file.exists()), None)  # fmt: skip
+        if module is not None:
+            there = parts[-1] in module.read_text()
+        else:
+            # the names of methods end in a zero
+            there = f"\0{parts[-1]}\0".encode() in compiled
+        if not there:
+            missing.append(name)
+    return missing
 
 
 def a_loss() -> dict:
@@ -119,15 +157,19 @@ def try_triton(version: str) -> dict:
 
 
 def try_torch(version: str) -> dict:
-    """The CUDA binding against the headers of a torch, as ``setup.py`` compiles it."""
+    """The CUDA binding against the headers of a torch, as ``setup.py`` compiles it, and the private names."""
     import torch
 
     entry: dict = {"torch": version}
     try:
         if torch.__version__.split("+")[0] == version:
-            include = Path(torch.__file__).parent / "include"
+            wheel = Path(torch.__file__).parents[1]
         else:
-            include = unpacked("torch", version, "torch/include/") / "torch" / "include"
+            wheel = unpacked("torch", version, *_OF_TORCH)
+        if missing := missing_names(wheel):
+            raise RuntimeError(f"it has no {', '.join(missing)}")
+        entry["private names"] = len(private_names())
+        include = wheel / "torch" / "include"
         defined = ["TORCH_TARGET_VERSION=0x020a000000000000", "TORCH_STABLE_ONLY", 'FLOWDPPO_CUDA_ARCHS="80"']
         call(
             "nvcc", "-std=c++17", "-Xcompiler=-fsyntax-only", *[f"-D{name}" for name in defined],

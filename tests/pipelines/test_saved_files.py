@@ -50,6 +50,7 @@ def train(family: str, folder, pipeline=None, **model) -> FlowDPPOTrainer:
     config = FlowDPPOConfig.from_dict(
         {
             "model": model,
+            "objective": {"allow_idle": True},
             "sampling": {
                 "num_steps": 4, "sde_steps": [0, 1, 2], "prompts_per_rollout": 2, "group_size": 2,
                 "output_type": "latent", "pipeline_kwargs": {**given["shape"], **scale},

@@ -77,6 +77,15 @@ def _fence(kernel: Kernel, one: Instruction) -> Action:
     return lambda machine, lanes: None
 
 
+@instruction("griddepcontrol")
+def _dependent_launch(kernel: Kernel, one: Instruction) -> Action:
+    expect(one, "wait", "launch_dependents")
+    if "wait" in one.modifiers:
+        return lambda machine, lanes: machine.wait_for_launch_ahead(lanes)
+    # the emulator runs a launch at a time, which is one of the orders that this allows
+    return lambda machine, lanes: None
+
+
 @instruction("bar")
 def _warp_barrier(kernel: Kernel, one: Instruction) -> Action:
     expect(one, "warp", "sync")

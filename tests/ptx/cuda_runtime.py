@@ -243,9 +243,6 @@ class Cuda:
         """
         self.launched, self.allocated, self._failure = [], [], None
         self._memory = dict(self._kept)
-        for address, _ in self._kept:
-            # a call that failed has left tickets behind; of one that did not it is asked below
-            ctypes.memset(address, 0, _TICKET_BYTES)
         for tensor in arguments:
             if isinstance(tensor, Tensor):
                 self._memory[tensor.data_ptr()] = max(span(tensor), self._memory.get(tensor.data_ptr(), 0))

@@ -93,6 +93,8 @@ class Machine:
         order: shuffles blocks and the order in which lanes arrive at atomics; None leaves both as they are.
         resident: blocks that run at a time; None is all.
         races: watches every access.
+        ahead: memory that the launch ahead wrote (start and end of each piece) where this one may begin before that
+            one ends; None where it may not.
     """
 
     def __init__(
@@ -104,9 +106,11 @@ class Machine:
         order: np.random.Generator | None = None,
         resident: int | None = None,
         races: RaceChecker | None = None,
+        ahead: list[tuple[int, int]] | None = None,
     ) -> None:
         self.program, self.kernel, self.memory = program, program.kernel, memory
         self.approximation, self.order, self.resident, self.races = approximation, order, resident, races
+        self.ahead = ahead
         self.steps = 0
         self.text = ""
 
@@ -151,11 +155,15 @@ class Machine:
         self._ready: dict[int, Index] = {0: np.arange(count)}
         # lanes at an instruction of whole warps, until the rest of their warp gets there
         self._early: dict[int, Index] = {}
+        self._waited = np.full(count, self.ahead is None)
         if self.races:
             self.races.begin_blocks(self)
         while self._ready:
             at = min(self._ready)
             self._advance(at, Lanes(self._ready.pop(at), count))
+        if not self._waited.all():
+            # whoever comes next takes the end of this launch for the end of the one ahead
+            raise Fault(f"{self.kernel.name}: ended without griddepcontrol.wait for the launch ahead")
         if self._early:
             step = self.program.steps[min(self._early)]
             raise Fault(f"{self.kernel.name}: {step.text}: executed by part of a warp")
@@ -304,6 +312,7 @@ class Machine:
             if self.races:
                 self.races.shared_access(self, lanes, places, size, False)
             return self.shared.load(places, width, count)
+        self._check_waited(lanes, addresses, "reads")
         found = self.memory.load(addresses, width, count)
         if self.races:
             self.races.global_access(self, lanes, self.memory.places(addresses), size, False)
@@ -320,10 +329,23 @@ class Machine:
                 self.races.shared_access(self, lanes, places, size, True)
                 self._compare("shared", self.shared.load(places, values.dtype.itemsize, values.shape[1]), values)
             return
+        self._check_waited(lanes, addresses, "writes")
         self.memory.store(addresses, values)
         if self.races:
             self.races.global_access(self, lanes, self.memory.places(addresses), size, True)
             self._compare("global", self.memory.load(addresses, values.dtype.itemsize, values.shape[1]), values)
+
+    def wait_for_launch_ahead(self, lanes: Lanes) -> None:
+        """What the launch ahead wrote is there for these lanes from now on."""
+        self._waited[lanes.pick] = True
+
+    def _check_waited(self, lanes: Lanes, addresses: Addresses, does: str) -> None:
+        early = None if self.ahead is None else ~self._waited[lanes.pick]
+        if early is None or not early.any():
+            return
+        for start, end in self.ahead or ():
+            if (early & (addresses >= np.uint64(start)) & (addresses < np.uint64(end))).any():
+                raise Fault(f"{does} what the launch ahead writes, without griddepcontrol.wait")
 
     def _compare(self, where: str, held: Array, stored: Array) -> None:
         different = (held != stored).any(1)

@@ -34,6 +34,7 @@ class GlobalMemory:
         self._ends = np.zeros(0, np.uint64)
         self._bytes: list[NDArray[np.uint8]] = []
         self._stale = True
+        self._written: set[int] = set()
         for address, size in allocations:
             self.add(address, size)
 
@@ -105,6 +106,11 @@ class GlobalMemory:
             part = addresses if lanes is None else addresses[lanes]
             view, index = self._view(allocation, part, width)
             view[index[:, None] + np.arange(count)] = values if lanes is None else values[lanes]
+            self._written.add(allocation)
+
+    def written(self) -> list[tuple[int, int]]:
+        """Start and end of the allocations that were written to."""
+        return [(int(self._starts[i]), int(self._ends[i])) for i in sorted(self._written)]
 
     @property
     def bytes(self) -> int:

@@ -100,6 +100,36 @@ def launched_with(tensors: list[torch.Tensor]) -> tuple[Any, list[Any]]:
         ("new_inner", "old_inner", "noise_inner"), numel
     )
     given |= {"partials": torch.empty(2 * rows * 2), "numel": numel, "splits": 2, "seed": 0, "first_stream": 0}
-    given |= {"MEAN_FORM": False, "SECOND_MOMENT": False, "BLOCKS": 1, "BLOCK": 2048}
+    given |= {"MEAN_FORM": False, "SECOND_MOMENT": False, "BLOCKS": 1, "BLOCK": 2048, "OVERLAPS": False}
     arguments = [given.get(param.name) for param in statistics.partials_kernel.params]
     return statistics.partials_kernel[(2 * rows,)](*arguments, num_warps=8), arguments
+
+
+def policy_loss() -> torch.Tensor:
+    new, old, noise = latents(4, 3000)
+    return fast.fused_dppo_velocity_loss(new, old, noise, STEP, torch.randn(4), backend="triton").loss
+
+
+STATISTICS = ("statistics_kernel", lambda: fast.row_statistics(*latents(2, 3000), STEP, backend="triton"))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "call"), [("epilogue_kernel", policy_loss), STATISTICS], ids=["epilogue", "statistics"]
+)
+def test_a_launch_that_overlaps_and_does_not_wait(emulated_gpu, kernel, call):
+    """From sm_90 on a launch may begin before the one ahead of it has ended: what that one writes is not there yet."""
+    settings, log = emulated_gpu.settings, emulated_gpu.log
+    for settings.arch, overlaps in ((80, False), (90, True), (100, True)):
+        call()
+        assert [launched.programmatic for launched in log[-2:]] == [False, overlaps]
+    wait = re.compile(r"griddepcontrol\.wait;[^\n]*\n")
+    settings.edit = Edit(kernel, wait)
+    with pytest.raises(Fault, match=r"reads what the launch ahead writes, without griddepcontrol\.wait"):
+        call()
+    # one that waits for nothing and touches nothing ends too early for whoever comes next
+    settings.edit = Edit(kernel, r"(?s)\{\n.*\n\}", "{\n\tret;\n}\n")
+    with pytest.raises(Fault, match=r"ended without griddepcontrol\.wait"):
+        call()
+    settings.edit = Edit(kernel, wait, r"\g<0>")
+    call()
+    assert settings.edit.found == 1

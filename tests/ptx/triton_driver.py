@@ -104,6 +104,8 @@ class Emulator:
         self.races: list[str] = []
         self.memory = GlobalMemory()
         self.failure: BaseException | None = None
+        # what the last launch wrote
+        self._written: list[tuple[int, int]] = []
         self._functions: list[_Function] = []
         self._programs: dict[tuple[int, bool, Any], Program] = {}
 
@@ -139,10 +141,12 @@ class Emulator:
             order=settings.order,
             resident=settings.resident,
             races=races,
+            ahead=self._written if launch.programmatic else None,
         )
         start = time.perf_counter()
         machine.launch(launch.grid[0], launch.block[0], launch.shared, bytes(parameters))
         seconds = time.perf_counter() - start
+        self._written = self.memory.written()
         if races:
             self.races += [f"{kernel.name} (sm_{settings.arch}): {report}" for report in races.reports]
         self.log.append(

@@ -22,6 +22,7 @@ from flowdppo_fast.cli import main
 from flowdppo_fast.runs import diagnose
 from flowdppo_fast.trainer import FlowDPPOTrainer
 from flowdppo_fast.trainer.recipe import Recipe
+from flowdppo_fast.trainer.run_folder import FolderLock
 
 ROOT = EXAMPLE.parents[1]
 CONFIG = "examples/configs/digits.yaml"
@@ -106,6 +107,12 @@ def test_from_a_config_to_exported_weights(tmp_path, capsys):
     # it continues, and only with --resume
     again = ["train", CONFIG, f"run.output_dir={folder}", "run.iterations=2", *SHORT]
     assert "holds a run already; --resume continues it" in refused(capsys, *again)
+    # while another process writes to it, neither; and the recipe stays that of the run
+    lock, recipe = FolderLock(folder), (folder / "recipe.yaml").read_text()
+    lock.acquire()
+    assert "is written to by another run" in refused(capsys, *again, "--resume")
+    lock.release()
+    assert (folder / "recipe.yaml").read_text() == recipe
     assert main([*again, "--resume"]) == 0
     assert "iteration 2" in capsys.readouterr().out
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2

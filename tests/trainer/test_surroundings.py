@@ -6,12 +6,16 @@ import contextlib
 import itertools
 import json
 
+import numpy as np
 import pytest
 import torch
 
+from flowdppo_fast.cli import main
 from flowdppo_fast.runs.row_log import read_rows
-from flowdppo_fast.trainer import FlowDPPOTrainer
+from flowdppo_fast.trainer import FlowDPPOConfig, FlowDPPOTrainer
 from flowdppo_fast.trainer.pipeline_calls import join_rewards, shared_options
+from flowdppo_fast.trainer.recipe import Recipe
+from flowdppo_fast.trainer.rewards.aesthetic import AestheticScore
 
 PROMPTS = ["3", "8", "1"]
 
@@ -111,6 +115,34 @@ def test_going_on_after_an_interruption_is_never_having_stopped(pipes, config, m
     with pytest.raises(type(error)):
         trainer.train()
     assert [row["grad_norm"] for row in trainer.train(resume=True)] == norms
+    assert torch.equal(weights_of(trainer), weights_of(whole))
+
+
+@pytest.mark.parametrize("after", [1, 2])
+@pytest.mark.parametrize("where", ["log", "finish"])
+def test_going_on_after_a_tracker_failed_is_never_having_stopped(pipes, config, monkeypatch, after, where):
+    pytest.importorskip("tensorboard")
+    whole = FlowDPPOTrainer(pipes.digits(), bright, PROMPTS, config(run={"iterations": 3}))
+    expected = [row["grad_norm"] for row in whole.train()]
+    trainer = FlowDPPOTrainer(
+        pipes.digits(), bright, PROMPTS, config(run={"iterations": 3, "trackers": ["tensorboard"]})
+    )
+    calls, log = itertools.count(1), trainer.accelerator.log
+
+    def failing(*args, **options):
+        if next(calls) == after:
+            raise ConnectionError("the tracker's server is gone")
+        log(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.accelerator, "log", failing)
+        if where == "finish":
+            patch.setattr("accelerate.tracking.TensorBoardTracker.finish", failing)
+        with pytest.raises(ConnectionError):
+            trainer.train()
+    assert [row["grad_norm"] for row in trainer.train(resume=True)] == expected
+    lines = (trainer.output / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["iteration"] for line in lines] == [1, 2, 3]
     assert torch.equal(weights_of(trainer), weights_of(whole))
 
 
@@ -275,3 +307,54 @@ def test_true_guidance_without_a_negative_is_not_left_off_in_silence(pipes, conf
     settings = config(sampling={"pipeline_kwargs": {"true_cfg_scale": 3.0}})
     with pytest.raises(ValueError, match=r"true_cfg_scale=3\.0 without a negative prompt"):
         FlowDPPOTrainer(pipes.flux(), bright, [given], settings)
+
+
+@pytest.mark.parametrize(
+    "given", [np.arange(2), np.array([0, 1], np.int32), torch.arange(2), range(2), (np.int64(0), np.uint8(1))]
+)
+def test_lists_of_settings_are_whatever_holds_their_numbers(config, tmp_path, given):
+    settings = config(sampling={"sde_steps": given}, run={"output_dir": tmp_path / "a path"})
+    assert settings.to_dict()["sampling"]["sde_steps"] == [0, 1]
+    assert settings.run.output_dir == str(tmp_path / "a path")
+    settings.save(tmp_path / "c.yaml")
+    assert FlowDPPOConfig.from_yaml(tmp_path / "c.yaml") == settings
+
+
+def test_arrays_among_a_pipelines_arguments_stay_arrays(config):
+    picture = np.zeros((2, 2), np.uint8)
+    assert config(sampling={"pipeline_kwargs": {"image": picture}}).sampling.pipeline_kwargs["image"] is picture
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le"])
+def test_prompts_of_two_bytes_a_letter_are_no_prompts(tmp_path, encoding):
+    """Without a byte order mark they are valid UTF-8, with a NUL beside each letter."""
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("three\neight\n".encode(encoding))
+    with pytest.raises(ValueError, match=r"prompts\.train: .*prompts\.txt has NUL characters.*expected UTF-8"):
+        Recipe.from_dict(
+            {"pipeline": {"pretrained": "a/b"}, "prompts": {"train": str(path)}, "rewards": [{"name": "jpeg"}]}
+        ).load_prompts()
+
+
+def test_a_tilde_is_the_home_folder_wherever_a_path_is_given(pipes, config, tmp_path, monkeypatch):
+    home, here = tmp_path / "häuser und mehr", tmp_path / "here"
+    home.mkdir()
+    here.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    trainer = FlowDPPOTrainer(pipes.digits(), bright, PROMPTS, config(run={"output_dir": "~/a run", "iterations": 1}))
+    trainer.train()
+    trainer.save_pretrained("~/saved")
+    assert main(["export", "~/a run", "--output=~/out"]) == 0
+    assert main(["diagnose", "~/a run", "--plot=~/plot.png"]) in (0, 1)
+    (home / "head.safetensors").touch()
+    assert AestheticScore("~/head.safetensors").head_path == home / "head.safetensors"
+    # other libraries keep caches there
+    there = sorted(path.name for path in home.iterdir() if not path.name.startswith("."))
+    assert there == ["a run", "head.safetensors", "out", "plot.png", "saved"]
+    assert list(here.iterdir()) == []
+
+
+def test_prompts_that_cannot_be_counted_are_refused_by_name(pipes, config):
+    with pytest.raises(ValueError, match=r"prompts: got <generator .*, expected a non-empty sequence of texts"):
+        FlowDPPOTrainer(pipes.digits(), bright, (prompt for prompt in PROMPTS), config())

@@ -15,9 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ...runs.folder import CHECKPOINTS, RECIPE_FILE, check_elsewhere
 from .. import checkpoint
 from ..config import FlowDPPOConfig
+from ..run_folder import CHECKPOINTS, RECIPE_FILE, check_elsewhere
 from ..weights.adapters import LORA_FILE, add_lora, as_targets, release, save_lora_file, with_name, write_lora
 from ..weights.layouts import kohya
 from ..weights.names import bare, plain_name

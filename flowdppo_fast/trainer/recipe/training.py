@@ -11,12 +11,12 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from ...runs.folder import CHECKPOINTS, INPUTS_FILE, RECIPE_FILE, FolderLock, check_ours
 from ...samplers import find_sampler
 from .. import checkpoint
 from ..callables import search_working_directory
 from ..resume import may_differ
 from ..rewards import Reward, build_rewards
+from ..run_folder import CHECKPOINTS, INPUTS_FILE, RECIPE_FILE, FolderLock, check_ours
 from ..trainer import FlowDPPOTrainer
 from .loading import load_pipeline
 from .preflight import PipelinePlan, check_environment, inspect_pipeline

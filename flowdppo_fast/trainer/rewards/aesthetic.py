@@ -58,7 +58,7 @@ class AestheticScore(ModelReward):
         **options: Any,
     ):
         super().__init__(**options)
-        self.head_path, self.path, self.revision = Path(head), str(path), revision
+        self.head_path, self.path, self.revision = Path(head).expanduser(), str(path), revision
         if not self.head_path.is_file():
             raise ValueError(f"head: got {str(head)!r}, which is no file, expected the head's weights")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, get_args
 
@@ -91,7 +92,7 @@ def from_pretrained(kind: Any, path: str, what: str, **options: Any) -> Any:
         ValueError: nothing that can be loaded there.
     """
     try:
-        return kind.from_pretrained(path, trust_remote_code=False, **options)
+        return kind.from_pretrained(os.path.expanduser(path), trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"path: got {path!r}, which gives no {what} ({error}); expected a local folder or a name on the model hub, "

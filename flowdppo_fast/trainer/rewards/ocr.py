@@ -74,7 +74,7 @@ class OCRReward:
         check_all_positive(batch_size=batch_size, frames=frames, threads=1 if threads is None else threads)
         self.output, self.lines, self.anywhere, self.key = output, lines, anywhere, key
         self.threads, self.batch_size, self.frames = threads, batch_size, frames
-        file = packaged_model("rapidocr", _RECOGNISER) if recogniser is None else Path(recogniser)
+        file = packaged_model("rapidocr", _RECOGNISER) if recogniser is None else Path(recogniser).expanduser()
         self._reader = Recogniser(file, threads)
         self._detector = _load_detector(threads) if lines == "detect" else None
 

@@ -66,6 +66,32 @@ def check_arrival(pipeline: Any, modules: Mapping[str, nn.Module], *, train: str
         raise ValueError("\n".join(problems))
 
 
+def check_unchanged(modules: Mapping[str, nn.Module]) -> None:
+    """Looks again when a run begins: what was done to the pipeline since it was given to the trainer.
+
+    Raises:
+        ValueError: the trained adapter is off or gone, or hooks move the weights.
+    """
+    problems = []
+    for name, module in modules.items():
+        adapter = trained_adapter(module)
+        layers = adapter_layers(module)
+        carrying = [layer for layer in layers if adapter in layer.lora_A] if adapter is not None else []
+        if adapter is not None and not (carrying and all(adapter in active_adapters(layer) for layer in carrying)):
+            problems.append(
+                f"pipeline: the trained adapter {adapter!r} of {name} was switched off or removed since the trainer "
+                "was made, expected it on; call pipeline.set_adapters() with it, or load other adapters before the "
+                "trainer is made"
+            )
+        if adapter is not None and any(layer.merged for layer in carrying):
+            problems.append(f"pipeline: the trained adapter {adapter!r} of {name} is fused; call unfuse_lora() first")
+        if hasattr(module, "_hf_hook"):
+            problems.append(f"pipeline: {name} {_OFFLOADED}")
+        problems += [f"pipeline: {name} {problem}" for problem in _hooked(module)]
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
 _OFFLOADED = (
     "is moved by hooks (enable_model_cpu_offload, enable_sequential_cpu_offload or a device_map), expected a pipeline "
     "that stays where it is put; call pipeline.remove_all_hooks() first (model.offload_idle moves what is not trained)"
@@ -97,15 +123,7 @@ def _problems(module: nn.Module, *, train: str) -> Iterator[str]:
         yield "is sharded already, expected whole weights; the trainer shards them (docs/distributed.md)"
     if hasattr(module, "_hf_hook"):
         yield _OFFLOADED
-    hooks = {hook for part in module.modules() for hook in getattr(getattr(part, "_diffusers_hook", None), "hooks", ())}
-    for hook in sorted(hooks):
-        if hook in _HOOKS:
-            yield f"cannot be trained as it is: {_HOOKS[hook]}"
-        elif any(kind in hook.lower() for kind in _CACHES):
-            yield (
-                f"has the hook {hook!r}, which reuses what another denoising step computed: no step could be replayed "
-                "alone; call transformer.disable_cache() first"
-            )
+    yield from _hooked(module)
     layers = adapter_layers(module)
     on = sorted({name for layer in layers for name in active_adapters(layer)})
     if train == "full" and layers:
@@ -126,6 +144,18 @@ def _problems(module: nn.Module, *, train: str) -> Iterator[str]:
             f"carries adapters of another kind than LoRA ({', '.join(others)}; {', '.join(on) or 'off'}), beside which "
             "none can be trained; merge them into the weights first"
         )
+
+
+def _hooked(module: nn.Module) -> Iterator[str]:
+    hooks = {hook for part in module.modules() for hook in getattr(getattr(part, "_diffusers_hook", None), "hooks", ())}
+    for hook in sorted(hooks):
+        if hook in _HOOKS:
+            yield f"cannot be trained as it is: {_HOOKS[hook]}"
+        elif any(kind in hook.lower() for kind in _CACHES):
+            yield (
+                f"has the hook {hook!r}, which reuses what another denoising step computed: no step could be replayed "
+                "alone; call transformer.disable_cache() first"
+            )
 
 
 def _names(layers: list[Any]) -> list[str]:

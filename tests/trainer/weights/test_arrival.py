@@ -184,6 +184,39 @@ def test_a_second_trainer_is_told_of_the_first(pipes, config):
         FlowDPPOTrainer(pipeline, bright, PROMPTS, config())
 
 
+CHANGED = {
+    "switched off": (lambda p: p.transformer.disable_adapters(), r"adapter 'default' of transformer was switched off"),
+    "another one on": (with_adapter, r"adapter 'default' of transformer was switched off or removed"),
+    "removed": (lambda p: p.transformer.unload_lora(), r"adapter 'default' of transformer was switched off or removed"),
+    "fused": (lambda p: p.transformer.fuse_lora(), r"adapter 'default' of transformer is fused"),
+    "moved by hooks": (lambda p: p.enable_model_cpu_offload(device="cpu"), r"remove_all_hooks\(\) first"),
+    "casting hooks": (
+        lambda p: p.transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32),
+        r"enable_layerwise_casting\(\) keeps weights in another dtype",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CHANGED)
+def test_what_is_done_to_the_pipeline_later_is_seen_when_a_run_begins(pipes, config, case):
+    change, message = CHANGED[case]
+    pipeline = pipes.digits()
+    trainer = FlowDPPOTrainer(pipeline, bright, PROMPTS, config())
+    change(pipeline)
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert not trainer.output.exists()
+
+
+def test_a_transformer_that_is_compiled_later_is_trained(pipes, config):
+    expected = FlowDPPOTrainer(pipes.digits(), bright, PROMPTS, config()).train()
+    pipeline = pipes.digits()
+    settings = config(run={"output_dir": f"{config().run.output_dir}2"})
+    trainer = FlowDPPOTrainer(pipeline, bright, PROMPTS, settings)
+    pipeline.transformer = torch.compile(pipeline.transformer, backend="eager")
+    assert trainer.train()[0]["grad_norm"] == pytest.approx(expected[0]["grad_norm"], rel=1e-4)
+
+
 class Squared(FlowMatchEulerDiscreteScheduler):
     def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None, timesteps=None):
         count = num_inference_steps or len(sigmas)

@@ -10,13 +10,13 @@ import time
 
 import pytest
 
-from flowdppo_fast.runs import folder as folders
-from flowdppo_fast.runs.folder import LOCK_FILE, FolderLock, check_elsewhere, check_ours, holder
+from flowdppo_fast.trainer import run_folder as folders
+from flowdppo_fast.trainer.run_folder import LOCK_FILE, FolderLock, check_elsewhere, check_ours, holder
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from flowdppo_fast.runs.folder import FolderLock
+from flowdppo_fast.trainer.run_folder import FolderLock
 FolderLock(Path(sys.argv[1])).acquire()
 print("held", flush=True)
 time.sleep(60)
