@@ -10,7 +10,6 @@ with ``get_replay_step`` on states of one or several latents.
 
 from __future__ import annotations
 
-import subprocess
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -348,6 +347,7 @@ def launch() -> None:
     """
     cli = module_of("flow_factory.cli", _TRAINER, _SOURCE)
     theirs, ours = "flow_factory.train", f"{__package__}.flow_factory_train"
+    processes = cli.subprocess
 
     def run(command: list[str], **options: Any) -> Any:
         if theirs not in command:
@@ -355,10 +355,10 @@ def launch() -> None:
                 f"ff-train: got the command {' '.join(command)}, expected one that runs -m {theirs}; start {ours} with "
                 "your launcher instead"
             )
-        return subprocess.run([ours if part == theirs else part for part in command], **options)
+        return processes.run([ours if part == theirs else part for part in command], **options)
 
     # its module alone sees another subprocess.run
-    cli.subprocess = SimpleNamespace(**{**vars(subprocess), "run": run})
+    cli.subprocess = SimpleNamespace(**{**vars(processes), "run": run})
     cli.train_cli()
 
 

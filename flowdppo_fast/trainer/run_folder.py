@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
+import platform
 import threading
 import uuid
 from pathlib import Path
@@ -180,7 +180,7 @@ def _identity() -> dict[str, Any]:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         space = os.readlink("/proc/self/ns/pid")
     pid = os.getpid()
-    return {"host": socket.gethostname(), "boot": boot, "space": space, "pid": pid, "started": _started(pid)}
+    return {"host": platform.node(), "boot": boot, "space": space, "pid": pid, "started": _started(pid)}
 
 
 def _started(pid: int) -> str | None:

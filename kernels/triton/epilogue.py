@@ -403,9 +403,9 @@ def _compiled(function):
         return None
     if isinstance(epilogue_kernel, triton.JITFunction):
         return triton.jit(function)
-    # the interpreter looks for triton.language among a function's globals
+    # the interpreter looks for triton.language among a function's globals; triton.jit would ask the environment again
     seeing = {**function.__globals__, "tl": tl}
-    return triton.jit(
+    return type(epilogue_kernel)(
         types.FunctionType(function.__code__, seeing, function.__name__, function.__defaults__, function.__closure__)
     )
 

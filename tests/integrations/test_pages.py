@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import importlib
 import re
+import sys
 import time
 from collections import defaultdict
 from itertools import pairwise
@@ -19,6 +21,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from pipelines.families import FAMILIES
 
 from flowdppo_fast.integrations import flow_grpo
 
@@ -302,3 +305,37 @@ def test_a_flow_grpo_script_makes_an_update(file, beta):
                     loss + beta * (conventions.per_row_mean((mean - mean_ref) ** 2) / (2 * scale.flatten() ** 2)).mean()
                 )
             torch.testing.assert_close(out.loss, loss, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.skipif(not FOLDER, reason="FLOWDPPO_PEER_REPOS is not set; it names a folder of checkouts of the trainers")
+@pytest.mark.parametrize("name", ["sd3_pipeline_with_logprob", "sd3_pipeline_with_logprob_fast"])
+def test_the_real_pipeline_under_a_record(name, monkeypatch):
+    """flow_grpo's own pipeline function on a tiny StableDiffusion 3: the mean that each log-prob is of."""
+    monkeypatch.syspath_prepend(checkout("flow_grpo.md"))
+    module = importlib.import_module(f"flow_grpo.diffusers_patch.{name}")
+    step = module.sde_step_with_logprob
+    pipeline, arguments = FAMILIES["StableDiffusion3"].pipeline(), FAMILIES["StableDiffusion3"].arguments(2, 1)
+    pipeline.vae = SimpleNamespace(
+        config=SimpleNamespace(scaling_factor=1.0, shift_factor=0.0), dtype=torch.float32,
+        decode=lambda latents, return_dict: (latents[:, :3],),
+    )  # fmt: skip
+    fast = {"sde_window_size": 2, "sde_window_range": (0, 4), "sde_type": "sde"} if "fast" in name else {}
+    wanted = {"prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds"}
+    arguments = {key: value for key, value in arguments.items() if key in {*wanted, "height", "width"}}
+    torch.manual_seed(0)
+    with torch.no_grad(), flow_grpo.record() as old:
+        out = module.pipeline_with_logprob(
+            pipeline, **arguments, num_inference_steps=5, guidance_scale=1.0, output_type="pt", noise_level=0.7, **fast
+        )
+    for loaded in [m for m in sys.modules if m.split(".")[0] == "flow_grpo"]:
+        del sys.modules[loaded]
+    assert module.sde_step_with_logprob is step
+    latents, log_probs = torch.stack(out[1], dim=1), torch.stack(out[2], dim=1)
+    means = old.means()
+    assert means.shape == latents[:, 1:].shape
+    timesteps = torch.stack(out[3]) if fast else pipeline.scheduler.timesteps
+    assert means.shape[1] == log_probs.shape[1] == len(timesteps) == (2 if fast else 5)
+    for j, t in enumerate(timesteps):
+        drawn = flow_grpo.sampler_step(pipeline.scheduler, t.reshape(1))
+        scored = conventions.gaussian_log_prob(latents[:, j + 1], means[:, j], torch.tensor(drawn.std))
+        torch.testing.assert_close(scored, log_probs[:, j], rtol=1e-4, atol=1e-4)

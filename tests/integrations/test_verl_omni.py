@@ -339,8 +339,6 @@ def test_a_config_without_sde_type_is_sde(verl_omni, call, mode, model_config):
     settings.model_config = model_config
     loss, metrics = call(settings, *batch(r, "sde", r.replay(v)))
     check(outcome(loss, v, metrics), theirs(r, mode, "sde"), scale=8.0)
-    named = call(config(mode), *batch(r, "sde", r.replay(v)))[0]
-    assert torch.equal(loss, named)
 
 
 # ---- the scheduler step

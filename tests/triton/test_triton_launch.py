@@ -6,6 +6,7 @@ import pytest
 import torch
 from problems_for_kernels import MARKS
 
+from flowdppo_fast.kernels import epilogue
 from flowdppo_fast.kernels.launch import BLOCK, cut, epilogue_tiles, partial_tiles, row_strides, vector_width
 
 pytestmark = MARKS
@@ -70,3 +71,10 @@ def test_vectors_are_16_bytes_of_the_widest():
     assert vector_width(half) == 8
     assert vector_width(half, single) == 4
     assert vector_width(double, half) == 2
+
+
+def test_rules_are_compiled_as_the_kernels_are(monkeypatch):
+    """Whatever the environment says by then: they are kept, and a kernel takes only functions of its own kind."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    decide, _, _ = epilogue.rule_constants.__wrapped__(0)
+    assert type(decide) is type(epilogue.epilogue_kernel)
