@@ -95,9 +95,9 @@ def main(arguments: Sequence[str] | None = None) -> dict:
         parser.error(f"--resume: {folder} holds no run")
 
     prompts = SPLITS[args.words][: args.prompts]
-    steps = config.sampling.num_steps
+    steps, options = config.sampling.num_steps, config.sampling.pipeline_kwargs
     pipeline = WordsPipeline.from_pretrained(args.checkpoint)
-    pages = {"before": draw(pipeline, prompts, SEEDS, steps)}
+    pages = {"before": draw(pipeline, prompts, SEEDS, steps, **options)}
     numbers = {"before": measure(pages["before"], prompts, SEEDS)}
     trainer = FlowDPPOTrainer(pipeline, reward, train_prompts(), config)
 
@@ -114,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> dict:
         raise SystemExit("\ninterrupted; the same command continues from the last checkpoint") from None
 
     with trainer.weights.averaged():
-        pages["after"] = draw(pipeline, prompts, SEEDS, steps)
+        pages["after"] = draw(pipeline, prompts, SEEDS, steps, **options)
     numbers["after"] = measure(pages["after"], prompts, SEEDS)
     trainer.save_pretrained(folder / "final")
     draw_sheet(pages, numbers, folder / "sheet.png")

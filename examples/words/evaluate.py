@@ -1,6 +1,6 @@
 """What two readers make of drawn words: exact reads, edit similarity, and what may get worse meanwhile.
 
-    python examples/words/evaluate.py [--checkpoint FOLDER] [--words held_out|tuning|withheld] [--seeds 2]
+    python examples/words/evaluate.py [--checkpoint FOLDER] [--words held_out|tuning|withheld] [--guidance 4]
 
 prints one line and, with ``--json FILE``, writes every image's numbers. Same seeds, so two runs can be paired.
 """
@@ -29,14 +29,18 @@ SPLITS = {
 _PAPER_ROWS = 3
 
 
-def draw(pipeline: WordsPipeline, prompts: list[str], seeds: int, num_steps: int = 10) -> torch.Tensor:
-    """Each prompt with each of ``seeds`` by the ODE without guidance, ``[prompts * seeds, 1, H, W]``."""
+def draw(
+    pipeline: WordsPipeline, prompts: list[str], seeds: int, num_steps: int = 10, guidance_scale: float = 1.0
+) -> torch.Tensor:
+    """Each prompt with each of ``seeds`` by the ODE, ``[prompts * seeds, 1, H, W]``."""
     pipeline.set_progress_bar_config(disable=True)
     asked = [text for text in prompts for _ in range(seeds)]
     # one seed for each image; rollouts draw 63-bit hashes
     generators = [torch.Generator().manual_seed(number) for number in range(len(asked))]
     parts = [
-        pipeline(asked[k : k + 90], num_steps, generator=generators[k : k + 90], output_type="pt").images
+        pipeline(
+            asked[k : k + 90], num_steps, guidance_scale, generator=generators[k : k + 90], output_type="pt"
+        ).images
         for k in range(0, len(asked), 90)
     ]
     return torch.cat(parts)
@@ -78,11 +82,13 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=HERE / "checkpoint")
     parser.add_argument("--words", choices=SPLITS, default="held_out")
     parser.add_argument("--seeds", type=int, default=2, help="images of each prompt")
+    parser.add_argument("--guidance", type=float, default=1.0, help="scale of guidance (default: none)")
     parser.add_argument("--json", type=Path, help="where every image's numbers go")
     args = parser.parse_args()
     torch.set_num_threads(1)
     prompts = SPLITS[args.words]
-    numbers = measure(draw(WordsPipeline.from_pretrained(args.checkpoint), prompts, args.seeds), prompts, args.seeds)
+    pipeline = WordsPipeline.from_pretrained(args.checkpoint)
+    numbers = measure(draw(pipeline, prompts, args.seeds, guidance_scale=args.guidance), prompts, args.seeds)
     shown = ", ".join(f"{name} {value:.3f}" for name, value in means(numbers).items())
     print(f"{args.words}, {len(prompts) * args.seeds} images: {shown}")
     if args.json:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import math
+import json
 import random
 import time
 from pathlib import Path
@@ -72,11 +72,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "checkpoint")
     parser.add_argument("--steps", type=int, default=6000, help="optimizer steps")
+    parser.add_argument("--minutes", type=float, help="end after so much time of the clock instead, whatever the steps")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--save-every", type=int, default=250, help="steps between saved averages")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--state", type=Path, help="file of the run's state: an interrupted run continues from it")
+    parser.add_argument("--curve", type=Path, help="file that gets a line of JSON whenever an average is saved")
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
@@ -95,9 +97,13 @@ def main() -> None:
         torch.set_rng_state(state["torch_rng"])
         rng.setstate(state["rng"])
         first, spent = state["step"], state["cpu_seconds"]
-    for step in range(first, args.steps):
+    started, step, done = time.perf_counter(), first, False
+    while not done:
+        passed = step / args.steps
+        if args.minutes is not None:
+            passed = min(1.0, (time.perf_counter() - started) / (60 * args.minutes))
         for group in optimizer.param_groups:
-            group["lr"] = args.learning_rate * rate(step, args.steps)
+            group["lr"] = args.learning_rate * rate(step, passed)
         asked = draw_words(rng, args.batch_size)
         pages = np.stack([render(word, face, rng) for word, face in asked])
         clean = torch.from_numpy(pages).float()[:, None] / 127.5 - 1
@@ -117,32 +123,37 @@ def main() -> None:
         optimizer.step()
 
         decay = min(0.999, (1 + step) / (10 + step))
+        step += 1
+        done = passed == 1.0 if args.minutes is not None else step >= args.steps
         with torch.no_grad():
             torch._foreach_lerp_(list(average.parameters()), list(transformer.parameters()), 1 - decay)
         losses.append(loss.item())
-        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+        if step % args.save_every == 0 or done:
             recent = losses[-args.save_every :]
-            print(
-                f"{step + 1}/{args.steps}  loss {sum(recent) / len(recent):.4f}  "
-                f"{spent + time.process_time():.0f} CPU s",
-                flush=True,
-            )
+            record = {
+                "step": step, "loss": sum(recent) / len(recent), "learning_rate": optimizer.param_groups[0]["lr"],
+                "cpu_seconds": spent + time.process_time(),
+            }  # fmt: skip
+            line = "step {step}  loss {loss:.4f}  rate {learning_rate:.2e}  {cpu_seconds:.0f} CPU s"
+            print(line.format(**record), flush=True)
+            if args.curve is not None:
+                with args.curve.open("a") as file:
+                    file.write(json.dumps(record) + "\n")
             save(average, args.output)
             if args.state is not None:
                 state = {
                     "transformer": transformer.state_dict(), "average": average.state_dict(),
                     "optimizer": optimizer.state_dict(), "torch_rng": torch.get_rng_state(), "rng": rng.getstate(),
-                    "step": step + 1, "cpu_seconds": spent + time.process_time(),
+                    "step": step, "cpu_seconds": record["cpu_seconds"],
                 }  # fmt: skip
                 torch.save(state, args.state)
     size = sum(path.stat().st_size for path in args.output.rglob("*") if path.is_file())
     print(f"wrote {args.output} ({size / 1e6:.2f} MB); check it with examples/words/evaluate.py")
 
 
-def rate(step: int, steps: int) -> float:
-    """Factor of the learning rate: 100 steps of warm-up, constant, and a cosine to 0 over the last third."""
-    left = max(0.0, 3 * step / steps - 2)
-    return min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * left))
+def rate(step: int, passed: float) -> float:
+    """Factor of the learning rate: 100 steps of warm-up, constant for a third of the run, then straight to 0."""
+    return min(1.0, (step + 1) / 100, 1.5 * (1 - passed))
 
 
 def save(transformer: SD3Transformer2DModel, folder: Path) -> None:

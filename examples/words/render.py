@@ -16,7 +16,7 @@ LARGEST = 15
 # pixels that are free on the left and on the right of the longest words
 MARGIN = 2
 # what is drawn at random: how much smaller than the largest size that fits, and shifts in pixels
-SIZES, LEFT, DOWN = (0, 1), (0, 1, 2), (-1, 0, 1)
+SIZES, LEFT, DOWN = (0, 1), (0, 1), (0, 1)
 
 
 @functools.cache

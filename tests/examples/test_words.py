@@ -88,15 +88,25 @@ def test_pretraining_learns_saves_and_continues(words, tmp_path, monkeypatch, ca
     monkeypatch.setattr(sys, "argv", [*arguments, "--steps", "4"])
     pretrain.main()
     first = [line for line in capsys.readouterr().out.splitlines() if "loss" in line]
-    assert [line.split("/")[0] for line in first] == ["2", "4"]
-    monkeypatch.setattr(sys, "argv", [*arguments, "--steps", "6"])
+    assert [line.split("  ")[0] for line in first] == ["step 2", "step 4"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--steps", "6", "--curve", str(tmp_path / "curve.jsonl")])
     pretrain.main()
-    assert [line.split("/")[0] for line in capsys.readouterr().out.splitlines() if "loss" in line] == ["6"]
+    assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines() if "loss" in line] == ["step 6"]
+    (record,) = map(json.loads, (tmp_path / "curve.jsonl").read_text().splitlines())
+    assert record["step"] == 6
+    assert 0 < record["loss"] < 3
+    # by the clock: over after it, whatever the steps, and at a rate of nothing
+    monkeypatch.setattr(sys, "argv", [*arguments, "--minutes", "1e-4", "--steps", "1"])
+    pretrain.main()
+    last = [line for line in capsys.readouterr().out.splitlines() if "loss" in line][-1]
+    assert int(last.split("  ")[0].split()[1]) > 6
+    assert "rate 0.00e+00" in last
     loaded = words("pipeline").WordsPipeline.from_pretrained(tmp_path / "model")
     assert loaded.transformer.dtype == torch.float32
-    assert pretrain.rate(0, 900) == 0.01
-    assert pretrain.rate(500, 900) == 1
-    assert pretrain.rate(899, 900) < 1e-4
+    assert pretrain.rate(0, 0.0) == 0.01
+    assert pretrain.rate(500, 0.3) == 1
+    assert pretrain.rate(500, 0.8) == pytest.approx(0.3)
+    assert pretrain.rate(500, 1.0) == 0
 
 
 def test_intervals_are_those_of_paired_differences(words):

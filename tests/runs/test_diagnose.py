@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -123,6 +124,30 @@ def test_a_trouble_is_named_where_it_is_and_not_where_it_is_not(tmp_path, name, 
     found = named(write_run(tmp_path / "sick", **sick))
     assert said in found[name]
     assert name not in named(write_run(tmp_path / "healthy", **healthy))
+
+
+# a run of examples/words that had to be stopped, with a quarter of its rows and numbers of four digits
+FELL = Path(__file__).parent / "logged" / "fell"
+
+
+def test_a_run_that_had_to_be_stopped_is_named_halfway(tmp_path):
+    """docs/troubleshooting.md tells its story, and says these numbers."""
+    lines = {name: (FELL / name).read_text().splitlines(keepends=True) for name in ("metrics.jsonl", "rows.jsonl")}
+    assert [len(lines[name]) for name in lines] == [24, 24 * 4]
+
+    def after(iterations):
+        folder = tmp_path / str(iterations)
+        folder.mkdir()
+        (folder / "config.yaml").write_text((FELL / "config.yaml").read_text())
+        (folder / "metrics.jsonl").write_text("".join(lines["metrics.jsonl"][:iterations]))
+        (folder / "rows.jsonl").write_text("".join(lines["rows.jsonl"][: 4 * iterations]))
+        return named(folder)
+
+    found = after(24)
+    assert list(found) == ["reward falls"]
+    assert "reward fell from 0.469 to 0.191" in found["reward falls"]
+    assert after(11) == {}
+    assert "reward falls" in after(12)
 
 
 @pytest.mark.parametrize("objective", [None, clipping(1.0)])

@@ -9,6 +9,7 @@ from .background import BackgroundScorer, RewardHandle
 from .classifier import ClassifierReward
 from .clip import CLIPScore, HPSv2Score, PickScore
 from .http import HTTPReward, RewardServerError
+from .imagereward import ImageRewardScore
 from .images import to_pixels
 from .jpeg import JPEGCompressibility, JPEGIncompressibility
 from .ocr import OCRReward
@@ -24,6 +25,7 @@ __all__ = [
     "CombinedReward",
     "HPSv2Score",
     "HTTPReward",
+    "ImageRewardScore",
     "JPEGCompressibility",
     "JPEGIncompressibility",
     "OCRReward",

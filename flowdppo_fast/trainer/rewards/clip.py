@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .images import scored_pixels
+from .images import check_texts, scored_pixels
 from .models import ModelReward, from_pretrained, load_network
 
 
@@ -50,12 +50,7 @@ class CLIPScore(ModelReward):
     @torch.no_grad()
     def __call__(self, images: Any, prompts: Sequence[str], metadata: Sequence[dict] | None = None) -> Tensor:
         pixels = scored_pixels(images, prompts, self.frames)
-        wrong = next((place for place, prompt in enumerate(prompts) if not isinstance(prompt, str)), None)
-        if wrong is not None:
-            raise TypeError(
-                f"prompts: got {type(prompts[wrong]).__name__} for sample {wrong}, expected a text; a prompt that is "
-                "given as embeddings takes one under 'text'"
-            )
+        check_texts(prompts)
         model: Any = self.load(pixels.device)
         image = self._map(lambda part: self._embed_images(model, part), pixels.flatten(0, 1))
         distinct = list(dict.fromkeys(prompts))

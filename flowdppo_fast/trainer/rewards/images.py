@@ -107,6 +107,16 @@ def encode(array: np.ndarray, kind: str, quality: int = 95) -> bytes:
     return buffer.getvalue()
 
 
+def check_texts(prompts: Sequence[Any]) -> None:
+    """Raises TypeError for the first of ``prompts`` that is no text."""
+    wrong = next((place for place, prompt in enumerate(prompts) if not isinstance(prompt, str)), None)
+    if wrong is not None:
+        raise TypeError(
+            f"prompts: got {type(prompts[wrong]).__name__} for sample {wrong}, expected a text; a prompt that is "
+            "given as embeddings takes one under 'text'"
+        )
+
+
 def check_all_positive(**values: int | float) -> None:
     """Raises ValueError for the first of ``values`` that is not > 0."""
     for name, value in values.items():

@@ -16,6 +16,7 @@ from .aesthetic import AestheticScore
 from .classifier import ClassifierReward
 from .clip import CLIPScore, HPSv2Score, PickScore
 from .http import HTTPReward
+from .imagereward import ImageRewardScore
 from .jpeg import JPEGCompressibility, JPEGIncompressibility
 from .ocr import OCRReward
 from .protocol import Reward, move_reward
@@ -27,6 +28,7 @@ BUILT_IN: dict[str, Callable[..., Reward]] = {
     "clip": CLIPScore,
     "hpsv2": HPSv2Score,
     "http": HTTPReward,
+    "imagereward": ImageRewardScore,
     "jpeg": JPEGCompressibility,
     "jpeg_compressibility": JPEGCompressibility,
     "jpeg_incompressibility": JPEGIncompressibility,
