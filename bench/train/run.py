@@ -139,7 +139,7 @@ def measure(
             **workload.describe(),
             "parameters": parameters - trained,
             "trained_parameters": trained,
-            "replay_error": check.batched_error,
+            "replay_kl": check.batched_kl,
             "gradient_tolerance": tolerance,
             "contenders": list(entries.values()),
         }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib.metadata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,8 +16,6 @@ from ..runs.logs import ADVICE, METRICS_FILE, ROWS_FILE, drop_later_lines, from_
 from . import checkpoint
 from .advantages import RewardHistory
 from .config import FlowDPPOConfig
-from .record.guidance import GuidanceRule
-from .record.recorder import TrajectoryRecorder
 from .run_folder import CHECKPOINTS, CONFIG_FILE, FolderLock, check_ours
 from .weights.arrival import check_unchanged
 from .weights.distributed import Workers
@@ -57,7 +54,7 @@ class RunState:
     Attributes:
         config: settings.
         output: folder of the run.
-        workers, weights, optimizer, history, recorder: the trainer's.
+        workers, weights, optimizer, history: the trainer's.
         prompts: fingerprints of the prompts, in order.
         iteration: iterations that are done.
         skipped_updates: updates so far whose loss or gradient was not finite.
@@ -72,7 +69,6 @@ class RunState:
     weights: PolicyWeights
     optimizer: PolicyOptimizer
     history: RewardHistory
-    recorder: TrajectoryRecorder
     prompts: list[str]
     iteration: int = 0
     skipped_updates: int = 0
@@ -110,8 +106,6 @@ class RunState:
         }
         state = {
             "version": _version(),
-            # tried first: where several rules fit, the run goes on with the one it had
-            "rules": [dataclasses.asdict(rule) for rule in self.recorder.rules],
             "random": [state for _, state in randoms],
             "skipped_updates": self.skipped_updates,
             "reward_names": self.reward_names,
@@ -229,9 +223,6 @@ class RunState:
                 len(state["random"]),
                 self.workers.count,
             )
-        self.recorder.rules = [
-            GuidanceRule(**{**rule, "terms": tuple(map(tuple, rule["terms"]))}) for rule in state["rules"]
-        ]
         self.iteration, self.skipped_updates = state["iteration"], state["skipped_updates"]
         self.reward_names, self.within = state.get("reward_names"), False
         logger.info("continuing from %s", path)

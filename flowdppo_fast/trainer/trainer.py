@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 import random
@@ -151,7 +152,6 @@ class FlowDPPOTrainer:
             self.weights,
             self.optimizer,
             self.history,
-            self.recorder,
             self.prompts.fingerprints(),
         )
         # of the first call, and the kinds of calls that were checked
@@ -404,19 +404,21 @@ class FlowDPPOTrainer:
         return metrics
 
     def _verify(self, rollout: Rollout) -> None:
-        """The replay must give the recorded velocities before anything is trained on it: of every kind of call once."""
-        kinds = [trajectory.kind for trajectory in rollout.trajectories]
-        new = [kind not in self._verified and kind not in kinds[:place] for place, kind in enumerate(kinds)]
+        """The replay must give the recorded velocities before anything is trained on it: at every step and of every
+        kind of call once."""
+        kinds = [trajectory.kinds for trajectory in rollout.trajectories]
+        new = [not kind <= self._verified.union(*kinds[:place]) for place, kind in enumerate(kinds)]
         if self.workers.sharded:
             # all processes replay the same calls
             new = [any(one) for one in zip(*self.workers.gather_objects([new]))]
-        strict = self.config.run.strict_replay
+        strict, threshold = self.config.run.strict_replay, getattr(self.objective, "threshold", None)
         for trajectory in itertools.compress(rollout.trajectories, new):
             rows = range(min(self.config.optimizer.micro_batch_size, len(trajectory)))
-            check = self.calls.run(lambda t=trajectory, r=rows: self.recorder.verify(t, r, strict=strict))  # type: ignore[misc]
+            verify = functools.partial(self.recorder.verify, trajectory, rows, strict=strict, threshold=threshold)
+            check = self.calls.run(verify)
             self.replay_check = self.replay_check or check
             logger.info("replay reproduces the rollout: %s", check)
-        self._verified |= set(kinds)
+        self._verified = self._verified.union(*kinds)
 
     def _micro_batch(
         self, trajectory: Trajectory, rows: Sequence[int], steps: range, advantages: Tensor, share: float

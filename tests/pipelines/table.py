@@ -57,7 +57,7 @@ def line(name: str, case: Case, recording: Recording) -> str:
 def table(recordings: dict[str, Recording]) -> str:
     """The generated part of the document, from recordings of all cases."""
     lines = [
-        "| pipeline | options | rule found | calls per step | steps per replay | bytes, tiny "
+        "| pipeline | options | velocity | calls per step | steps per replay | bytes, tiny "
         "| computed: per image and step | computed: shared |",
         "|---|---|---|---|---|---:|---:|---:|",
         *(line(name, case, recordings[name]) for name, case in CASES.items()),

@@ -10,11 +10,11 @@ from support import oracle
 
 from flowdppo_fast import PhiloxNoise, fused_dppo_velocity_loss
 from flowdppo_fast.trainer.record.arguments import tensors_of
-from flowdppo_fast.trainer.record.guidance import cut_to_latent
 from flowdppo_fast.trainer.weights.adapters import add_lora
 
 from . import table
 from .cases import CASES, REFUSED, record
+from .cut import cut_to_latent
 from .families import FAMILIES
 
 # diffusers' own
@@ -31,15 +31,14 @@ def test_the_recorded_velocity_comes_back(recorded, name):
     trajectory = recording.trajectory
     rules = [str(step.rule) for step in trajectory.steps]
     assert rules == list(case.rules) * (len(rules) // len(case.rules))
-    assert [step.rule_error for step in trajectory.steps] == [0.0] * len(rules)
     assert trajectory.groups == case.groups
     check = recording.recorder.verify(trajectory, rows=[2, 0, 3])
     assert check.same_geometry == 0.0
-    # 16 roundings of the network's output, as much as guidance enlarges them
-    assert check.batched_error <= check.tolerance == 16 * EPS * max(step.rule.gain for step in trajectory.steps)
+    # the roundings of the network's output in another geometry cost nothing near a tenth of the threshold
+    assert check.batched_kl <= 1e-9 < check.tolerance == pytest.approx(1e-6)
     # what is checked is the training geometry: fewer rows than were recorded, in another order, all steps together
     replayed = recording.recorder.replay(trajectory, [3, 1])
-    torch.testing.assert_close(replayed, trajectory.select([3, 1])[0], rtol=0, atol=64 * EPS * check.rule.gain)
+    torch.testing.assert_close(replayed, trajectory.select([3, 1])[0], rtol=0, atol=1024 * EPS)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -151,16 +150,13 @@ def test_adapters_are_trained_through_the_replay(name):
 @pytest.mark.parametrize(
     "name", ["flux", "sd3-guided", "wan-guided", "z-image-guided", "lumina2-guided", "ltx-rescaled"]
 )
-def test_in_bfloat16_the_rule_is_found_and_bitwise(recorded, name):
+def test_in_bfloat16_it_is_bitwise_as_well(recorded, name):
     case = CASES[name]
     sizes = replace(FAMILIES[case.family].tiny, dtype=torch.bfloat16)
     recording = record(case, sizes)
     check = recording.recorder.verify(recording.trajectory, [3, 1])
-    # on few numbers of few bits u + 6*(c - u) and c + 5*(c - u) can be the same, so the weights are compared
-    assert check.rule.gain == pytest.approx(recorded(name).trajectory.steps[0].rule.gain, rel=1e-6)
-    assert check.rule.rescale == recorded(name).trajectory.steps[0].rule.rescale
+    assert check.rule == recorded(name).trajectory.steps[0].rule
     assert check.same_geometry == 0.0
-    assert check.tolerance == 16 * torch.finfo(torch.bfloat16).eps * check.rule.gain
 
 
 @pytest.mark.parametrize("name", ["flux-guided", "sd3-guided", "wan-guided", "z-image-guided", "flux-kontext"])

@@ -333,15 +333,6 @@ def test_a_checkpoint_of_another_model_is_refused(finished):
         other.weights.load_state({"weights": {**state["weights"], name: torch.zeros(1)}})
 
 
-def test_the_rule_of_the_guidance_is_the_one_the_run_had(tmp_path):
-    sections = {**SECTIONS, "evaluation": {}, "run": {**SECTIONS["run"], "iterations": 1}}
-    first, again = (distributed_runs.make_trainer(tmp_path / "run", dict(sections), "sd3") for _ in range(2))
-    first.train()
-    assert [rule.scale for rule in first.recorder.rules] == [2.0]
-    again.train(resume=True)
-    assert again.recorder.rules == first.recorder.rules
-
-
 def test_nothing_is_unpickled(finished, monkeypatch):
     import pickle
 

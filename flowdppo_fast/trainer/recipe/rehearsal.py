@@ -118,7 +118,9 @@ def rehearse(recipe: Recipe, plan: PipelinePlan, transformer: str) -> Rehearsal:
     prompts, _ = recipe.load_prompts()
     source = PromptSource(prompts[:1], pipeline, [*settings.pipeline_kwargs, "return_dict"])
     rows = min(settings.group_size, _GROUP)
-    recorder = TrajectoryRecorder(pipeline, sampler=settings.sampler, eta=settings.eta, noise=settings.noise)
+    recorder = TrajectoryRecorder(
+        pipeline, sampler=settings.sampler, eta=settings.eta, noise=settings.noise, checks=False
+    )
     steps = _steps(settings)
     with torch.random.fork_rng(devices=[]), torch.no_grad(), recorder.recording(steps) as trajectory:
         pipeline(

@@ -1,27 +1,33 @@
-"""Records chosen denoising steps of a diffusers pipeline and calls its transformer again with what it saw.
+"""Records chosen denoising steps of a diffusers pipeline and computes their velocities again with other weights.
 
-The pipeline runs its own ``__call__``. While it is recorded, its scheduler is a
-:class:`FlowMatchSDEScheduler`, and a forward hook on the transformer(s) keeps the arguments of the calls that belong to
-chosen steps.
+The pipeline runs its own ``__call__``. While it is recorded, its scheduler is a :class:`FlowMatchSDEScheduler`, hooks
+on its modules keep the arguments of the calls that belong to chosen steps, and a :class:`Tape` what is done with their
+outputs.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from torch import Tensor, nn
+from torch import Tensor
 
+from ...losses import row_statistics
+from ...objectives import DPPO
 from ...samplers import SDEStep
-from .arguments import ArgumentStore, Call, join, row_index
-from .guidance import GuidanceRule, find_rule
+from .arguments import join, parts, row_index
+from .layouts import scatter
 from .offload import fetch
-from .scheduler import FlowMatchSDEScheduler, Transition
-from .trajectory import RecordedStep, Trajectory
+from .program import drive
+from .scheduler import FlowMatchSDEScheduler
+from .surroundings import Surroundings
+from .trajectory import Trajectory
+from .watch import Watch, denoisers
 
 logger = get_logger(__name__)
 
@@ -31,47 +37,54 @@ class ReplayCheck:
     """Result of :meth:`TrajectoryRecorder.verify`.
 
     Attributes:
-        rule: the rule of the first chosen step.
+        rule: how the first chosen step makes its velocity of the outputs ``b0``, ``b1``, ...
         same_geometry: largest absolute difference when each step is replayed with the recorded batch.
         batched_geometry: largest absolute difference when steps and rows are batched as they will be in training.
-        batched_error: root-mean-square difference over the root-mean-square velocity in that geometry.
-        tolerance: what ``batched_error`` may be.
+        batched_kl: the mean-reduced KL that this difference makes at unchanged weights, of the worst row and step.
+        tolerance: what ``batched_kl`` may be.
     """
 
-    rule: GuidanceRule
+    rule: str
     same_geometry: float
     batched_geometry: float
-    batched_error: float
+    batched_kl: float
     tolerance: float
 
 
 class TrajectoryRecorder:
     """Records and replays the denoising steps of ``pipeline``.
 
+    A replay calls what the pipeline called between two scheduler steps and what has trained parameters, which are
+    those of ``transformer*`` or another denoiser, and all that need a gradient or share memory with one of these. What
+    other components give is a constant.
+
     Args:
-        pipeline: any diffusers flow pipeline; components named ``transformer*`` are recorded.
+        pipeline: any diffusers flow pipeline.
         sampler, eta, noise: see :meth:`FlowMatchSDEScheduler.from_config`.
+        checks: look at each new kind of call and step a second time while it is recorded: which arguments have an
+            entry per row, and whether rows are independent. Without weights there is nothing to look at.
 
     Raises:
-        ValueError: the pipeline has no transformer or no flow-matching scheduler.
+        ValueError: the pipeline has no denoiser or no flow-matching scheduler.
     """
 
-    def __init__(self, pipeline: Any, *, sampler: str = "flow_sde", eta: float = 0.7, noise: str = "seeded"):
+    def __init__(
+        self, pipeline: Any, *, sampler: str = "flow_sde", eta: float = 0.7, noise: str = "seeded", checks: bool = True
+    ):
         self.pipeline = pipeline
         self.name = type(pipeline).__name__
         self.options: dict[str, Any] = {"sampler": sampler, "eta": eta, "noise": noise}
-        self.modules = {
-            name: module
-            for name, module in pipeline.components.items()
-            if name.startswith("transformer") and isinstance(module, nn.Module)
-        }
+        self.checks = checks
+        self.modules = denoisers(pipeline)
         if not self.modules:
             raise ValueError(
-                f"pipeline: {self.name} has no component named transformer*, so there is nothing to record"
+                f"pipeline: {self.name} has no component named transformer* and no other denoiser, expected a module "
+                "whose forward takes a timestep, so there is nothing to record"
             )
         FlowMatchSDEScheduler.from_config(pipeline.scheduler, **self.options)
-        # rules that were found, the newest first: scales may change with the step and come back
-        self.rules: list[GuidanceRule] = []
+        # layouts of the arguments and outputs of calls, and steps that were looked at a second time
+        self._layouts: dict[tuple, tuple[Any, ...]] = {}
+        self._looked: dict[tuple, list[frozenset[int] | None]] = {}
         # stacked steps by their parts: a step keeps its tables on the device, so rollouts share them
         self._stacked: dict[tuple[SDEStep, ...], SDEStep] = {}
 
@@ -84,7 +97,7 @@ class TrajectoryRecorder:
             seed, first_row: of the noise, see :class:`FlowMatchSDEScheduler`.
 
         Raises:
-            ValueError: no rule reproduces a velocity, or not all chosen steps were run.
+            ValueError: what a step did cannot be replayed, or not all chosen steps were run.
         """
         cached = [name for name, module in self.modules.items() if getattr(module, "is_cache_enabled", False)]
         if cached:
@@ -93,44 +106,26 @@ class TrajectoryRecorder:
                 "steps; call disable_cache()"
             )
         chosen = sorted(sde_steps)
-        trajectory = Trajectory()
-        transitions: list[Transition] = []
-        pending: list[tuple[nn.Module, tuple, dict, Any]] = []
-        store = ArgumentStore()
-
-        def on_call(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-            pending.append((module, args, kwargs, output))
-
-        def on_step(index: int, transition: Transition | None) -> None:
-            if transition is not None:
-                if transitions and transitions[-1].index == index:
-                    raise ValueError(
-                        f"pipeline: {self.name} took step {index} twice, with a scheduler of its own for a second "
-                        "latent such as sound; one latent per step can be trained"
-                    )
-                trajectory.steps.append(self._record(transition, pending, store))
-                transitions.append(transition)
-            pending.clear()
-
+        watch = Watch(self, chosen)
         own = self.pipeline.scheduler
         scheduler = FlowMatchSDEScheduler.from_config(
-            own, sde_steps=chosen, seed=seed, first_row=first_row, on_step=on_step, **self.options
-        )
-        hooks = [m.register_forward_hook(on_call, with_kwargs=True) for m in self.modules.values()]
+            own, sde_steps=chosen, seed=seed, first_row=first_row, on_output=watch.on_output, on_step=watch.on_step,
+            **self.options,
+        )  # fmt: skip
         self.pipeline.scheduler = scheduler
         try:
-            yield trajectory
+            with watch.watching():
+                yield watch.trajectory
         finally:
             self.pipeline.scheduler = own
-            for hook in hooks:
-                hook.remove()
+        transitions = watch.transitions
         if [t.index for t in transitions] != chosen:
             raise ValueError(
                 f"sde_steps: {self.name} ran the chosen steps {[t.index for t in transitions]}, expected {chosen} in "
                 "one call of the pipeline"
             )
         steps = tuple(t.step for t in transitions)
-        trajectory.finish(transitions, self._stacked.setdefault(steps, SDEStep.stack(steps)))
+        watch.trajectory.finish(transitions, self._stacked.setdefault(steps, SDEStep.stack(steps)))
 
     def replay(
         self, trajectory: Trajectory, rows: Sequence[int] | None = None, steps: Sequence[int] | None = None
@@ -142,110 +137,97 @@ class TrajectoryRecorder:
             rows: rows to replay, default all.
             steps: positions of recorded steps, default all; those that fit together share one transformer call.
         """
-        parts = [[p for p in group if steps is None or p in steps] for group in trajectory.groups]
-        velocities = [self._replay_group(trajectory, part, rows) for part in parts if part]
-        return velocities[0] if len(velocities) == 1 else torch.cat(velocities, dim=1)
+        groups = [[p for p in group if steps is None or p in steps] for group in trajectory.groups]
+        replayed = [self._replay_group(trajectory, group, rows) for group in groups if group]
+        return replayed[0] if len(replayed) == 1 else torch.cat(replayed, dim=1)
 
-    def verify(self, trajectory: Trajectory, rows: Sequence[int], *, strict: bool = True) -> ReplayCheck:
+    def verify(
+        self, trajectory: Trajectory, rows: Sequence[int], *, strict: bool = True, threshold: float | None = None
+    ) -> ReplayCheck:
         """Replays a trajectory whose policy is still the present one; nothing else may be replayed before.
 
-        Step by step, with the recorded batch and as many threads, velocities must come out bitwise (or as near as an
-        inexact rule comes). In the training geometry, all steps of ``rows`` in one batch and with gradients enabled,
-        matrix products may round otherwise: there the root-mean-square difference may be ``16 * eps`` of the
-        root-mean-square velocity, eps being that of the transformer's outputs, times the rule's gain of independent
-        roundings.
+        Step by step, with the recorded batch and as many threads, velocities must come out bitwise. In the training
+        geometry, all steps of ``rows`` in one batch and with gradients enabled, matrix products may round otherwise:
+        there the difference may cost a tenth of the threshold.
 
         Args:
             rows: of the training geometry.
             strict: False holds the recorded batch to the second bound as well, with a warning.
+            threshold: of the mean-reduced KL in the objective; None or infinite: the default of :class:`DPPO`.
 
         Raises:
             ValueError: a difference beyond that; the message names the pipeline and the largest difference.
         """
-        same = 0.0
+        finite = threshold is not None and math.isfinite(threshold)
+        same, tolerance = 0.0, (threshold if finite else DPPO().threshold) / 10  # type: ignore[operator]
+        everything = range(len(trajectory))
         with torch.no_grad():
             for position, record in enumerate(trajectory.steps):
-                recorded = fetch(trajectory.velocity[:, position], trajectory.device)
-                deviation = (self.replay(trajectory, steps=[position])[:, 0] - recorded).double()
-                difference = float(deviation.abs().max())
+                replayed = self.replay(trajectory, steps=[position])
+                difference, kl = _deviation(replayed, trajectory, everything, range(position, position + 1))
                 same = max(same, difference)
-                if difference <= record.rule_error:
+                if difference == 0.0:
                     continue
-                error = float(deviation.square().mean().sqrt() / recorded.double().square().mean().sqrt())
-                rounding = error <= 16 * record.eps * record.rule.gain
                 said = (
                     f"replaying step {record.index} of {self.name} at unchanged weights differs from the recorded "
-                    f"velocity by up to {difference:.3g} (relative {error:.3g}), expected {record.rule_error:.3g}"
+                    f"velocity by up to {difference:.3g} (a KL of {kl:.3g}), expected 0"
                 )
-                if strict or not rounding:
-                    way_out = "; run.strict_replay=false accepts this one, which is within rounding" if rounding else ""
+                if strict or not kl <= tolerance:
+                    way_out = "; run.strict_replay=false accepts this one" if kl <= tolerance else ""
                     raise ValueError(
                         f"pipeline: {said}; the transformer is no function of its arguments (dropout, caching, kernels "
                         f"that are not deterministic), or its weights changed{way_out}"
                     )
-                logger.warning("%s; within rounding, and run.strict_replay is off", said)
-        recorded = trajectory.select(rows)[0]
-        deviation = (self.replay(trajectory, rows).detach() - recorded).double()
-        error = float(deviation.square().mean().sqrt() / recorded.double().square().mean().sqrt())
-        tolerance = 16 * max(record.eps * record.rule.gain for record in trajectory.steps)
-        largest = float(deviation.abs().max())
-        if not error <= tolerance:
+                logger.warning("%s; run.strict_replay is off", said)
+        replayed = self.replay(trajectory, rows).detach()
+        difference, kl = _deviation(replayed, trajectory, rows, range(len(trajectory.steps)))
+        if not kl <= tolerance:
             raise ValueError(
                 f"pipeline: replaying {len(rows)} rows and {len(trajectory.steps)} steps of {self.name} in one batch "
-                f"differs from the recorded velocity by up to {largest:.3g} (relative {error:.3g}, expected at most "
-                f"{tolerance:.3g}); a row's output depends on the other rows of its batch"
+                f"differs from the recorded velocity by up to {difference:.3g}, a KL of {kl:.3g}, expected at most "
+                f"{tolerance:.3g}, a tenth of the threshold; a row's output depends on the other rows of its batch, or "
+                "rounds too coarsely"
             )
-        return ReplayCheck(trajectory.steps[0].rule, same, largest, error, tolerance)
-
-    def _record(self, transition: Transition, pending: list[tuple], store: ArgumentStore) -> RecordedStep:
-        batch = len(transition.velocity)
-        calls: list[Call] = []
-        branches: list[Tensor] = []
-        for module, args, kwargs, output in pending:
-            result = _first_output(output)
-            if len(result) % batch:
-                raise ValueError(
-                    f"pipeline: {self.name} called its transformer with {len(result)} rows for {batch} latents, "
-                    "expected a multiple of them"
-                )
-            branches += result.chunk(len(result) // batch)
-            try:
-                calls.append(store.call(module, args, kwargs, batch, len(result) // batch))
-            except ValueError as cause:
-                raise ValueError(f"pipeline: {self.name}, step {transition.index}: {cause}") from None
-        if not branches:
-            raise ValueError(f"pipeline: {self.name} made no transformer call before step {transition.index}")
-        try:
-            rule, error = find_rule(branches, transition.velocity, self.rules)
-        except ValueError as cause:
-            raise ValueError(f"pipeline: {self.name}, step {transition.index}: {cause}") from None
-        self.rules = [rule, *(other for other in self.rules if other != rule)]
-        device = branches[0].device.type
-        autocast = [torch.get_autocast_dtype(device)] if torch.is_autocast_enabled(device) else []
-        eps = max(torch.finfo(dtype).eps for dtype in (branches[0].dtype, *autocast))
-        return RecordedStep(transition.index, calls, rule, error, eps, transition.active)
+        return ReplayCheck(trajectory.steps[0].rule, same, difference, kl, tolerance)
 
     @staticmethod
     def _replay_group(trajectory: Trajectory, positions: list[int], rows: Sequence[int] | None) -> Tensor:
-        """``[b, len(positions), *latent]`` from one transformer call per recorded call slot."""
-        records = [trajectory.steps[p] for p in positions]
-        batch = len(trajectory) if rows is None else len(rows)
-        branches: list[Tensor] = []
-        for slot in zip(*(record.calls for record in records), strict=True):
-            args, kwargs = fetch(join(slot, rows, trajectory.velocity.device), trajectory.device)
-            result = _first_output(slot[0].module(*args, **kwargs))
-            branches += result.chunk(len(result) // (batch * len(records)))
-        velocity = records[0].rule(branches, trajectory.velocity.shape[2:], trajectory.velocity.dtype)
-        velocity = velocity.unflatten(0, (batch, len(records)))
+        """``[b, len(positions), *latent]`` from one module call per recorded call slot."""
+        records, device = [trajectory.steps[p] for p in positions], trajectory.device
+        batch, here = len(trajectory), trajectory.velocity.device
+        index = None if rows is None else row_index(rows, device or here)
+        # rows that are not asked for repeat one that is, so that what is done to the whole batch can be done again
+        places = [rows.index(row) if row in rows else 0 for row in range(batch)] if rows is not None else []
+        fill = None if rows is None else (places, row_index(places, device or here))
+
+        def answer(number: int, given: list[Any]) -> list[Any]:
+            calls = [record.program.calls[number] for record in records]
+            args, kwargs = fetch(join(calls, rows, here, given), device)
+            with Surroundings.put_back(calls[0]):
+                made = parts(calls[0].module(*args, **kwargs))
+            width = batch if rows is None else len(rows)
+            return [
+                {
+                    key: scatter(made[key[0]], key[1], calls[0].slots[key], (width, len(calls), batch), place, fill)
+                    for key in call.outputs
+                }
+                for place, call in enumerate(calls)
+            ]
+
+        velocities = drive([record.program.run(device, rows) for record in records], answer)
+        velocity = torch.stack(velocities, dim=1)
+        velocity = velocity if index is None else velocity[index]
         active = [record.active for record in records if record.active is not None]
         if active:
             moved = torch.stack(active, dim=1)
             moved = moved if rows is None else moved[row_index(rows, moved.device)]
-            velocity = velocity * fetch(moved, trajectory.device)
+            velocity = velocity * fetch(moved, device)
         return velocity
 
 
-def _first_output(output: Any) -> Tensor:
-    """The prediction of a diffusers transformer: first entry of its output; lists of rows are stacked."""
-    result = output if isinstance(output, (Tensor, list)) else output[0]
-    return torch.stack(result) if isinstance(result, list) else result
+def _deviation(replayed: Tensor, trajectory: Trajectory, rows: Sequence[int], steps: range) -> tuple[float, float]:
+    """Largest difference of replayed velocities, and the KL it costs in the worst row and step."""
+    recorded, noise, step = trajectory.select(rows, steps)
+    difference = float((replayed - recorded).double().abs().max())
+    _, squared = row_statistics(replayed.detach(), recorded, noise, step, row_dims=2)
+    return difference, float(squared.max()) / 2

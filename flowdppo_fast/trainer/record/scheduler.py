@@ -64,6 +64,7 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
     seed: int = 0
     first_row: int = 0
     on_step: Callable[[int, Transition | None], None] | None = None
+    on_output: Callable[[int, Any, bool], None] | None = None
     # a scheduler of another class, whose levels are taken
     _source: Any = None
     # the chosen steps of the schedule that was set last
@@ -81,6 +82,7 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
         seed: int = 0,
         first_row: int = 0,
         on_step: Callable[[int, Transition | None], None] | None = None,
+        on_output: Callable[[int, Any, bool], None] | None = None,
         return_unused_kwargs: bool = False,
         **unused: Any,
     ) -> Any:
@@ -96,6 +98,7 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
             seed: 64-bit key of the noise.
             first_row: number of the first row, where one rollout is sampled in several calls.
             on_step: called after every step with its index and, for chosen steps, its :class:`Transition`, else None.
+            on_output: called before every step with its index, the model's output and whether its negative is taken.
             return_unused_kwargs: as in diffusers: also return further keywords, which are not used.
 
         Returns:
@@ -154,7 +157,8 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
             scheduler._source = copy.deepcopy(given)
             scheduler.set_shift(given.shift)
         scheduler.sampler, scheduler.eta, scheduler.sde_steps = sampler, float(eta), chosen
-        scheduler.noise, scheduler.seed, scheduler.first_row, scheduler.on_step = noise, seed, first_row, on_step
+        scheduler.noise, scheduler.seed, scheduler.first_row = noise, seed, first_row
+        scheduler.on_step, scheduler.on_output = on_step, on_output
         return (scheduler, unused) if return_unused_kwargs else scheduler
 
     # pipelines look at the parameters of this method to see whether custom sigmas are allowed
@@ -201,6 +205,8 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
         if self.step_index is None:
             self._init_step_index(timestep)
         index: int = self.step_index
+        if self.on_output is not None:
+            self.on_output(index, model_output, kwargs.get("per_token_timesteps") is not None)
         planned = self._plan.get(index)
         transition = None
         if planned is None:

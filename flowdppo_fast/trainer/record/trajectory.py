@@ -11,8 +11,9 @@ from torch import Tensor
 from ...noise import PhiloxNoise
 from ...samplers import SDEStep
 from .arguments import Call, joinable, row_index
-from .guidance import GuidanceRule
 from .offload import fetch, stored_bytes, to_host
+from .program import Program
+from .rules import rule_of
 from .scheduler import Transition
 
 
@@ -22,19 +23,23 @@ class RecordedStep:
 
     Attributes:
         index: position in the schedule.
-        calls: the transformer calls that were made for it.
-        rule: from the calls' outputs to the velocity.
-        rule_error: the largest difference that the rule leaves, 0.0: bitwise.
-        eps: of the dtype that the transformer computes in.
+        program: the module calls that were made for it, and what was done with their outputs.
         active: ``[B, L, 1]`` what the scheduler moved, None: everything.
     """
 
     index: int
-    calls: list[Call]
-    rule: GuidanceRule
-    rule_error: float
-    eps: float
+    program: Program
     active: Tensor | None
+
+    @property
+    def calls(self) -> list[Call]:
+        """The module calls that lead to its velocity."""
+        return self.program.calls
+
+    @property
+    def rule(self) -> str:
+        """How the velocity is made of the calls' outputs ``b0``, ``b1``, ..., for people."""
+        return rule_of(self.program)
 
 
 @dataclass
@@ -67,9 +72,9 @@ class Trajectory:
         return self.velocity.shape[2:].numel()
 
     @property
-    def kind(self) -> tuple:
-        """What its replay depends on besides numbers: sizes, guidance and the calls of each step."""
-        return tuple(self.velocity.shape[2:]), tuple((step.rule, len(step.calls)) for step in self.steps)
+    def kinds(self) -> set[tuple]:
+        """What the replay of each step depends on besides numbers: sizes, place in the schedule, functions, calls."""
+        return {(tuple(self.velocity.shape[2:]), step.index, step.program.signature) for step in self.steps}
 
     @property
     def nbytes(self) -> int:
@@ -126,5 +131,5 @@ def trajectory_bytes(trajectories: Sequence[Trajectory]) -> float:
 
 def _together(a: RecordedStep, b: RecordedStep) -> bool:
     """Whether one transformer call per slot can replay both steps."""
-    same = a.rule == b.rule and len(a.calls) == len(b.calls) and (a.active is None) == (b.active is None)
+    same = len(a.calls) == len(b.calls) and (a.active is None) == (b.active is None)
     return same and all(map(joinable, a.calls, b.calls))

@@ -11,35 +11,29 @@ from support import oracle
 from flowdppo_fast import PhiloxNoise, fused_dppo_velocity_loss
 from flowdppo_fast.trainer import TrajectoryRecorder
 from flowdppo_fast.trainer.record.arguments import ArgumentStore, join, joinable, tensors_of
-from flowdppo_fast.trainer.record.guidance import GuidanceRule, find_rule
 
 ROWS, STEPS = 3, [0, 1, 3]
 
 
-def guided(cond: int, scale: float, **options) -> GuidanceRule:
-    """``u + scale*(c - u)`` of two outputs, ``cond`` being the place of c."""
-    return GuidanceRule(base=1 - cond, terms=((cond, 1 - cond, scale),), branches=2, **options)
-
-
 CASES = {
-    "sd3": ("sd3", {"guidance_scale": 1.0, "height": 8, "width": 8}, GuidanceRule()),
+    "sd3": ("sd3", {"guidance_scale": 1.0, "height": 8, "width": 8}, "b0"),
     "sd3-doubled-batch": (
         "sd3",
         {"guidance_scale": 4.5, "height": 8, "width": 8},
-        guided(1, 4.5),
+        "b0 + 4.5*(b1 - b0)",
     ),
-    "flux": ("flux", {"guidance_scale": 3.5, "height": 16, "width": 16}, GuidanceRule()),
+    "flux": ("flux", {"guidance_scale": 3.5, "height": 16, "width": 16}, "b0"),
     "flux-two-calls": (
         "flux",
         {"guidance_scale": 3.5, "true_cfg_scale": 2.3, "height": 16, "width": 16},
-        guided(0, 2.3),
+        "b1 + 2.3*(b0 - b1)",
     ),
-    "dit-labels": ("dit", {"guidance_scale": 3.0}, guided(1, 3.0)),
-    "digits": ("digits", {"guidance_scale": 1.0}, GuidanceRule()),
+    "dit-labels": ("dit", {"guidance_scale": 3.0}, "b0 + 3*(b1 - b0)"),
+    "digits": ("digits", {"guidance_scale": 1.0}, "b0"),
     "digits-doubled-batch": (
         "digits",
         {"guidance_scale": 2.75},
-        guided(1, 2.75),
+        "b0 + 2.75*(b1 - b0)",
     ),
 }
 
@@ -68,7 +62,7 @@ def test_replay_gives_the_recorded_velocity_and_gradients(pipes, case):
     check = recorder.verify(trajectory, rows=[2, 0])
     assert check.rule == CASES[case][2]
     assert check.same_geometry == 0.0
-    assert check.batched_error <= check.tolerance == 16 * torch.finfo(torch.float32).eps * check.rule.gain
+    assert check.batched_kl <= 1e-9 < check.tolerance == pytest.approx(1e-6)
     assert trajectory.groups == [[0, 1, 2]], "all steps in one transformer call"
 
     recorder.replay(trajectory, [1, 2]).square().sum().backward()
@@ -175,90 +169,17 @@ def _norm(x: torch.Tensor) -> torch.Tensor:
     return torch.norm(x, dim=-1, keepdim=True)
 
 
-def _qwen(cond, uncond):
-    mixed = uncond + 4.0 * (cond - uncond)
-    return mixed * (_norm(cond) / _norm(mixed))
-
-
-def _capped(cond, uncond):
-    mixed = uncond + 1.5 * (cond - uncond)
-    return mixed * (_norm(cond) / (_norm(mixed) + 1e-8)).clamp(max=1.0)
-
-
-RULES = {
-    "sign": (1, 0, lambda x: -x, GuidanceRule(sign=-1)),
-    "slice": (1, 2, lambda x: x[:, :4], GuidanceRule()),
-    "slice-guided": (
-        2,
-        2,
-        lambda c, u: (u + 3.5 * (c - u))[:, :4],
-        guided(0, 3.5),
-    ),
-    "negated-guidance": (
-        2,
-        0,
-        lambda u, c: -(u + 7 * (c - u)),
-        guided(1, 7.0, sign=-1),
-    ),
-    # z-image writes guidance from the conditional branch
-    "from-cond": (2, 0, lambda c, u: c + 3 * (c - u), GuidanceRule(base=0, terms=((0, 1, 3.0),), branches=2)),
-    "norm-rescaled": (
-        2,
-        0,
-        _qwen,
-        guided(0, 4.0, rescale="vector_norm", like=0),
-    ),
-    "norm-capped": (
-        2,
-        0,
-        _capped,
-        guided(0, 1.5, rescale="vector_norm_capped", like=0),
-    ),
-    "negated-rescaled": (
-        2,
-        0,
-        lambda c, u: -_qwen(c, u),
-        guided(0, 4.0, sign=-1, rescale="vector_norm", like=0),
-    ),
-}
-
-
-@pytest.mark.bits(across="again")
-@pytest.mark.parametrize("name", RULES)
-def test_rules_are_found_from_the_numbers(pipes, name):
-    calls, reference, combine, expected = RULES[name]
-    pipeline = pipes.toy()
-    recorder = TrajectoryRecorder(pipeline)
-    with recorder.recording([0, 2]) as trajectory:
-        pipeline(combine, calls=calls, reference=reference)
-    assert trajectory.steps[0].rule == expected
-    assert recorder.verify(trajectory, [1]).same_geometry == 0.0
-
-
-@pytest.mark.parametrize("upcast", [True, False])
-def test_rules_in_half_precision_know_where_the_cast_is(upcast):
-    cond, uncond = torch.randn(2, 3, 4, 8, 8).bfloat16()
-    velocity = (
-        uncond.float() + 5.0 * (cond.float() - uncond.float()) if upcast else (uncond + 5.0 * (cond - uncond)).float()
-    )
-    rule, error = find_rule([uncond, cond], velocity)
-    assert (rule, error) == (guided(1, 5.0, upcast=upcast), 0.0)
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_model_that_lost_its_numbers_is_told_and_lapack_is_spared(value, monkeypatch):
-    """LAPACK crashes on such numbers on some processors."""
-
-    def refuse(matrix, **options):
-        assert matrix.isfinite().all(), "LAPACK was given a number that is not finite"
-        return inverse(matrix, **options)
-
-    inverse = torch.linalg.pinv
-    monkeypatch.setattr(torch.linalg, "pinv", refuse)
-    cond, uncond = torch.randn(2, 3, 4, 8, 8)
-    cond[1, 2, 0, 0] = value
-    with pytest.raises(ValueError, match="not finite: the model has diverged"):
-        find_rule([uncond, cond], uncond + 5.0 * (cond - uncond))
+def test_a_model_that_lost_its_numbers_is_told(pipes, value):
+    pipeline = pipes.toy()
+    with torch.no_grad():
+        pipeline.transformer.mix.bias[0] = value
+    pipeline.transformer.forward = lambda hidden_states, timestep, shift: (pipeline.transformer.mix(hidden_states),)
+    with (
+        pytest.raises(ValueError, match=r"ToyPipeline, step 0: .* not finite: the model has diverged"),
+        TrajectoryRecorder(pipeline).recording([0]),
+    ):
+        pipeline(lambda x: x)
 
 
 def _std(x: torch.Tensor) -> torch.Tensor:
@@ -279,8 +200,14 @@ def _row_capped(cond, uncond, most: float):
     return torch.stack(rows)
 
 
-# outputs, combination, the rule as text; each is how some pipeline or guider writes it
+# outputs, combination, what people are told; each is how some pipeline or guider writes it
 MANY = {
+    "sign": (1, lambda x: -x, "-b0"),
+    "from the condition": (2, lambda c, u: c + 3 * (c - u), "b0 + 3*(b0 - b1)"),
+    "clipped": (1, lambda x: x.clamp(-0.3, 0.3), "clamp(b0)"),
+    "scaled": (1, lambda x: 0.7 * x, "0.7*b0"),
+    "a product": (3, lambda a, b, c: a + 2 * (b - c) * (a - c), "b0 + 2*(b1 - b2)*(b0 - b2)"),
+    "five calls": (5, lambda a, b, c, d, e: a + 2 * (b - c) + d - e, "b0 + 2*(b1 - b2) + b3 - b4"),
     "skipped layers": (3, lambda u, c, p: u + 4.5 * (c - u) + (c - p) * 2.8, "b0 + 4.5*(b1 - b0) + 2.8*(b1 - b2)"),
     "two deltas from the condition": (
         3, lambda c, u, p: c + 2.0 * (c - u) + 1.5 * (c - p), "b0 + 2*(b0 - b1) + 1.5*(b0 - b2)",
@@ -296,23 +223,27 @@ MANY = {
     "guidance that is off": (2, lambda c, u: c, "b0"),
     "guidance of one": (2, lambda c, u: u + 1.0 * (c - u), "b1 + 1*(b0 - b1)"),
     "a negated chain": (3, lambda c, i, u: -(u + 1.6 * (i - u) + 5.0 * (c - i)), "-(b2 + 1.6*(b1 - b2) + 5*(b0 - b1))"),
-    "standard deviation": (2, lambda c, u: _rescaled(c, u, 1.0), "sample_std(b1 + 6*(b0 - b1), like b0)"),
+    "standard deviation": (
+        2, lambda c, u: _rescaled(c, u, 1.0),
+        "1*(b1 + 6*(b0 - b1))*std(b0)/std(b1 + 6*(b0 - b1)) + 0*(b1 + 6*(b0 - b1))",
+    ),
     "part of the standard deviation": (
-        2, lambda c, u: _rescaled(c, u, 0.7), "sample_std(b1 + 6*(b0 - b1), like b0, 0.7)",
+        2, lambda c, u: _rescaled(c, u, 0.7),
+        "0.7*(b1 + 6*(b0 - b1))*std(b0)/std(b1 + 6*(b0 - b1)) + 0.3*(b1 + 6*(b0 - b1))",
     ),
     "capped rows": (
-        2, lambda c, u: -_row_capped(c, u, 1.1), "-sample_norm_capped(b0 + 4*(b0 - b1), like b0, 1.1)",
+        2, lambda c, u: -_row_capped(c, u, 1.1), "-((b0 + 4*(b0 - b1))*1.1*norm(b0)/norm(b0 + 4*(b0 - b1)))",
     ),
     "rescaled skipped layers": (
         3, lambda u, c, p: (lambda v: v * (_norm(c) / _norm(v)))(u + 4.5 * (c - u) + (c - p) * 2.8),
-        "vector_norm(b0 + 4.5*(b1 - b0) + 2.8*(b1 - b2), like b1)",
+        "(b0 + 4.5*(b1 - b0) + 2.8*(b1 - b2))*norm(b1)/norm(b0 + 4.5*(b1 - b0) + 2.8*(b1 - b2))",
     ),
 }  # fmt: skip
 
 
 @pytest.mark.bits(across="again")
 @pytest.mark.parametrize("name", MANY)
-def test_guidance_from_any_outputs_is_found(pipes, name):
+def test_guidance_is_told_as_a_formula(pipes, name):
     calls, combine, expected = MANY[name]
     pipeline = pipes.toy()
     recorder = TrajectoryRecorder(pipeline)
@@ -321,27 +252,6 @@ def test_guidance_from_any_outputs_is_found(pipes, name):
     rules = [str(step.rule) for step in trajectory.steps]
     assert rules == [expected, expected]
     assert recorder.verify(trajectory, [1]).same_geometry == 0.0
-
-
-UNKNOWN = {
-    "clipped": (1, lambda x: x.clamp(-0.3, 0.3)),
-    "scaled": (1, lambda x: 0.7 * x),
-    "squared guidance": (2, lambda c, u: u + 3 * (c - u) * (c - u).abs()),
-    "a product": (3, lambda a, b, c: a + 2 * (b - c) * (a - c)),
-    "five calls": (5, lambda a, b, c, d, e: a + 2 * (b - c) + d - e),
-}
-
-
-@pytest.mark.parametrize("name", UNKNOWN)
-def test_a_pipeline_without_a_rule_stops_with_its_name_and_the_difference(pipes, name):
-    calls, combine = UNKNOWN[name]
-    pipeline = pipes.toy()
-    recorder = TrajectoryRecorder(pipeline)
-    with (
-        pytest.raises(ValueError, match=r"ToyPipeline, step 0: no rule gives the velocity .* differs by up to"),
-        recorder.recording([0]),
-    ):
-        pipeline(combine, calls=calls)
 
 
 @pytest.mark.bits(across="again")
@@ -355,8 +265,8 @@ def test_guidance_that_changes_on_the_way_is_followed(pipes):
     recorder = TrajectoryRecorder(pipeline)
     with recorder.recording([1, 2, 3]) as trajectory:
         pipeline(combine, calls=2)
-    assert [step.rule.terms[0][2] for step in trajectory.steps] == [2.0, 2.0, 5.0]
-    assert trajectory.groups == [[0, 1], [2]]
+    assert [step.rule for step in trajectory.steps] == [f"b1 + {scale}*(b0 - b1)" for scale in (2, 2, 5)]
+    assert trajectory.groups == [[0, 1, 2]], "steps that differ in numbers share a call"
     assert recorder.verify(trajectory, [0, 2]).same_geometry == 0.0
 
 
@@ -369,25 +279,8 @@ def test_steps_that_are_not_run_and_pipelines_without_a_transformer_are_errors(p
         TrajectoryRecorder(pipeline).recording([1]),
     ):
         pass
-    with pytest.raises(ValueError, match="no component named transformer"):
+    with pytest.raises(ValueError, match=r"no component named transformer\* and no other denoiser"):
         TrajectoryRecorder(type("Empty", (), {"components": {}, "scheduler": pipeline.scheduler})())
-
-
-def test_equal_outputs_hide_the_guidance_scale(pipes):
-    def combine(cond, uncond):
-        return uncond + 3.0 * (cond - uncond)
-
-    class Twice(type(pipes.toy().transformer)):
-        def forward(self, hidden_states, timestep, shift, return_dict=True):
-            return super().forward(hidden_states, timestep, torch.zeros_like(shift))
-
-    pipeline = pipes.toy()
-    pipeline.transformer.__class__ = Twice
-    with (
-        pytest.raises(ValueError, match=r"ToyPipeline, step 0: the transformer's outputs 0 and 1 are equal"),
-        TrajectoryRecorder(pipeline).recording([0]),
-    ):
-        pipeline(combine, calls=2)
 
 
 def test_a_second_scheduler_in_the_same_step_is_an_error(pipes):

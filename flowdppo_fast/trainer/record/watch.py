@@ -1,0 +1,325 @@
+"""One recording: hooks on a pipeline's modules, and the tape between them."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from .arguments import ArgumentStore, Call, Ref, parts, row_index
+from .layouts import find_layouts
+from .program import Const, Op, Program, drive
+from .scheduler import Transition
+from .surroundings import Surroundings
+from .tape import Tape
+from .trajectory import RecordedStep, Trajectory
+
+# components that make the model's inputs or show its outputs
+_AMBIENT = ("vae", "text_encoder", "image_encoder", "audio_vae", "vocoder", "tokenizer", "safety_checker")
+
+
+@dataclass
+class _Seen:
+    """A call that was seen: copies of its arguments, and of what it gave."""
+
+    call: Call
+    named: dict[Ref, Tensor]
+    outputs: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    lengths: list[int | None] = field(default_factory=list)
+
+
+class Watch:
+    """One recording: hooks on the modules, and the tape between them."""
+
+    def __init__(self, recorder: Any, chosen: list[int]):
+        self.recorder, self.chosen = recorder, chosen
+        self.name = recorder.name
+        self.trajectory = Trajectory()
+        self.transitions: list[Transition] = []
+        self.replayed, self.others = modules_of(recorder)
+        self.store = ArgumentStore()
+        self.tape = Tape(self.name, {id(p) for module in self.replayed for p in module.parameters()})
+        self._seen: list[_Seen] = []
+        self._program: Program | None = None
+        self._depth = 0
+        self._around: dict[nn.Module, Surroundings] = {}
+        # calls before the first step, among them those before the loop
+        self._first: int | None = None
+        # whether what happens belongs to a chosen step; of the first one nobody knows the number
+        self._on = True
+        # the recorder's own calls
+        self._busy = False
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        hooks: list[Any] = []
+        for module in (*self.replayed, *self.others):
+            hooks.append(module.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True))
+            hooks.append(module.register_forward_hook(self._after, with_kwargs=True))
+        self.tape.start()
+        try:
+            yield
+        finally:
+            self.tape.stop()
+            for hook in hooks:
+                hook.remove()
+
+    def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self._busy:
+            return
+        self.tape.stop()
+        self._depth += 1
+        if self._depth > 1 or not self._follows(module):
+            return
+        leaves, spec = tree_flatten((args, kwargs))
+        refs = [self.tape.ref(leaf) for leaf in leaves]
+        named = {ref: _copy(leaf.detach()) for ref, leaf in zip(refs, leaves) if ref is not None}
+        given = [ref or (self.tape.snapshot(x) if isinstance(x, Tensor) else x) for ref, x in zip(refs, leaves)]
+        now = Surroundings.now(module, _device(leaves))
+        # one object for all calls between which nothing changed
+        if self._around.get(module) != now:
+            self._around[module] = now
+        call = Call(module, given, spec, 0, surroundings=self._around[module])
+        self._seen.append(_Seen(call, named))
+
+    def _after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        if self._busy:
+            return
+        self._depth -= 1
+        if self._depth:
+            return
+        if self._follows(module):
+            seen = self._seen[-1]
+            made = {
+                (number, place): value
+                for number, part in enumerate(parts(output))
+                for place, value in enumerate(part if isinstance(part, list) else [part])
+            }
+            self.tape.called(seen.call, made)
+            seen.outputs = {key: _copy(value) for key, value in made.items()} if self.recorder.checks else made
+            seen.lengths = [len(part) if isinstance(part, list) else None for part in parts(output)]
+        if self._on:
+            self.tape.start()
+
+    def __deepcopy__(self, memo: Any) -> Watch:
+        # a copy of the scheduler is watched as well
+        return self
+
+    def on_output(self, index: int, output: Tensor, negated: bool) -> None:
+        """The scheduler was given ``output`` for step ``index``."""
+        self.tape.stop()
+        self._busy = True
+        self._first = len(self._seen) if self._first is None else self._first
+        self._program = self.tape.program(output, negated) if index in self.chosen else None
+
+    def _follows(self, module: nn.Module) -> bool:
+        """Whether a call of ``module`` is part of the replay: before the loop, one of other modules is not."""
+        own = self.recorder.modules.values()
+        steps = getattr(self.recorder.pipeline.scheduler, "num_inference_steps", None)
+        looping = steps is not None or any(module is x for x in own)
+        return self._on and looping and any(module is x for x in self.replayed)
+
+    def on_step(self, index: int, transition: Transition | None) -> None:
+        # what is kept has gradients later, also where the pipeline runs without them for good
+        with torch.inference_mode(False), torch.no_grad():
+            self._keep(index, transition)
+        self._seen.clear()
+        self.tape.begin()
+        self.store.next_step()
+        self._on, self._busy, self._depth = index + 1 in self.chosen, False, 0
+        if self._on:
+            self.tape.start()
+
+    def _keep(self, index: int, transition: Transition | None) -> None:
+        if transition is not None:
+            if self.transitions and self.transitions[-1].index == index:
+                raise ValueError(
+                    f"pipeline: {self.name} took step {index} twice, with a scheduler of its own for a second "
+                    "latent such as sound; one latent per step can be trained"
+                )
+            self.trajectory.steps.append(self._record(transition))
+            self.transitions.append(transition)
+
+    def _record(self, transition: Transition) -> RecordedStep:
+        batch, index, program = len(transition.velocity), transition.index, self._program
+        where = f"pipeline: {self.name}, step {index}"
+        if not transition.velocity.isfinite().all():
+            raise ValueError(f"{where}: the velocity has numbers that are not finite: the model has diverged")
+        if program is None:
+            if not self._seen:
+                raise ValueError(f"pipeline: {self.name} made no transformer call before step {index}")
+            raise ValueError(
+                f"{where}: the velocity {list(transition.velocity.shape)} does not descend from a transformer's output "
+                "by torch functions, so it cannot be replayed at other weights"
+            )
+        used = [seen for seen in self._seen if any(seen.call is call for call in program.calls)]
+        oldest = self.tape.oldest(program)
+        if oldest is not None and self._first is not None and oldest < self._first - len(self._seen):
+            raise ValueError(
+                f"{where}: the velocity depends on what a transformer gave before the loop, which would stay as it was "
+                "while the weights move, expected calls within the step"
+            )
+        try:
+            for position, op in enumerate(program.ops):
+                if isinstance(op, Call):
+                    (seen,) = [seen for seen in used if seen.call is op]
+                    program.ops[position] = self._settle(seen, batch)
+                else:
+                    for leaf in op.leaves:
+                        if isinstance(leaf, Const) and isinstance(leaf.value, Tensor):
+                            leaf.value = self.store.constant(leaf.value, batch)
+            if self.recorder.checks:
+                self._look(program, used, transition, batch)
+        except ValueError as cause:
+            raise ValueError(f"{where}: {cause}") from None
+        return RecordedStep(index, program, transition.active)
+
+    def _settle(self, seen: _Seen, batch: int) -> Call:
+        """The call with its arguments kept, and the places of rows in its arguments and outputs."""
+        call, known = seen.call, self.recorder._layouts
+        value = tree_unflatten(call.leaves, call.spec)
+        key = (id(call.module), batch, call.spec, tuple(map(_sort, call.leaves)), tuple(call.outputs))
+        if key not in known:
+            outputs = {place: output for place, output in seen.outputs.items() if place in call.outputs}
+            known[key] = find_layouts(
+                call, value, seen.named, outputs, seen.lengths, batch, checked=self.recorder.checks
+            )
+        closed, layouts, slots = known[key]
+        try:
+            kept = self.store.keep(call.module, value, closed, layouts, batch)
+        except ValueError as cause:
+            switches = [
+                name for name in inspect.signature(self.recorder.pipeline.__call__).parameters if "cache" in name
+            ]
+            raise ValueError(
+                f"{cause}{''.join(f'; call the pipeline with {name}=False' for name in switches)}"
+            ) from None
+        kept.outputs, kept.slots, kept.surroundings = call.outputs, slots, call.surroundings
+        return kept
+
+    def _look(self, program: Program, used: list[_Seen], transition: Transition, batch: int) -> None:
+        """Runs a new kind of program on the recorded outputs: as they were, and with rows that repeat another one."""
+        if all(isinstance(op, Call) for op in program.ops):
+            return
+        looked = self.recorder._looked
+        key = (program.signature, batch, tuple(transition.velocity.shape))
+        if key in looked and not program.guards:
+            return
+        outputs = [seen.outputs for seen in used]
+        slots = [call.slots for call in program.calls]
+
+        def answer(number: int, _given: list[Any], fill: list[int] | None = None) -> list[Any]:
+            made = outputs[number]
+            if fill is None:
+                return [made]
+            return [{k: _filled(made, k, slots[number][k], fill, batch) for k in program.calls[number].outputs}]
+
+        expected = transition.velocity
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            watched: list[dict[int, list[Tensor]]] = [{}]
+            agree = [drive([program.run(watch=watched[0])], answer)[0].eq(expected).all()]
+            for row in {0, batch - 1} if batch > 1 else set():
+                again = drive([program.run(watch={})], lambda n, g, r=row: answer(n, g, [r] * batch))[0]  # type: ignore[misc]
+                agree.append(again[row].eq(expected[row]).all())
+            if program.guards:
+                self._guard(program, answer, watched, batch)
+        # read at once
+        first, *others = torch.stack(agree).tolist()
+        if not first:
+            raise ValueError(
+                "the same functions of the transformer's outputs give another velocity, expected the recorded one: "
+                "random numbers or something outside of torch's functions are part of it"
+            )
+        if not all(others):
+            raise ValueError(
+                "a row's velocity depends on the other rows of its batch (by what is done to the transformer's "
+                "outputs), expected independent rows"
+            )
+        looked[key] = []
+
+    @staticmethod
+    def _guard(program: Program, answer: Any, watched: list[dict[int, list[Tensor]]], batch: int) -> None:
+        """Which rows each branch depends on: those whose replacement changes the numbers behind it."""
+        depends: dict[int, set[int]] = {number: set() for number in watched[0]}
+        for row in range(batch) if batch > 1 else ():
+            changed: dict[int, list[Tensor]] = {}
+            fill = [(row + 1) % batch if other == row else other for other in range(batch)]
+            drive([program.run(watch=changed)], lambda n, g, f=fill: answer(n, g, f))  # type: ignore[misc]
+            for number, behind in changed.items():
+                if not all(torch.equal(a, b) for a, b in zip(behind, watched[0][number])):
+                    depends[number].add(row)
+        for number, rows in depends.items():
+            op = program.ops[number]
+            assert isinstance(op, Op)
+            op.rows = frozenset(rows)
+
+
+def denoisers(pipeline: Any) -> dict[str, nn.Module]:
+    """Components that a pipeline denoises with: ``transformer*``, or others whose forward takes a timestep."""
+    modules = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    named = {name: part for name, part in modules.items() if name.startswith("transformer")}
+    if named:
+        return named
+    return {
+        name: part
+        for name, part in modules.items()
+        if not name.startswith((*_AMBIENT, "controlnet")) and {"timestep", "timesteps"} & _parameters(part)
+    }
+
+
+def modules_of(recorder: Any) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The modules a replay calls, and the pipeline's other ones, whose outputs are constants."""
+    pipeline, own = recorder.pipeline, list(recorder.modules.values())
+    found = {**vars(pipeline), **pipeline.components}
+    others = {
+        id(x): (name, x) for name, x in found.items() if isinstance(x, nn.Module) and not any(x is y for y in own)
+    }
+    memory = {p.untyped_storage()._cdata for module in own for p in module.parameters()}
+    replayed, constant = own, list[nn.Module]()
+    for name, module in others.values():
+        shares = any(p.untyped_storage()._cdata in memory for p in module.parameters())
+        trained = any(p.requires_grad for p in module.parameters()) and not (
+            name.startswith(_AMBIENT) or type(module).__module__.startswith("transformers.")
+        )
+        (replayed if shares or trained else constant).append(module)
+    return replayed, constant
+
+
+def _parameters(module: nn.Module) -> set[str]:
+    return set(inspect.signature(module.forward).parameters)
+
+
+def _filled(
+    made: Mapping[tuple[int, int], Tensor], key: tuple[int, int], layout: Any, fill: list[int], batch: int
+) -> Any:
+    """An output whose rows are those of ``fill``, in memory that is laid out as it was."""
+    part, place = key
+    if layout is None:
+        return made[key]
+    if layout.listed:
+        order = layout.places(batch)
+        position = order.index(place)
+        return made[part, order[position - position % batch + fill[position % batch]]]
+    value = made[key]
+    index = row_index(fill, value.device)
+    return _copy(value).copy_(layout.merge(layout.split(value, batch)[:, index].unsqueeze(2)))
+
+
+def _copy(value: Tensor) -> Tensor:
+    """A copy with the same strides, as sums over another memory round otherwise."""
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device).copy_(value)
+
+
+def _sort(leaf: Any) -> Any:
+    """What calls of one kind have in common in an argument."""
+    return (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else type(leaf)
+
+
+def _device(leaves: Iterable[Any]) -> str:
+    return next((leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)), "cpu")
