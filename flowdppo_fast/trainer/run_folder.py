@@ -55,6 +55,11 @@ class FolderLock:
                     aside.unlink()
                 else:
                     os.rename(aside, self.path)
+        # of runs that were killed while they took a lock away; one that holds this run's own is about to come back
+        for aside in self.path.parent.glob(f"{LOCK_FILE}.*"):
+            with contextlib.suppress(OSError):
+                if aside.read_text() != own:
+                    aside.unlink()
         self._own, self._ended = own, threading.Event()
         threading.Thread(target=_touch, args=(self.path, self._ended), name="run folder", daemon=True).start()
 

@@ -174,3 +174,13 @@ def test_results_go_beside_a_runs_files_not_among_them(tmp_path, monkeypatch):
         check_elsewhere(type(run)("x"), "folder")
     for free in (run / "export", run / "export" / "more", tmp_path, tmp_path / "new"):
         check_elsewhere(free, "folder")
+
+
+def test_what_a_kill_left_of_taking_a_lock_away_goes_with_the_next_run(tmp_path):
+    (tmp_path / f"{LOCK_FILE}.0123").write_text("another's")
+    (tmp_path / f"{LOCK_FILE}.4567").write_text("")
+    lock = FolderLock(tmp_path)
+    lock.acquire()
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK_FILE]
+    lock.release()
+    assert list(tmp_path.iterdir()) == []
