@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.cases import FORM_OBJECTIVES, OBJECTIVES, bounded_call
 from support.problems import library, make_problem
+from support.tolerance import sum_bound
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flowdppo_fast as fast
@@ -103,9 +104,12 @@ def test_reductions_belong_together(backend, rows, objective):
         grads[reduction] = velocity.grad
         assert out.loss.shape == (rows if reduction == "none" else ())
         assert reduction != "none" or torch.equal(out.loss, out.rows.loss)
+    # rows of both signs cancel: their sums are as good as their sizes allow
+    terms = losses["none"].double().flatten()
+    allowed = float(sum_bound(terms, torch.float32))
+    assert abs(float(losses["mean"]) - float(terms.mean())) <= allowed
+    assert abs(float(losses["sum"]) - float(terms.sum())) <= 8 * allowed
     tolerance = {"rtol": 1e-6, "atol": 1e-9}
-    torch.testing.assert_close(losses["mean"], losses["none"].mean(), **tolerance)
-    torch.testing.assert_close(losses["sum"], losses["none"].sum(), **tolerance)
     torch.testing.assert_close(grads["sum"], grads["none"], **tolerance)
     torch.testing.assert_close(grads["mean"] * 8, grads["none"], **tolerance)
 
