@@ -35,9 +35,14 @@ def _save(ctx: Any, *tensors: Tensor | None) -> None:
     beside."""
     aside: dict[int, Tensor] = {}
     if not is_traced():
-        aside = {place: x for place, x in enumerate(tensors) if x is not None and x.is_inference()}
+        # a loop: on a GPU's host every call of Python counts
+        for place, x in enumerate(tensors):
+            if x is not None and x.is_inference():
+                aside[place] = x
     ctx.aside = aside
-    ctx.save_for_backward(*(None if place in aside else x for place, x in enumerate(tensors)))
+    if aside:
+        tensors = tuple(None if place in aside else x for place, x in enumerate(tensors))
+    ctx.save_for_backward(*tensors)
 
 
 def _saved(ctx: Any) -> tuple:

@@ -42,7 +42,18 @@ def _dppo_module() -> Any:
         return module_of("flow_factory.trainers.dppo", _TRAINER, _SOURCE)
 
 
+def _if_there(name: str) -> Any:
+    """A module that one of the layouts has; None in the other."""
+    try:
+        return module_of(name, _TRAINER, _SOURCE)
+    except ModuleNotFoundError:
+        raise
+    except ImportError:
+        return None
+
+
 _DPPOTrainer: Any = _dppo_module().DPPOTrainer
+_utils, _dist = _if_there("flow_factory.utils.base"), _if_there("flow_factory.utils.dist")
 _registry = module_of("flow_factory.trainers.registry", _TRAINER, _SOURCE)
 
 __all__ = ["DPPOTrainer", "launch", "register"]
@@ -130,7 +141,6 @@ class DPPOTrainer(_DPPOTrainer):
 
     def _replayed_batch(self, batch: Any) -> Iterator[Callable[[], _Replayed]]:
         """A replay for every train timestep of ``batch``."""
-        utils = module_of("flow_factory.utils.base", _TRAINER, _SOURCE)
         # read once per batch; indexing by device scalars would wait for the device at every step
         where = batch["latent_index_map"].tolist()
         columns = batch["callback_index_map"][0].tolist()
@@ -147,7 +157,7 @@ class DPPOTrainer(_DPPOTrainer):
                 "noise_level": self.adapter.scheduler.noise_level,
                 **batch,
             }
-            inputs = utils.filter_kwargs(self.adapter.forward, **inputs)
+            inputs = _utils.filter_kwargs(self.adapter.forward, **inputs)
             yield partial(self._replay_batch, batch, inputs, columns[index])
 
     def _replay_batch(self, batch: Any, inputs: dict[str, Any], column: int) -> _Replayed:
@@ -307,8 +317,7 @@ class DPPOTrainer(_DPPOTrainer):
         )
         self.optimizer.step()
         self.optimizer.zero_grad()
-        dist = module_of("flow_factory.utils.dist", _TRAINER, _SOURCE)
-        reduced = dist.reduce_loss_info(self.accelerator, loss_info)
+        reduced = _dist.reduce_loss_info(self.accelerator, loss_info)
         reduced["grad_norm"] = grad_norm
         self.log_data({f"train/{name}": value for name, value in reduced.items()}, step=self.step)
         self.step += 1

@@ -389,7 +389,8 @@ class FlowDPPO(_FlowDPPO):
         """
         sigma, sigma_next, sigma_max = self._levels(segment, steps, device)
         strategy, eta = self.stage.strategy, float(self.params.eta)
-        if hasattr(strategy, "transition_std"):
+        # of this module's own the step is known, and theirs may read sigma_max on the host
+        if hasattr(strategy, "transition_std") and not isinstance(strategy, _FusedDenoise):
             levels = {"sigma": sigma.double(), "sigma_next": sigma_next.double(), "sigma_max": sigma_max.double()}
             return strategy.transition_std(eta=eta, **levels).reshape(-1).expand(len(steps))
         sampler = self._sampler()

@@ -42,5 +42,5 @@ def test_kernels_take_nothing_from_their_module(report):
 
 def test_python_calls_of_a_loss(report):
     """What a loss on Triton costs the host, as a count: times are those of the machine."""
-    assert report["calls"]["forward"] <= 52
-    assert report["calls"]["forward and backward"] <= 86
+    assert report["calls"]["forward"] <= 56
+    assert report["calls"]["forward and backward"] <= 91

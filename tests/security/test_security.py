@@ -34,9 +34,13 @@ MUST_BE_FALSE = {"trust_remote_code", "allow_pickle", "custom_pipeline"}
 # text, tiles of a kernel, networks by way of transformers, logs of a run
 OTHER_LOADS = {"yaml.load", "json.load", "tl.load", "self.load", "RunFolder.load"}
 SAFE_LOADERS = {"yaml.SafeLoader", "_UniqueKeyLoader"}
-# the one exception class of the one reader of .pth files, which loads weights only; the other one writes
+# the exception class of the readers of .pth and .pt files, which load weights only; the last one writes
 # pickles of plain values and goes through those of servers opcode by opcode
-MAY_NAME_PICKLERS = {"flowdppo_fast/trainer/rewards/aesthetic.py", "flowdppo_fast/trainer/rewards/protocols.py"}
+MAY_NAME_PICKLERS = {
+    "flowdppo_fast/trainer/rewards/aesthetic.py",
+    "flowdppo_fast/trainer/rewards/imagereward.py",
+    "flowdppo_fast/trainer/rewards/protocols.py",
+}
 # samplers and callables of a config, a component's library (one of two), packages of integrations, commands of the
 # program
 MAY_IMPORT_BY_NAME = {
@@ -46,10 +50,11 @@ MAY_IMPORT_BY_NAME = {
     "flowdppo_fast/integrations/_trainer.py",
     "flowdppo_fast/cli/__init__.py",
 }
-# the reward client and server, which somebody has to name in a config or start, and the config of a base model that was
-# named by its place on the hub
+# the reward client and server, which somebody has to name in a config or start, and what was named by its place on the
+# hub: the config of a base model, the weights of a reward
 MAY_USE_THE_NETWORK = {
     "flowdppo_fast/trainer/rewards/http.py",
+    "flowdppo_fast/trainer/rewards/imagereward.py",
     "flowdppo_fast/trainer/rewards/serve.py",
     "flowdppo_fast/trainer/recipe/export.py",
 }
