@@ -38,7 +38,8 @@ def test_the_recorded_velocity_comes_back(recorded, name):
     assert check.batched_kl <= 1e-9 < check.tolerance == pytest.approx(1e-6)
     # what is checked is the training geometry: fewer rows than were recorded, in another order, all steps together
     replayed = recording.recorder.replay(trajectory, [3, 1])
-    torch.testing.assert_close(replayed, trajectory.select([3, 1])[0], rtol=0, atol=1024 * EPS)
+    # at most 17 of them were measured, of velocities of about 1
+    torch.testing.assert_close(replayed, trajectory.select([3, 1])[0], rtol=0, atol=128 * EPS)
 
 
 @pytest.mark.parametrize("name", CASES)
