@@ -126,6 +126,9 @@ def _try(
     try:
         with torch.no_grad(), Surroundings.put_back(call):
             made = parts(call.module(*args, **kwargs))
+    except torch.OutOfMemoryError:
+        # says nothing of where rows are
+        raise
     except Exception:
         return wrong
     if len(made) != len(lengths):
