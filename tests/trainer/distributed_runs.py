@@ -168,6 +168,24 @@ def fail(folder: str, sections: dict[str, dict], expected: str, reward: str = "o
         raise AssertionError(text)
 
 
+def arrive_late(folder: str) -> None:
+    """Process 1 comes two seconds after process 0, which must have waited."""
+    import os
+    import time
+
+    from accelerate import Accelerator
+
+    from flowdppo_fast.trainer.weights.distributed import Workers
+
+    accelerator = Accelerator(cpu=True)
+    there = Path(folder) / "process 1 is there"
+    if os.environ["RANK"] == "1":
+        time.sleep(2)
+        there.write_text("")
+    Workers(accelerator)
+    assert there.exists()
+
+
 def start_differently(folder: str, what: str, expected: str) -> None:
     """Process 1 has a transformer, or prompts, of its own."""
     import os

@@ -329,6 +329,10 @@ def test_settings_that_processes_cannot_share(tmp_path):
     processes.run(distributed_runs.fail, str(tmp_path), sections, message, count=2)
 
 
+def test_no_process_goes_ahead_before_all_are_connected(tmp_path):
+    processes.run(distributed_runs.arrive_late, str(tmp_path), count=2)
+
+
 @pytest.mark.parametrize("what", ["transformer weights", "settings or prompts"])
 def test_processes_that_start_differently(tmp_path, what):
     message = f"{what} of process 1 are others than those of process 0, expected the same on all 2"

@@ -50,6 +50,9 @@ class Workers:
         self.count, self.rank = accelerator.num_processes, accelerator.process_index
         self.is_main, self.device = accelerator.is_main_process, accelerator.device
         self._accelerator = accelerator
+        if self.count > 1 and torch.distributed.is_initialized():
+            # one that ends early, by an error of its settings, takes the store away with which others still connect
+            torch.distributed.barrier()
         self.sharding = sharding_of(accelerator)
         if self.count > 1:
             atexit.register(_leave)
