@@ -79,7 +79,6 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     parser.add_argument("--resume", action="store_true", help="fail unless there is a run to continue")
     parser.add_argument("--checkpoint", type=Path, default=HERE / "checkpoint", help="the pre-trained pipeline")
     parser.add_argument("--words", choices=SPLITS, default="held_out", help="what is drawn before and after")
-    parser.add_argument("--prompts", type=int, help="only the first that many of them")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings other than the recipe's")
     args = parser.parse_args(arguments)
     started = time.perf_counter()
@@ -94,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> dict:
     if args.resume and not continued:
         parser.error(f"--resume: {folder} holds no run")
 
-    prompts = SPLITS[args.words][: args.prompts]
+    prompts = SPLITS[args.words]
     steps, options = config.sampling.num_steps, config.sampling.pipeline_kwargs
     pipeline = WordsPipeline.from_pretrained(args.checkpoint)
     pages = {"before": draw(pipeline, prompts, SEEDS, steps, **options)}

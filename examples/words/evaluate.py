@@ -50,13 +50,12 @@ def measure(images: torch.Tensor, prompts: list[str], seeds: int) -> dict[str, l
     """Numbers of each image: what both readers read, whether that is exact, edit similarity; paper and variety."""
     words = [parse(text)[0] for text in prompts for _ in range(seeds)]
     numbers: dict[str, list] = {"asked": words}
-    for name, reader in ((FIRST_NAME, first_reader("likelihood")), (SECOND_NAME, second_reader())):
+    for name, reader in ((FIRST_NAME, first_reader()), (SECOND_NAME, second_reader())):
         read = numbers[f"{name} read"] = reader.read(images)
         numbers[f"{name} exact"] = [float(a == b) for a, b in zip(read, words)]
         numbers[f"{name} edit"] = [1 - min(edit_distance(a, b), len(b)) / len(b) for a, b in zip(read, words)]
-        if name == FIRST_NAME:
-            scores = reader(images, [""] * len(words), [{"text": word} for word in words])
-            numbers[f"{name} likelihood"] = scores.tolist()
+        scores = reader(images, [""] * len(words), [{"text": word} for word in words])
+        numbers[f"{name} likelihood"] = scores.tolist()
     # grey levels of 255 that clean paper is darker than white
     numbers["paper noise"] = (255 * (1 - images[:, :, :_PAPER_ROWS])).mean(dim=(1, 2, 3)).tolist()
     grouped = images.unflatten(0, (-1, seeds))

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 
@@ -122,30 +120,43 @@ def test_intervals_are_those_of_paired_differences(words):
     assert high - low == pytest.approx(2 * 1.96 * 0.2 / 300**0.5, rel=0.15)
 
 
+# two prompts that it sometimes gets right: a few updates on them can be seen, held-out words need the whole run
+SHORT_PROMPTS = ['"planet" in serif', '"winter" in mono']
+SHORT = [
+    "run.iterations=12", "run.progress=false", "sampling.num_steps=4", "sampling.sde_steps=[0,1]",
+    "sampling.sde_steps_per_rollout=2", "sampling.prompts_per_rollout=2", "sampling.group_size=32",
+    "sampling.batch_size=64", "optimizer.updates_per_rollout=1", "optimizer.inner_epochs=2",
+    "optimizer.micro_batch_size=64", "optimizer.learning_rate=3e-4", "objective.threshold=4e-6",
+    "objective.kl_weight=0",
+]  # fmt: skip
+
+
 @pytest.mark.slow
-def test_the_demo_in_short_trains_masks_reads_and_leaves_what_it_says(tmp_path):
-    folder = tmp_path / "demo"
-    short = [
-        "run.iterations=2", "run.progress=false", "sampling.prompts_per_rollout=2", "sampling.batch_size=32",
-        "optimizer.updates_per_rollout=2", "optimizer.micro_batch_size=16", "objective.threshold=1e-6",
-    ]  # fmt: skip
-    command = [sys.executable, str(EXAMPLE / "demo.py"), "--output", str(folder), "--prompts", "6", *short]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280, check=False)
-    assert done.returncode == 0, done.stderr
+def test_the_demo_in_short_raises_the_first_readers_reward_and_leaves_what_it_says(
+    words, monkeypatch, tmp_path, capsys, learning
+):
+    demo, folder = words("demo"), tmp_path / "demo"
+    assert set(SHORT_PROMPTS) <= set(demo.train_prompts())
+    monkeypatch.setattr(demo, "train_prompts", lambda: SHORT_PROMPTS)
+    monkeypatch.setitem(demo.SPLITS, "tuning", SHORT_PROMPTS)
+    monkeypatch.setattr(demo, "SEEDS", 24)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    demo.main(["--output", str(folder), "--words", "tuning", *SHORT, f"run.seed={learning.seed}"])
+    said = capsys.readouterr().out
     history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert len(history) == 2
+    assert len(history) == 12
     assert all(0 < m["reward/ocr/likelihood"] == m["reward"] < m["reward/ocr/edit"] < 1 for m in history)
     assert all(m["ratio_moved_fraction"] >= 0.4 for m in history)
     result = json.loads((folder / "result.json").read_text())
-    assert result["rows"] == 2 * 2 * 16 * 5
+    assert result["rows"] == 12 * 64 * 2 * 2
     assert 0 < result["masked_fraction"] < 0.8
     change, low, high = result["change"]["PP-OCRv6 likelihood"]
     assert result["after"]["PP-OCRv6 likelihood"] == pytest.approx(result["before"]["PP-OCRv6 likelihood"] + change)
-    assert low < change < high
-    assert change != 0
+    assert low <= change <= high
+    # over four seeds (FLOWDPPO_LEARNING_SEEDS=4): 0.154, sd 0.029
+    learning.check(change, 0.04)
     for name in ("sheet.png", "metrics.png", "metrics.jsonl", "config.yaml", "final"):
         assert (folder / name).exists()
-        assert str(folder / name) in done.stdout
-    assert "PP-OCRv4 had no part in training" in done.stdout
-    assert "12 images, held_out words" in done.stdout
+        assert str(folder / name) in said
+    assert "PP-OCRv4 had no part in training" in said
+    assert "48 images, tuning words" in said
