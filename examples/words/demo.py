@@ -126,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> dict:
         change = paired(numbers["before"][name], numbers["after"][name], SEEDS)
         result["change"][name] = change
         print(
-            f"  {name:15s} {result['before'][name]:.3f} -> {result['after'][name]:.3f}  "
+            f"  {name:23s} {result['before'][name]:.3f} -> {result['after'][name]:.3f}  "
             f"({change[0]:+.3f}, {change[1]:+.3f} to {change[2]:+.3f})"
         )
     print(

@@ -13,7 +13,7 @@ FIRST_NAME, SECOND_NAME = "PP-OCRv6", "PP-OCRv4"
 
 def first_reader(threads: int = 1) -> OCRReward:
     """The reader of the reward. One page is one line, and more letters than asked are a fault."""
-    return OCRReward("likelihood", lines="one", anywhere=False, threads=threads)
+    return OCRReward("both", lines="one", anywhere=False, threads=threads)
 
 
 def second_reader(threads: int = 1) -> OCRReward:
@@ -27,4 +27,4 @@ def second_reader(threads: int = 1) -> OCRReward:
             f"{SECOND.relative_to(ROOT)} is missing, expected the second reader: make build, or "
             "pip install --no-deps --target build/readers rapidocr-onnxruntime==1.4.4"
         )
-    return OCRReward("likelihood", lines="one", anywhere=False, recogniser=SECOND, threads=threads)
+    return OCRReward("both", lines="one", anywhere=False, recogniser=SECOND, threads=threads)
