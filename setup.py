@@ -48,6 +48,11 @@ COMMON_FLAGS = [
     f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
     "-DTORCH_STABLE_ONLY",
 ]
+# where operators are registered; a copy for a kernel hub has a namespace of its own (hub/layout.py)
+NAMESPACE = os.environ.get("FLOWDPPO_NAMESPACE", "flowdppo")
+if not NAMESPACE.isidentifier():
+    raise SystemExit(f"FLOWDPPO_NAMESPACE: got {NAMESPACE!r}, expected a name of letters, digits and underscores")
+COMMON_FLAGS.append(f"-DFLOWDPPO_NAMESPACE={NAMESPACE}")
 KERNEL_FLAGS = [
     "-ffp-contract=fast",
     "-fno-math-errno",
@@ -329,6 +334,7 @@ def extension_builder() -> type[build_ext]:
             info = {
                 "torch": torch.__version__,
                 "torch_target": TORCH_TARGET,
+                "namespace": NAMESPACE,
                 "compiler": version.stdout.splitlines()[0],
                 "flags": [*COMMON_FLAGS, *KERNEL_FLAGS],
                 "isas": {} if "_C_cpu" in missing else ISA_FLAGS,
