@@ -313,7 +313,8 @@ class RunConfig:
         keep_checkpoints: older checkpoints are removed.
         device: ``"auto"`` or ``"cpu"``.
         progress: show a progress bar.
-        trackers: where metrics go besides the output folder: ``"tensorboard"``, ``"wandb"`` or others of accelerate.
+        trackers: where metrics go besides the output folder: ``"tensorboard"``, ``"wandb"``, ``"trackio"``,
+            ``"swanlab"`` or others of accelerate.
         project: name under which trackers file the run.
         plot_every: iterations between plots and pages of rollouts in the output folder; None means one plot at the
             end, 0 none. Evaluations leave their pages in any case.
