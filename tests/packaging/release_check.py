@@ -80,11 +80,7 @@ def wheels(folder: Path, made: dict[str, Path]) -> dict[str, Any]:
             raise RuntimeError(f"{wheel['name']}: no licence in it")
         if kind != "pure" and "manylinux_2_28" not in wheel["name"] and "manylinux_2_17" not in wheel["name"]:
             info["left out"].append(f"an older system than {wheel['name']} names: FLOWDPPO_SYSROOT is not set")
-    environment = tool(folder, "twine")
-    check = (
-        "import os, sys; sys.path.append(os.environ['FLOWDPPO_TOOLS']); import twine.__main__ as t; sys.exit(t.main())"
-    )
-    call(sys.executable, "-c", check, "check", "--strict", *found.values(), env=environment)
+    run(tools(folder, "twine"), "twine", "check", "--strict", *found.values())
     RELEASE.mkdir(parents=True, exist_ok=True)
     for path in found.values():
         shutil.copy(path, RELEASE)
