@@ -15,6 +15,7 @@ help:
 	@echo "make test         lint, types and all tests"
 	@echo "make test-cpus    tests that compare bits or learn, on every x86 processor this one can play"
 	@echo "make docs         the documentation site, into build/site; warnings are errors"
+	@echo "make release-check  wheels, kernel hub, trackers, licences: everything before an upload (downloads, minutes)"
 	@echo "make audit        look for known vulnerabilities in what constraints.txt pins (needs a network)"
 	@echo "make bench        op benchmark against every contender on this CPU"
 	@echo "make bench-quick  the same with few samples, to try the harness"
