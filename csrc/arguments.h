@@ -170,9 +170,12 @@ struct ObjectiveArguments {
 
   template <class T>
   ObjectiveInputs<T> unpack(int64_t rows) const {
-    return {
-        row_values<T>(advantages, rows, "advantages"), row_values<T>(row_weights, rows, "row_weights"),
-        row_values<T>(old_log_prob, rows, "old_log_prob")};
+    ObjectiveInputs<T> out;
+    out.advantages = row_values<T>(advantages, rows, "advantages");
+    out.all_weights = row_weights.has_value() && row_weights->dim() == 2;
+    out.row_weights = row_values<T>(row_weights, out.all_weights ? 4 * rows : rows, "row_weights");
+    out.old_log_prob = row_values<T>(old_log_prob, rows, "old_log_prob");
+    return out;
   }
 
   EpilogueOptions options() const {

@@ -15,7 +15,7 @@ from .losses import (
     row_statistics,
 )
 from .noise import PhiloxNoise
-from .objectives import DPPO, GRPOGuard, RatioClip, Unclipped
+from .objectives import DPPO, DRPO, GRPOGuard, KLPenalty, LogHinge, RatioClip, Unclipped
 from .results import LossMetrics, LossOutput, RowResults
 from .samplers import SAMPLERS, ScheduleLevels, SDEStep, sde_schedule
 from .sampling import sde_step, sde_step_with_logprob
@@ -25,9 +25,12 @@ __version__ = "0.1.0"
 __all__ = [
     "BACKENDS",
     "DPPO",
+    "DRPO",
     "SAMPLERS",
     "FlowDPPOLoss",
     "GRPOGuard",
+    "KLPenalty",
+    "LogHinge",
     "LossMetrics",
     "LossOutput",
     "PhiloxNoise",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -13,7 +14,7 @@ from . import layout
 from .autograd import LossCall, policy_loss
 from .backend import is_traced, launches_itself, resolve_backend, triton_kernels
 from .noise import PhiloxNoise
-from .objectives import DPPO, EpilogueOptions, GRPOGuard, Objective, as_objective
+from .objectives import DPPO, EpilogueOptions, GRPOGuard, Objective, TrustRegion, as_objective
 from .results import LossOutput
 from .rows import RowPlan, RowSource, plan_of
 from .rules import BUILT_IN, RowValues
@@ -64,6 +65,33 @@ def check_call(objective: object, named: dict[str, Tensor], advantages: Tensor) 
     return plan_of(named, advantages.shape, next(iter(named)))
 
 
+class RowWeights(NamedTuple):
+    """What users say of single rows beside their advantages."""
+
+    row_weights: Tensor | None
+    threshold_weights: Tensor | None
+    kl_weight: float | Tensor
+
+    @property
+    def shared_kl(self) -> float:
+        """What all rows' KL to the reference is multiplied by."""
+        return 1.0 if isinstance(self.kl_weight, torch.Tensor) else self.kl_weight
+
+    def lines(self, rows: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor | None:
+        """As the operators take them: ``[R]``, or ``[4, R]`` where there is more than ``row_weights``."""
+        kl_weight = self.kl_weight if isinstance(self.kl_weight, torch.Tensor) else None
+        given = {"row_weights": self.row_weights, "threshold_weights": self.threshold_weights, "kl_weight": kl_weight}
+        of_loss, of_threshold, of_reference = (
+            None if x is None else layout.row_vector(x, name, rows, device, dtype) for name, x in given.items()
+        )
+        if of_threshold is of_reference is None:
+            return of_loss
+        of_penalty = None if of_threshold is None else 1.0 / of_threshold
+        one = torch.ones((math.prod(rows),), dtype=dtype, device=device)
+        lines = (of_loss, of_threshold, of_penalty, of_reference)
+        return torch.stack([one if line is None else line for line in lines])
+
+
 class Settings(NamedTuple):
     """What an objective and the options come to."""
 
@@ -77,6 +105,7 @@ class Settings(NamedTuple):
 @_kept
 def settings_of(
     objective: Objective | Callable[[RowValues], tuple],
+    numel: int,
     velocities: bool,
     with_reference: bool,
     with_dt: bool,
@@ -91,13 +120,14 @@ def settings_of(
     objective = as_objective(objective)
     options = EpilogueOptions.make(
         objective,
+        numel=numel,
         latent_reduction=latent_reduction,
         log_prob=log_prob,
         advantage_clip=advantage_clip,
         kl_weight=kl_weight,
         reference_kl=reference_kl,
     )
-    if not velocities and isinstance(objective, DPPO) and objective.trust_region == "velocity_drift":
+    if not velocities and options.trust_region == TrustRegion.VELOCITY_DRIFT:
         raise ValueError(
             "objective: trust_region='velocity_drift' needs velocities; use the velocity form, or 'mean_drift' here"
         )
@@ -126,7 +156,7 @@ def run(
     plan: RowPlan,
     settings: Settings,
     advantages: Tensor,
-    row_weights: Tensor | None,
+    weights: RowWeights,
     old_log_prob: Tensor | None,
     reduction: str,
     single_pass: bool | None,
@@ -145,7 +175,7 @@ def run(
         name,
         geometry,
         layout.row_vector(advantages, "advantages", *kind),
-        None if row_weights is None else layout.row_vector(row_weights, "row_weights", *kind),
+        weights.lines(*kind),
         None if old_log_prob is None else layout.row_vector(old_log_prob, "old_log_prob", *kind),
         ints,
         floats,

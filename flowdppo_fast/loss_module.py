@@ -64,7 +64,7 @@ class FlowDPPOLoss(torch.nn.Module):
         self.objective = DPPO(threshold, symmetric, trust_region)
         # what is wrong is said here, not at the first call
         settings_of(
-            self.objective, True, True, True, single_pass, reduction,
+            self.objective, 1, True, True, True, single_pass, reduction,
             latent_reduction, log_prob, advantage_clip, kl_weight, reference_kl,
         )  # fmt: skip
         self.kl_weight = kl_weight
@@ -87,6 +87,7 @@ class FlowDPPOLoss(torch.nn.Module):
         reference_velocity: Tensor | None = None,
         old_log_prob: Tensor | None = None,
         row_weights: Tensor | None = None,
+        threshold_weights: Tensor | None = None,
     ) -> LossOutput:
         """Arguments, result and errors are those of :func:`fused_dppo_velocity_loss`."""
         return fused_policy_velocity_loss(
@@ -99,6 +100,7 @@ class FlowDPPOLoss(torch.nn.Module):
             reference_velocity=reference_velocity,
             old_log_prob=old_log_prob,
             row_weights=row_weights,
+            threshold_weights=threshold_weights,
             kl_weight=self.kl_weight,
             reference_kl=self.reference_kl,
             advantage_clip=self.advantage_clip,

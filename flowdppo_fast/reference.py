@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .epilogue import LOG_SQRT_2PI, epilogue
 from .noise import philox_normal
-from .objectives import LOG_SQRT_2PI, EpilogueOptions, RowField, epilogue
+from .objectives import EpilogueOptions, RowField
 from .rows import Form, RowSource, stats_dtype, takes_rows
 
 

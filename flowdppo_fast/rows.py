@@ -71,6 +71,7 @@ class RowPlan(NamedTuple):
 
     Attributes:
         shape: of all latents; the first ``row_dims`` dims are rows, ``rows`` is their shape.
+        numel: latent elements per row.
         dtype: accumulation dtype.
         whole: the shape as which all latents can be viewed; None where one of them has to be permuted or copied.
         memory_order: of the latent dims of the tensor that gets the gradient, None where it is the logical one.
@@ -81,6 +82,7 @@ class RowPlan(NamedTuple):
     shape: torch.Size
     row_dims: int
     rows: tuple[int, ...]
+    numel: int
     dtype: torch.dtype
     device: torch.device
     whole: tuple[int, int, int] | None
@@ -164,6 +166,7 @@ def _plan(named: Mapping[str, Tensor], rows: torch.Size | tuple[int, ...], diffe
         lead.shape,
         dims,
         tuple(rows),
+        shape[2],
         stats_dtype(lead),
         lead.device,
         shape if seen and all(_is_viewed(x, shape, dims) for x in named.values()) else None,

@@ -14,7 +14,7 @@ from .. import layout
 from ..autograd import LogProbCall, LogProbLoss
 from ..backend import BackendName, resolve_backend
 from ..losses import row_statistics
-from ..objectives import DPPO, EpilogueOptions, GRPOGuard, LogProbKind, Objective, ReferenceKL, is_number
+from ..objectives import DPPO, SEES_DRIFT, EpilogueOptions, GRPOGuard, LogProbKind, Objective, ReferenceKL, is_number
 from ..results import LossOutput
 from ..samplers import SDEStep
 from ..step_arguments import mean_step
@@ -22,7 +22,7 @@ from ..step_arguments import mean_step
 # k = b/S = 1: the statistics of a plain difference
 _UNIT_STEP = SDEStep(1.0, 1.0, 1.0, -1.0, "unit")
 # what UniRL's Flow-DPPO reports; verl-omni took the names over
-UNIRL_METRICS = tuple(name for name in DPPO.metrics if name not in ("drift_mean", "nonfinite_rows"))
+UNIRL_METRICS = tuple(name for name in DPPO().metrics if name not in ("drift_mean", "nonfinite_rows"))
 _DIVERGENCE_METRICS = ("kl_new_old_mean", "kl_new_old_max", "drift_mean")
 
 
@@ -82,7 +82,7 @@ def log_prob_policy_loss(
         ValueError, TypeError: shapes that do not match, or something an objective needs and did not get.
         RuntimeError: the named backend cannot run here.
     """
-    if drift is None and isinstance(objective, (DPPO, GRPOGuard)):
+    if drift is None and isinstance(objective, SEES_DRIFT):
         raise ValueError(f"drift: got None, expected mean((mu-mu_old)**2) per row; {type(objective).__name__} needs it")
     if kl_weight > 0.0 and reference_drift is None:
         raise ValueError("kl_weight: got a positive weight without a reference, expected reference_drift")

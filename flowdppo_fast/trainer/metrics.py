@@ -105,6 +105,7 @@ def read_iteration(
         "zero_std_fraction": flat.float().mean(),
         "abstained_fraction": total.isnan().float().mean(),
         "grad_norm": steps["grad_norm"].mean(),
+        "kl_last_update": steps["kl"][-1],
         "skipped_updates": steps["skipped"].sum(),
         "stopped_updates": steps["stopped"].sum(),
     }

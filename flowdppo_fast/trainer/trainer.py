@@ -18,7 +18,7 @@ from accelerate.logging import get_logger
 from torch import Tensor
 
 from ..losses import fused_policy_velocity_loss
-from ..objectives import Objective, as_objective
+from ..objectives import Objective, as_objective, threshold_of
 from ..results import LossOutput
 from ..rules import RowValues
 from ..runs.logs import ROWS_FILE, append_lines
@@ -31,6 +31,7 @@ from .config import FlowDPPOConfig
 from .evaluation import Evaluation
 from .metrics import METRICS, micro_vector, read_iteration
 from .mismatch import MismatchGate
+from .objective import adapted, over_budget
 from .pipeline_calls import PipelineCalls, check_guidance, join_rewards
 from .prompts import PromptSource
 from .record.arguments import row_index
@@ -104,7 +105,8 @@ class FlowDPPOTrainer:
         check_guidance(self.prompts, s.pipeline_kwargs)
         self.recorder = TrajectoryRecorder(pipeline, sampler=s.sampler, eta=s.eta, noise=s.noise)
         check_arrival(pipeline, self.recorder.modules, train=config.model.train, precision=config.model.mixed_precision)
-        self.objective = config.objective.build() if objective is None else as_objective(objective)
+        self._given_objective = config.objective.build() if objective is None else as_objective(objective)
+        self.objective = self._given_objective
         self.accelerator = Accelerator(cpu=config.run.device == "cpu")
         self.workers = Workers(self.accelerator)
         self.updates = plan_updates(config, self.workers)
@@ -133,7 +135,7 @@ class FlowDPPOTrainer:
             config.model,
             config.run.seed,
             self.device,
-            config.objective.needs_reference,
+            config.objective,
             self.workers,
         )
         scaled = config.model.mixed_precision == "fp16"
@@ -193,10 +195,13 @@ class FlowDPPOTrainer:
             log.start(history)
             self._doing = log.doing
             log.say(summary(self.config, self.workers, self.weights, self.device))
-            ended = self.iteration >= run.iterations or bool(history and self._over_budget(history[-1]))
+            self.objective = adapted(self._given_objective, history, self.config.objective.kl_target)
+            ended = self.iteration >= run.iterations or bool(
+                history and over_budget(history[-1], self.config.objective.drift_budget)
+            )
             while not ended:
                 metrics = self._iterate()
-                ended = self.iteration == run.iterations or self._over_budget(metrics)
+                ended = self.iteration == run.iterations or over_budget(metrics, self.config.objective.drift_budget)
                 if ended and self.evaluation is not None:
                     metrics |= self._evaluate("eval_final")
                 history.append(metrics)
@@ -392,8 +397,9 @@ class FlowDPPOTrainer:
                     results[key] += values
         self.state.iteration += 1
         self.state.within = False
-        metrics = self._read(rollout, results)
-        metrics |= evaluated
+        metrics = self._read(rollout, results) | evaluated
+        self.objective = adapted(self.objective, [metrics], self.config.objective.kl_target)
+        self.weights.move_reference(self.iteration)
         if share is not None:
             metrics["noise_share"] = share
         ended = time.perf_counter()
@@ -411,8 +417,9 @@ class FlowDPPOTrainer:
         if self.workers.sharded:
             # all processes replay the same calls
             new = [any(one) for one in zip(*self.workers.gather_objects([new]))]
-        strict, threshold = self.config.run.strict_replay, getattr(self.objective, "threshold", None)
+        strict = self.config.run.strict_replay
         for trajectory in itertools.compress(rollout.trajectories, new):
+            threshold = threshold_of(self.objective, trajectory.elements)
             rows = range(min(self.config.optimizer.micro_batch_size, len(trajectory)))
             verify = functools.partial(self.recorder.verify, trajectory, rows, strict=strict, threshold=threshold)
             check = self.calls.run(verify)
@@ -461,9 +468,8 @@ class FlowDPPOTrainer:
             objective=self.objective,
             reference_velocity=reference,
             advantage_clip=self.config.advantage.clip,
-            kl_weight=self.config.objective.kl_weight,
-            reference_kl=self.config.objective.reference_kl,
             single_pass=True,
+            **self.config.objective.of_loss(step, advantages.shape, self.config.sampling.num_steps, velocity.device),
         )
 
     def _read(self, rollout: Rollout, results: dict[str, list]) -> dict[str, float]:
@@ -486,14 +492,3 @@ class FlowDPPOTrainer:
         """Whether images of this iteration go to the output folder."""
         every = self.config.run.plot_every or 0
         return every > 0 and iteration % every == 0 and self.config.sampling.output_type != "latent"
-
-    def _over_budget(self, metrics: dict[str, float]) -> bool:
-        budget = self.config.objective.drift_budget
-        if budget is None or not metrics["kl_ref_nats"] > budget:
-            return False
-        logger.warning(
-            "the KL to the model at the start is %.3g nats per step, objective.drift_budget=%.3g: the run ends",
-            metrics["kl_ref_nats"],
-            budget,
-        )
-        return True

@@ -24,7 +24,7 @@ from flowdppo_fast.objectives import SUMMARY, RowField
 from flowdppo_fast.rows import RowSource, takes_rows
 
 _ROW_FIELDS, _SUMMARIES = len(RowField), len(SUMMARY)
-_NO_NUMBERS = (None,) * 5
+_NO_NUMBERS = (None,) * 6
 
 # unfused, so that decisions see the reference's roundings
 _launch_kernel = Launcher(epilogue_kernel, fp_fusion=False, waits=True)
@@ -123,7 +123,8 @@ def _launch_epilogue(
         # like step_arguments(): python floats reach kernels as float32
         numbers, options = _NO_NUMBERS, advantages.new_tensor(floats)
     columns = 0 if step is None else step.shape[1]
-    of = ("epilogue", mean_form, reference, old_log_prob is not None, columns, options is None, *ints)
+    all_weights = row_weights is not None and row_weights.dim() == 2
+    of = ("epilogue", mean_form, reference, old_log_prob is not None, columns, options is None, all_weights, *ints)
     kind = geometry.prepared.get(of)
     if kind is None:
         rows, splits = geometry.rows, geometry.cut.splits
@@ -131,7 +132,7 @@ def _launch_epilogue(
         kind = geometry.prepared[of] = Kind(
             1, num_warps, (rows, splits, geometry.numel),
             (
-                *rule_constants(ints[0]), *ints[1:], columns, mean_form, reference,
+                *rule_constants(ints[0]), *ints[1:], columns, mean_form, all_weights, reference,
                 2 + (old_log_prob is not None) + reference, row_block, row_blocks,
                 tiles.row_block, tiles.row_blocks, tiles.split_block, tiles.split_blocks,
             ),

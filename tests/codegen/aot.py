@@ -83,9 +83,10 @@ _EPILOGUE_FLAGS = {
     "TRUST_REGION": 0,
     "COLUMNS": 0,
     "MEAN_FORM": False,
+    "ALL_WEIGHTS": False,
     "REFERENCE": False,
 }
-_NUMBERS = ("threshold", "clip_low", "clip_high", "advantage_clip", "kl_weight")
+_NUMBERS = ("threshold", "clip_low", "clip_high", "advantage_clip", "kl_weight", "strength")
 # compiled against the contract, to prove that its checks find fault
 UNALIGNED = "partials bf16 unaligned"
 WIDE_NUMBERS = "epilogue dppo with float64 numbers"
@@ -183,6 +184,8 @@ def specialisations() -> list[Specialisation]:
     epilogue("dppo + reference 16 x 117", 0, 16, 117, REFERENCE=True)
     epilogue("clip, old log-prob 24 x 32", 2, 24, 32, ("old_log_prob", "row_weights"))
     epilogue("guard, batch bias 4096 x 1", 3, 4096, 1, BATCH_BIAS=1)
+    epilogue("pulled dppo, all weights 24 x 32", 6, 24, 32, ("row_weights",), ALL_WEIGHTS=True)
+    epilogue("drpo on the ratio 8 x 32", 9, 8, 32)
     epilogue("given log-probs 16 rows", 0, 16, 1, ("old_log_prob",), sums=("log_prob", "given_drift"), MEAN_FORM=True)
     epilogue(WIDE_NUMBERS.removeprefix("epilogue "), 0, 8, 32, numbers="fp64")
     tiles = partial_tiles(8, 32, 1)

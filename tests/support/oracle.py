@@ -63,6 +63,9 @@ class Rule:
     low: float = math.inf
     high: float = math.inf
     bias: str = "row"
+    # of a penalty or a pull back, and of a hinge
+    strength: float = 0.0
+    margin: float = math.inf
 
 
 @dataclass
@@ -92,13 +95,14 @@ def policy_loss(
     *,
     velocities: tuple[Tensor, Tensor] | None = None,
     reference_mean: Tensor | None = None,
-    kl_weight: float = 0.0,
+    kl_weight: Tensor | float = 0.0,
     reference_kl: str = "gaussian",
     latent_reduction: str = "mean",
     log_prob: str = "gaussian",
     old_log_prob: Tensor | None = None,
     advantage_clip: float | None = None,
     row_weights: Tensor | None = None,
+    threshold_weights: Tensor | float = 1.0,
 ) -> Answer:
     """Row losses of a policy-gradient objective on step means ``[rows, *latent]``; ``std``, ``dt`` are ``[rows]``."""
     latent_dims = tuple(range(advantages.ndim, mean.ndim))
@@ -135,20 +139,32 @@ def policy_loss(
     else:
         ratio = torch.exp(log_ratio)
     above, below = ratio - 1.0 > rule.high, 1.0 - ratio > rule.low
-    far = divergence >= rule.threshold
+    threshold = rule.threshold * threshold_weights
+    far = divergence >= threshold
+    moving_away = ((adv > 0) & (ratio > 1.0)) | ((adv < 0) & (ratio < 1.0))
     if rule.name in ("ratio_clip", "grpo_guard"):
         dropped = ((adv > 0) & above) | ((adv < 0) & below)
         policy = torch.maximum(-adv * ratio, -adv * ratio.clamp(1.0 - rule.low, 1.0 + rule.high))
         if rule.name == "grpo_guard":
             policy = policy / -dt
+    elif rule.name == "log_hinge":
+        policy = torch.clamp_min(adv.abs() * rule.margin - adv * log_ratio, 0.0)
+        dropped = (policy == 0.0) & (adv != 0.0)
     else:
-        moving_away = ((adv > 0) & (ratio > 1.0)) | ((adv < 0) & (ratio < 1.0))
+        clipped = ((adv > 0) & above) | ((adv < 0) & below)
         dropped = {
             "dppo": far & moving_away,
             "dppo_symmetric": far,
-            "unclipped": torch.zeros_like(far),
-        }[rule.name]
-        policy = torch.where(dropped, torch.zeros_like(ratio), -adv * ratio)
+            "dppo_clipped": (far & moving_away) | clipped,
+            "dppo_pulled": far & moving_away,
+        }.get(rule.name, torch.zeros_like(far))
+        penalty = {
+            "dppo_pulled": rule.strength * adv.abs() * torch.clamp_min(divergence / threshold - 1.0, 0.0),
+            "kl_penalty": rule.strength * divergence / threshold_weights,
+            "drpo": adv.abs() * divergence / threshold,
+            "drpo_ratio": adv.abs() * (ratio - 1.0) ** 2 / (2.0 * threshold),
+        }.get(rule.name, torch.zeros_like(ratio))
+        policy = torch.where(dropped, torch.zeros_like(ratio), -adv * ratio) + penalty
     weights = torch.ones_like(std) if row_weights is None else row_weights
     policy = weights * policy
     row_loss = policy
