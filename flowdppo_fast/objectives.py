@@ -126,6 +126,7 @@ class DPPO:
         _check_threshold(self)
         if self.low is not None or self.high is not None:
             _check_clip(self)
+            object.__setattr__(self, "metrics", self.metrics + _CLIP_METRICS)
         if self.pull is not None:
             check_positive("pull", self.pull)
         asked = {"symmetric": self.symmetric, "low": self.low is not None, "pull": self.pull is not None}
@@ -141,9 +142,7 @@ class DPPO:
             return Rule.DPPO_PULLED
         return Rule.DPPO_SYMMETRIC if self.symmetric else Rule.DPPO
 
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        return _COMMON + _MASK_METRICS + (() if self.low is None else _CLIP_METRICS)
+    metrics = _COMMON + _MASK_METRICS
 
 
 @dataclass(frozen=True)

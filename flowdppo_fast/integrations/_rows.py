@@ -22,7 +22,7 @@ from ..step_arguments import mean_step
 # k = b/S = 1: the statistics of a plain difference
 _UNIT_STEP = SDEStep(1.0, 1.0, 1.0, -1.0, "unit")
 # what UniRL's Flow-DPPO reports; verl-omni took the names over
-UNIRL_METRICS = tuple(name for name in DPPO().metrics if name not in ("drift_mean", "nonfinite_rows"))
+UNIRL_METRICS = tuple(name for name in DPPO.metrics if name not in ("drift_mean", "nonfinite_rows"))
 _DIVERGENCE_METRICS = ("kl_new_old_mean", "kl_new_old_max", "drift_mean")
 
 

@@ -16,7 +16,19 @@ import yaml
 
 pytest.importorskip("diffusers")
 
-from flowdppo_fast import DPPO, SAMPLERS, GRPOGuard, RatioClip, Unclipped, cli, ops, sde_schedule
+from flowdppo_fast import (
+    DPPO,
+    DRPO,
+    SAMPLERS,
+    GRPOGuard,
+    KLPenalty,
+    LogHinge,
+    RatioClip,
+    Unclipped,
+    cli,
+    ops,
+    sde_schedule,
+)
 from flowdppo_fast.objectives import SUMMARY
 from flowdppo_fast.runs import diagnose
 from flowdppo_fast.trainer.config import FlowDPPOConfig
@@ -132,7 +144,7 @@ def _value(cell: str, known: dict) -> float:
 
 def test_the_objective_table_names_every_objective():
     text = page("concepts/objectives.md").text
-    for kind in (DPPO, RatioClip, GRPOGuard, Unclipped):
+    for kind in (DPPO, RatioClip, GRPOGuard, KLPenalty, DRPO, LogHinge, Unclipped):
         assert f"| `{kind.__name__}(" in text
     regions = set(re.findall(r'^\| `"(\w+)"` \|', text, re.MULTILINE))
     assert regions == {"kl", "mean_drift", "velocity_drift"}
