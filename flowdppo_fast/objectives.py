@@ -449,10 +449,11 @@ def _check_threshold(objective: DPPO | DRPO) -> None:
 
 def _check_clip(objective: RatioClip | GRPOGuard | DPPO) -> None:
     low = objective.low
-    if not is_number(low) or not 0.0 < low < 1.0:
+    if low is None or not is_number(low) or not 0.0 < low < 1.0:
         raise ValueError(f"low: got {low!r}, expected a number in (0, 1)")
     if objective.high is None:
         object.__setattr__(objective, "high", low)
+    assert objective.high is not None
     check_positive("high", objective.high)
 
 

@@ -112,8 +112,9 @@ class SamplingConfig:
 
     Args:
         num_steps: denoising steps T, of which the last is never trained.
-        sampler: stochastic sampler: ``"flow_sde"``, ``"dance"``, ``"wan"``, ``"cps"``, or one of your own as
-            ``package.module:attribute``, a ``Sampler`` or the diffusion of a reverse-time SDE.
+        sampler: stochastic sampler: ``"flow_sde"``, ``"dance"``, ``"wan"``, ``"flash"``, ``"cps"``, ``"precise"``,
+            ``"dance_precise"``, or one of your own as ``package.module:attribute``, a ``Sampler`` or the diffusion of a
+            reverse-time SDE.
         eta: noise level of the sampler, > 0.
         sde_steps: indices of the steps that may draw noise and be trained, in 0..T-2; None means the first
             ``sde_fraction`` of all steps.
@@ -361,7 +362,7 @@ class FlowDPPOConfig:
             s.sampler in _SAMPLERS or OF_MODULE.fullmatch(s.sampler) is not None, "sampling.sampler", s.sampler,
             f"{', '.join(map(repr, _SAMPLERS))}, or package.module:attribute",
         )  # fmt: skip
-        require(s.sampler != "cps" or s.eta <= 1, "sampling.eta", s.eta, "at most 1 for 'cps'")
+        require(s.sampler != "cps" or s.eta < 2, "sampling.eta", s.eta, "less than 2 for 'cps'")
         require(
             s.sde_fraction is None or s.sde_steps is None, "sampling.sde_fraction", s.sde_fraction,
             "none where sampling.sde_steps names the steps",

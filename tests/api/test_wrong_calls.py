@@ -395,7 +395,7 @@ TABLE: dict[str, Wrong] = {
             ValueError,
             ("eta", f"{eta:g}", ">= 0"),
         )
-        for sampler, eta in [("dance", -0.1), ("cps", 1.2), ("flow_sde", math.nan), ("cps", math.nan)]
+        for sampler, eta in [("dance", -0.1), ("cps", 2.0), ("flow_sde", math.nan), ("cps", math.nan)]
     },
     "schedule missing for wan": Wrong(
         lambda: fast.SDEStep.from_sigmas("wan", 0.7, 0.6),

@@ -28,7 +28,7 @@ RECIPE = {"pipeline": PipelineConfig, "pipeline.quantization": QuantizationConfi
 # settings that contradict each other, each with the value that is named
 CONFLICTS: tuple[dict[str, Any], ...] = (
     {"sampling": {"sampler": "ode"}},
-    {"sampling": {"sampler": "cps", "eta": 1.5}},
+    {"sampling": {"sampler": "cps", "eta": 2.5}},
     {"sampling": {"sde_fraction": 0.5, "sde_steps": [0]}},
     {"sampling": {"step_choice": "window"}},
     {"sampling": {"per_group_steps": True}},

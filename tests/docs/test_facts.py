@@ -133,7 +133,7 @@ def _value(cell: str, known: dict) -> float:
     formula = formula.replace("{", "(").replace("}", ")")
     words = re.findall(r"\\?[a-z]+(?:_\w)?|\d+|\S", formula.replace("dt", " dt "))
     python = [{"^": "**"}.get(word, word.removeprefix("\\")) for word in words]
-    functions = {"sqrt": math.sqrt, "sin": math.sin}
+    functions = {"sqrt": math.sqrt, "sin": math.sin, "exp": math.exp}
     for place in range(len(python) - 1, 0, -1):
         before, after = python[place - 1 : place + 1]
         # factors stand side by side

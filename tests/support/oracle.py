@@ -32,13 +32,22 @@ def sampler_step(
         pure_noise = x + (1.0 - s) * v
         angle = eta * math.pi / 2.0
         return (1.0 - s_next) * data + s_next * math.cos(angle) * pure_noise, sigma_next * math.sin(angle)
+    if sampler in ("precise", "dance_precise"):
+        # as Flow-CPS, with what is kept of the predicted noise as the paper has it: exp(-eta^2/2) to the distance in
+        # log(data/noise), or in DanceGRPO's 1/noise
+        pure_noise = x + (1.0 - s) * v
+        here, there = ((1.0 - sigma) / sigma, (1.0 - sigma_next) / sigma_next)
+        distance = torch.log(there) - torch.log(here) if sampler == "precise" else 1.0 / sigma_next - 1.0 / sigma
+        kept = torch.exp(-(eta**2) / 2.0 * distance)
+        mean = (1.0 - s_next) * data + lift(sigma_next * kept, x) * pure_noise
+        return mean, sigma_next * torch.sqrt(1.0 - kept**2)
     if sampler == "flow_sde":
         guarded = torch.where(sigma == 1.0, torch.full_like(sigma, sigmas[1]), sigma)
         diffusion = eta * torch.sqrt(sigma / (1.0 - guarded))
     elif sampler == "dance":
         diffusion = torch.full_like(sigma, eta)
-    elif sampler == "wan":
-        diffusion = sigmas[-1] + (sigmas[1] - sigmas[-1]) * sigma
+    elif sampler in ("wan", "flash"):
+        diffusion = (1.0 if sampler == "wan" else eta) * (sigmas[-1] + (sigmas[1] - sigmas[-1]) * sigma)
     else:
         raise ValueError(sampler)
     # reverse-time SDE: dx = (v - g^2/2 * score) dt + g dW, with the score of N((1-sigma) * data, sigma^2)

@@ -111,7 +111,7 @@ REFUSED = [
     ({"advantage": {"history": 0}}, ValueError, "advantage.history: got 0"),
     ({"sampling": {"sampler": "ode"}}, ValueError, "sampling.sampler: got 'ode'"),
     ({"sampling": {"eta": 0}}, ValueError, "sampling.eta: got 0, expected a number > 0"),
-    ({"sampling": {"sampler": "cps", "eta": 1.2}}, ValueError, "at most 1 for 'cps'"),
+    ({"sampling": {"sampler": "cps", "eta": 2.2}}, ValueError, "less than 2 for 'cps'"),
     ({"sampling": {"sde_steps": [9]}}, ValueError, "step 9 is the last one of 10"),
     ({"sampling": {"sde_steps": [0, 0]}}, ValueError, "different step indices"),
     ({"sampling": {"sde_steps": []}}, ValueError, "sampling.sde_steps"),
