@@ -104,18 +104,20 @@ def policy_loss(new: Tensor, call: LossCall) -> tuple[Tensor, Tensor, Tensor, Te
     """
     inputs: list[Any]
     rows, plan, backend, geometry, *inputs, reduction, in_forward, wanted = call
+    # by how many are kept is known when the loss is
+    at_once = in_forward and reduction != "kept"
     # autograd sees the loss alone, which is what a call costs it
     grad = None
-    if in_forward:
+    if at_once:
         count = call.advantages.shape[0]
         inputs.append(1.0 / count if reduction == "mean" and count > 0 else 1.0)
     if geometry is not None:
         kernels = triton_kernels()
-        if in_forward:
+        if at_once:
             loss, results, summary, grad = kernels.launch_policy_loss_and_grad(rows, geometry, plan.shape, *inputs)
         else:
             loss, results, summary = kernels.launch_policy_loss(rows, geometry, *inputs)
-    elif in_forward:
+    elif at_once:
         one_pass = operator("policy_loss_and_grad", backend, plan.device.type)
         loss, results, summary, grad = one_pass(*rows, *inputs)
         grad = plan.gradient(grad)
@@ -125,6 +127,11 @@ def policy_loss(new: Tensor, call: LossCall) -> tuple[Tensor, Tensor, Tensor, Te
         loss = results[RowField.LOSS].clone()
     elif reduction == "sum":
         loss = results[RowField.LOSS].sum()
+    elif reduction == "kept":
+        share = _share_of_kept(results)
+        loss = results[RowField.LOSS].sum() * share
+        if in_forward:
+            grad = _gradient_of_rows(call, rows, results, share.reshape(1), 1.0)
     if new.requires_grad and torch.is_grad_enabled():
         loss = PolicyLoss.apply(new, call, _Made(loss, results, grad))
     return loss, results, summary, grad if wanted else None
@@ -162,22 +169,34 @@ class PolicyLoss(torch.autograd.Function):
         saved = _saved(ctx)
         results, factor = saved[-1], 1.0
         count = results.shape[1]
-        if call.reduction == "mean" and count > 0:
+        if call.reduction == "kept":
+            grad_loss = grad_loss * _share_of_kept(results)
+        elif call.reduction == "mean" and count > 0:
             if torch.compiler.is_compiling():
                 # an operator's float argument would make the number of rows a constant of the graph
                 grad_loss = grad_loss / count
             else:
                 factor = 1.0 / count
-        rows, plan = RowSource(*saved[:6], *call.rows[6:]), call.plan
-        if call.geometry is not None:
-            if launches_itself(call.backend, plan.device.type):
-                launch = triton_kernels().launch_gradient
-                return launch(rows, call.geometry, results, grad_loss, factor, plan.shape), None, None
-            rows = plan.in_rows(rows)
-        else:
+        rows = RowSource(*saved[:6], *call.rows[6:])
+        if call.geometry is None:
             # not kept as rows: that may be a copy
-            rows = rows._replace(new=plan.to_rows(rows.new))
-        return _row_grad(call, rows, results, grad_loss, factor), None, None
+            rows = rows._replace(new=call.plan.to_rows(rows.new))
+        return _gradient_of_rows(call, rows, results, grad_loss, factor), None, None
+
+
+def _gradient_of_rows(call: LossCall, rows: RowSource, results: Tensor, upstream: Tensor, factor: float) -> Tensor:
+    """The gradient from row results, whether rows are as operators or as Triton's kernels take them."""
+    plan = call.plan
+    if call.geometry is not None:
+        if launches_itself(call.backend, plan.device.type):
+            return triton_kernels().launch_gradient(rows, call.geometry, results, upstream, factor, plan.shape)
+        rows = plan.in_rows(rows)
+    return _row_grad(call, rows, results, upstream, factor)
+
+
+def _share_of_kept(results: Tensor) -> Tensor:
+    """One over the number of kept rows, or 1 if there are none."""
+    return 1.0 / results[RowField.KEPT].sum().clamp_min(1.0)
 
 
 def _scaled(grad: Tensor, upstream: Tensor, kept: bool) -> Tensor:

@@ -15,6 +15,7 @@ from .autograd import LossCall, policy_loss
 from .backend import is_traced, launches_itself, resolve_backend, triton_kernels
 from .noise import PhiloxNoise
 from .objectives import DPPO, EpilogueOptions, GRPOGuard, Objective, TrustRegion, as_objective
+from .reference import row_numbers
 from .results import LossOutput
 from .rows import RowPlan, RowSource, plan_of
 from .rules import BUILT_IN, RowValues
@@ -71,23 +72,32 @@ class RowWeights(NamedTuple):
     row_weights: Tensor | None
     threshold_weights: Tensor | None
     kl_weight: float | Tensor
+    reference_kl: str
 
     @property
     def shared_kl(self) -> float:
         """What all rows' KL to the reference is multiplied by."""
         return 1.0 if isinstance(self.kl_weight, torch.Tensor) else self.kl_weight
 
-    def lines(self, rows: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor | None:
+    def lines(
+        self, source: RowSource, rows: tuple[int, ...], device: torch.device, dtype: torch.dtype
+    ) -> Tensor | None:
         """As the operators take them: ``[R]``, or ``[4, R]`` where there is more than ``row_weights``."""
         kl_weight = self.kl_weight if isinstance(self.kl_weight, torch.Tensor) else None
         given = {"row_weights": self.row_weights, "threshold_weights": self.threshold_weights, "kl_weight": kl_weight}
         of_loss, of_threshold, of_reference = (
             None if x is None else layout.row_vector(x, name, rows, device, dtype) for name, x in given.items()
         )
-        if of_threshold is of_reference is None:
+        unscaled = self.reference_kl.endswith("_mse") and source.reference is not None
+        if of_threshold is of_reference is None and not unscaled:
             return of_loss
         of_penalty = None if of_threshold is None else 1.0 / of_threshold
         one = torch.ones((math.prod(rows),), dtype=dtype, device=device)
+        if unscaled:
+            # mean((mu-mu_ref)**2) is 2*S**2 times the KL
+            std, scale, _ = row_numbers(source.step, source.step_values, source.form, len(one), one)
+            factor = 2.0 * std**2 if self.reference_kl == "mean_mse" else 2.0 / scale**2
+            of_reference = factor if of_reference is None else factor * of_reference
         lines = (of_loss, of_threshold, of_penalty, of_reference)
         return torch.stack([one if line is None else line for line in lines])
 
@@ -133,8 +143,10 @@ def settings_of(
         )
     if not with_dt and (isinstance(objective, GRPOGuard) or (reference_kl == "without_dt" and with_reference)):
         raise ValueError("dt: got None, expected sigma_next - sigma; GRPO-Guard and reference_kl='without_dt' need it")
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction: got {reduction!r}, expected 'mean', 'sum' or 'none'")
+    if not velocities and reference_kl == "velocity_mse":
+        raise ValueError("reference_kl: 'velocity_mse' needs velocities; use the velocity form, or 'mean_mse' here")
+    if reduction not in ("mean", "kept", "sum", "none"):
+        raise ValueError(f"reduction: got {reduction!r}, expected 'mean', 'kept', 'sum' or 'none'")
     if options.batch_bias and reduction == "none":
         raise ValueError("reduction: bias='batch' couples all rows, so 'none' has no per-row gradient; use 'mean'")
     if options.kl_weight > 0.0 and not with_reference:
@@ -175,7 +187,7 @@ def run(
         name,
         geometry,
         layout.row_vector(advantages, "advantages", *kind),
-        weights.lines(*kind),
+        weights.lines(source, *kind),
         None if old_log_prob is None else layout.row_vector(old_log_prob, "old_log_prob", *kind),
         ints,
         floats,

@@ -22,7 +22,7 @@ from .autograd import RowCall, RowStatistics
 from .backend import BackendName, resolve_backend
 from .loss_call import RowWeights, check_call, check_seeded, dppo, run, settings_of, streams_of
 from .noise import PhiloxNoise
-from .objectives import LogProbKind, Objective, ReferenceKL, TrustRegionName
+from .objectives import LogProbKind, Objective, Reduction, ReferenceKL, TrustRegionName
 from .results import LossOutput
 from .rows import Form, RowSource, plan_of
 from .rules import RowValues
@@ -47,7 +47,7 @@ def fused_policy_velocity_loss(
     old_log_prob: Tensor | None = None,
     row_weights: Tensor | None = None,
     threshold_weights: Tensor | None = None,
-    reduction: Literal["mean", "sum", "none"] = "mean",
+    reduction: Reduction = "mean",
     latent_reduction: Literal["mean", "sum"] = "mean",
     log_prob: LogProbKind = "gaussian",
     single_pass: bool | None = None,
@@ -68,8 +68,10 @@ def fused_policy_velocity_loss(
         reference_velocity: same shape, the reference policy's output, for a KL term and its metric. Default None.
         kl_weight: weight of the KL to the reference policy, >= 0, or one of any sign per row (a tensor as
             ``row_weights``); needs a reference. Default 0.
-        reference_kl: ``"gaussian"`` (default), or ``"without_dt"`` for flow_grpo's ``(mu-mu_ref)**2 /
-            (2*std_dev_t**2)`` of the SDE samplers, where ``S = std_dev_t * sqrt(-dt)``.
+        reference_kl: ``"gaussian"`` (default), ``"without_dt"`` for flow_grpo's ``(mu-mu_ref)**2 /
+            (2*std_dev_t**2)`` of the SDE samplers, where ``S = std_dev_t * sqrt(-dt)``, or without a scale
+            ``"mean_mse"`` for ``mean((mu-mu_ref)**2)`` and ``"velocity_mse"`` for ``mean((v-v_ref)**2)`` (velocities
+            only). The metric stays a KL.
         advantage_clip: clamp advantages to ``[-c, c]`` first (Flow-Factory, DanceGRPO: 5), > 0. Default None: as they
             are.
         old_log_prob: ``[rows]`` rollout log-probs in nats, mean-reduced, with normaliser: ``L = logp_new -
@@ -78,7 +80,8 @@ def fused_policy_velocity_loss(
         row_weights: ``[rows]`` weights on row losses (rollout correction). Default None: 1.
         threshold_weights: ``[rows]`` what the objective's threshold is multiplied by, and the strength of its penalty
             divided by, > 0: a bound per step. Default None: 1.
-        reduction: over rows: ``"mean"`` (default; dropped rows stay in the denominator), ``"sum"`` or ``"none"``.
+        reduction: over rows: ``"mean"`` (default; dropped rows stay in the denominator), ``"kept"`` (the sum over the
+            number of kept rows; metrics stay means of all), ``"sum"`` or ``"none"``.
         latent_reduction: over latent elements: ``"mean"`` (default), or ``"sum"`` to multiply log-ratio and KL by N.
         log_prob: ``"gaussian"`` (default), or ``"unnormalized"`` for trainers whose CPS log-prob drops ``1/(2*S**2)``
             and the normaliser.
@@ -104,7 +107,7 @@ def fused_policy_velocity_loss(
     if reference_velocity is not None:
         named["reference_velocity"] = reference_velocity
     plan = check_call(objective, named, advantages)
-    weights = RowWeights(row_weights, threshold_weights, kl_weight)
+    weights = RowWeights(row_weights, threshold_weights, kl_weight, reference_kl)
     settings = settings_of(
         objective, plan.numel, True, reference_velocity is not None, True, single_pass, reduction,
         latent_reduction, log_prob, advantage_clip, weights.shared_kl, reference_kl,
@@ -134,7 +137,7 @@ def fused_policy_loss(
     old_log_prob: Tensor | None = None,
     row_weights: Tensor | None = None,
     threshold_weights: Tensor | None = None,
-    reduction: Literal["mean", "sum", "none"] = "mean",
+    reduction: Reduction = "mean",
     latent_reduction: Literal["mean", "sum"] = "mean",
     log_prob: LogProbKind = "gaussian",
     single_pass: bool | None = None,
@@ -158,8 +161,10 @@ def fused_policy_loss(
         reference_prev_sample_mean: same shape, the reference policy's mean, for a KL term and its metric. Default None.
         kl_weight: weight of the KL to the reference policy, >= 0, or one of any sign per row (a tensor as
             ``row_weights``); needs a reference. Default 0.
-        reference_kl: ``"gaussian"`` (default), or ``"without_dt"`` for flow_grpo's ``(mu-mu_ref)**2 /
-            (2*std_dev_t**2)`` of the SDE samplers, where ``S = std_dev_t * sqrt(-dt)``.
+        reference_kl: ``"gaussian"`` (default), ``"without_dt"`` for flow_grpo's ``(mu-mu_ref)**2 /
+            (2*std_dev_t**2)`` of the SDE samplers, where ``S = std_dev_t * sqrt(-dt)``, or without a scale
+            ``"mean_mse"`` for ``mean((mu-mu_ref)**2)`` and ``"velocity_mse"`` for ``mean((v-v_ref)**2)`` (velocities
+            only). The metric stays a KL.
         advantage_clip: clamp advantages to ``[-c, c]`` first (Flow-Factory, DanceGRPO: 5), > 0. Default None: as they
             are.
         old_log_prob: ``[rows]`` rollout log-probs in nats, mean-reduced, with normaliser: ``L = logp_new -
@@ -168,7 +173,8 @@ def fused_policy_loss(
         row_weights: ``[rows]`` weights on row losses (rollout correction). Default None: 1.
         threshold_weights: ``[rows]`` what the objective's threshold is multiplied by, and the strength of its penalty
             divided by, > 0: a bound per step. Default None: 1.
-        reduction: over rows: ``"mean"`` (default; dropped rows stay in the denominator), ``"sum"`` or ``"none"``.
+        reduction: over rows: ``"mean"`` (default; dropped rows stay in the denominator), ``"kept"`` (the sum over the
+            number of kept rows; metrics stay means of all), ``"sum"`` or ``"none"``.
         latent_reduction: over latent elements: ``"mean"`` (default), or ``"sum"`` to multiply log-ratio and KL by N.
         log_prob: ``"gaussian"`` (default), or ``"unnormalized"`` for trainers whose CPS log-prob drops ``1/(2*S**2)``
             and the normaliser.
@@ -193,7 +199,7 @@ def fused_policy_loss(
     if reference_prev_sample_mean is not None:
         named["reference_prev_sample_mean"] = reference_prev_sample_mean
     plan = check_call(objective, named, advantages)
-    weights = RowWeights(row_weights, threshold_weights, kl_weight)
+    weights = RowWeights(row_weights, threshold_weights, kl_weight, reference_kl)
     settings = settings_of(
         objective, plan.numel, False, reference_prev_sample_mean is not None, dt is not None, single_pass, reduction,
         latent_reduction, log_prob, advantage_clip, weights.shared_kl, reference_kl,
@@ -225,7 +231,7 @@ def fused_dppo_velocity_loss(
     old_log_prob: Tensor | None = None,
     row_weights: Tensor | None = None,
     threshold_weights: Tensor | None = None,
-    reduction: Literal["mean", "sum", "none"] = "mean",
+    reduction: Reduction = "mean",
     latent_reduction: Literal["mean", "sum"] = "mean",
     log_prob: LogProbKind = "gaussian",
     single_pass: bool | None = None,
@@ -249,8 +255,10 @@ def fused_dppo_velocity_loss(
         reference_velocity: same shape, the reference policy's output, for a KL term and its metric. Default None.
         kl_weight: weight of the KL to the reference policy, >= 0, or one of any sign per row (a tensor as
             ``row_weights``); needs a reference. Default 0.
-        reference_kl: ``"gaussian"`` (default), or ``"without_dt"`` for flow_grpo's ``(mu-mu_ref)**2 /
-            (2*std_dev_t**2)`` of the SDE samplers, where ``S = std_dev_t * sqrt(-dt)``.
+        reference_kl: ``"gaussian"`` (default), ``"without_dt"`` for flow_grpo's ``(mu-mu_ref)**2 /
+            (2*std_dev_t**2)`` of the SDE samplers, where ``S = std_dev_t * sqrt(-dt)``, or without a scale
+            ``"mean_mse"`` for ``mean((mu-mu_ref)**2)`` and ``"velocity_mse"`` for ``mean((v-v_ref)**2)`` (velocities
+            only). The metric stays a KL.
         advantage_clip: clamp advantages to ``[-c, c]`` first (Flow-Factory, DanceGRPO: 5), > 0. Default None: as they
             are.
         old_log_prob: ``[rows]`` rollout log-probs in nats, mean-reduced, with normaliser: ``L = logp_new -
@@ -259,7 +267,8 @@ def fused_dppo_velocity_loss(
         row_weights: ``[rows]`` weights on row losses (rollout correction). Default None: 1.
         threshold_weights: ``[rows]`` what the objective's threshold is multiplied by, and the strength of its penalty
             divided by, > 0: a bound per step. Default None: 1.
-        reduction: over rows: ``"mean"`` (default; dropped rows stay in the denominator), ``"sum"`` or ``"none"``.
+        reduction: over rows: ``"mean"`` (default; dropped rows stay in the denominator), ``"kept"`` (the sum over the
+            number of kept rows; metrics stay means of all), ``"sum"`` or ``"none"``.
         latent_reduction: over latent elements: ``"mean"`` (default), or ``"sum"`` to multiply log-ratio and KL by N.
         log_prob: ``"gaussian"`` (default), or ``"unnormalized"`` for trainers whose CPS log-prob drops ``1/(2*S**2)``
             and the normaliser.
@@ -316,7 +325,7 @@ def fused_dppo_loss(
     old_log_prob: Tensor | None = None,
     row_weights: Tensor | None = None,
     threshold_weights: Tensor | None = None,
-    reduction: Literal["mean", "sum", "none"] = "mean",
+    reduction: Reduction = "mean",
     latent_reduction: Literal["mean", "sum"] = "mean",
     log_prob: LogProbKind = "gaussian",
     single_pass: bool | None = None,
@@ -342,8 +351,10 @@ def fused_dppo_loss(
         reference_prev_sample_mean: same shape, the reference policy's mean, for a KL term and its metric. Default None.
         kl_weight: weight of the KL to the reference policy, >= 0, or one of any sign per row (a tensor as
             ``row_weights``); needs a reference. Default 0.
-        reference_kl: ``"gaussian"`` (default), or ``"without_dt"`` for flow_grpo's ``(mu-mu_ref)**2 /
-            (2*std_dev_t**2)`` of the SDE samplers, where ``S = std_dev_t * sqrt(-dt)``.
+        reference_kl: ``"gaussian"`` (default), ``"without_dt"`` for flow_grpo's ``(mu-mu_ref)**2 /
+            (2*std_dev_t**2)`` of the SDE samplers, where ``S = std_dev_t * sqrt(-dt)``, or without a scale
+            ``"mean_mse"`` for ``mean((mu-mu_ref)**2)`` and ``"velocity_mse"`` for ``mean((v-v_ref)**2)`` (velocities
+            only). The metric stays a KL.
         advantage_clip: clamp advantages to ``[-c, c]`` first (Flow-Factory, DanceGRPO: 5), > 0. Default None: as they
             are.
         old_log_prob: ``[rows]`` rollout log-probs in nats, mean-reduced, with normaliser: ``L = logp_new -
@@ -352,7 +363,8 @@ def fused_dppo_loss(
         row_weights: ``[rows]`` weights on row losses (rollout correction). Default None: 1.
         threshold_weights: ``[rows]`` what the objective's threshold is multiplied by, and the strength of its penalty
             divided by, > 0: a bound per step. Default None: 1.
-        reduction: over rows: ``"mean"`` (default; dropped rows stay in the denominator), ``"sum"`` or ``"none"``.
+        reduction: over rows: ``"mean"`` (default; dropped rows stay in the denominator), ``"kept"`` (the sum over the
+            number of kept rows; metrics stay means of all), ``"sum"`` or ``"none"``.
         latent_reduction: over latent elements: ``"mean"`` (default), or ``"sum"`` to multiply log-ratio and KL by N.
         log_prob: ``"gaussian"`` (default), or ``"unnormalized"`` for trainers whose CPS log-prob drops ``1/(2*S**2)``
             and the normaliser.

@@ -17,7 +17,8 @@ from .rules import RowValues, register
 
 TrustRegionName = Literal["kl", "mean_drift", "velocity_drift"]
 LogProbKind = Literal["gaussian", "unnormalized"]
-ReferenceKL = Literal["gaussian", "without_dt"]
+ReferenceKL = Literal["gaussian", "without_dt", "velocity_mse", "mean_mse"]
+Reduction = Literal["mean", "kept", "sum", "none"]
 
 
 class Rule(enum.IntEnum):
@@ -378,7 +379,7 @@ class EpilogueOptions(NamedTuple):
         """
         _check_choice("latent_reduction", latent_reduction, ("mean", "sum"))
         _check_choice("log_prob", log_prob, ("gaussian", "unnormalized"))
-        _check_choice("reference_kl", reference_kl, ("gaussian", "without_dt"))
+        _check_choice("reference_kl", reference_kl, ("gaussian", "without_dt", "velocity_mse", "mean_mse"))
         if advantage_clip is not None:
             check_positive("advantage_clip", advantage_clip)
         if not is_number(kl_weight) or not 0.0 <= kl_weight < math.inf:

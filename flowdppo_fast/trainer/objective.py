@@ -70,7 +70,10 @@ class ObjectiveConfig:
         step_weight: what rows of a step are multiplied by: ``"none"``, ``"inverse_scale"`` (Flash-GRPO's ``1/|k|``),
             ``"std"`` (TempFlow-GRPO's noise level ``S``) or ``"inverse_dt"``.
         kl_weight: weight of the KL to the reference model, >= 0.
-        reference_kl: ``"gaussian"``, or ``"without_dt"`` for flow_grpo's convention.
+        reference_kl: ``"gaussian"``, ``"without_dt"`` for flow_grpo's convention, or without a scale ``"mean_mse"`` or
+            ``"velocity_mse"``.
+        mean_over: ``"rows"`` for the mean loss over all rows of a micro-batch, or ``"kept"`` for its sum over the
+            number of rows that the bound keeps.
         reference_every: iterations between two moves of the reference model; None means that it stays the model as it
             was at the start.
         reference_decay: what the reference model keeps of itself when it moves towards the trained one; 0 resets it.
@@ -94,7 +97,8 @@ class ObjectiveConfig:
     kl_target: Positive | None = None
     step_weight: Literal["none", "inverse_scale", "std", "inverse_dt"] = "none"
     kl_weight: NotNegative = 0.0
-    reference_kl: Literal["gaussian", "without_dt"] = "gaussian"
+    reference_kl: Literal["gaussian", "without_dt", "velocity_mse", "mean_mse"] = "gaussian"
+    mean_over: Literal["rows", "kept"] = "rows"
     reference_every: Count | None = None
     reference_decay: Decay = 0.0
     drift_budget: Positive | None = None
@@ -193,6 +197,8 @@ class ObjectiveConfig:
         """Keyword arguments of a loss on ``rows`` that end with the steps ``step``, of ``num_steps`` from noise to
         data."""
         given: dict[str, Any] = {"kl_weight": self.kl_weight, "reference_kl": self.reference_kl}
+        if self.mean_over == "kept":
+            given["reduction"] = "kept"
         if self.step_weight != "none" or self.threshold_per != "step":
             std, scale, neg_dt = step.row_table(rows, device, torch.float32).T.reshape(3, *rows)
             if self.threshold_per == "noise_level":

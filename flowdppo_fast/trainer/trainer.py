@@ -24,7 +24,7 @@ from ..rules import RowValues
 from ..runs.logs import ROWS_FILE, append_lines
 from ..runs.row_log import row_part
 from ..runs.tracking import RunLog
-from .advantages import RewardHistory, advantages_of, group_spread, weighted_reward
+from .advantages import RewardHistory, StepAdvantages, advantages_of, group_spread, per_step, weighted_reward
 from .ambient import own_state
 from .checkpoint import load_random_state, random_state
 from .config import FlowDPPOConfig
@@ -74,6 +74,8 @@ class FlowDPPOTrainer:
             ``prompt_embeds`` without a batch dim). ``text`` and ``metadata`` in a mapping go to the reward only.
         config: settings; checked before any weight is touched.
         eval_prompts: held-out prompts for ``evaluation.every``.
+        step_advantages: a function of the advantages ``[R]``, the rewards by name and the indices of the trained steps,
+            which gives each step its own, ``[R, S]``. None: all steps of an image have its advantage.
         objective: in place of the one that ``config.objective`` names: an objective, or a function of a row's values
             (:mod:`flowdppo_fast.rules`), which is fused with the rest.
 
@@ -91,6 +93,7 @@ class FlowDPPOTrainer:
         *,
         eval_prompts: Sequence[str | Mapping[str, Any]] | None = None,
         objective: Objective | Callable[[RowValues], tuple] | None = None,
+        step_advantages: StepAdvantages | None = None,
     ):
         self.config = config = config or FlowDPPOConfig()
         config.validate()
@@ -100,7 +103,7 @@ class FlowDPPOTrainer:
                 f"eval_prompts: got {'none' if eval_prompts is None else 'some'} with evaluation.every="
                 f"{config.evaluation.every}, expected both or neither"
             )
-        self.pipeline, self.reward = pipeline, reward
+        self.pipeline, self.reward, self.step_advantages = pipeline, reward, step_advantages
         self.prompts = PromptSource(prompts, pipeline, [*s.pipeline_kwargs, "return_dict"])
         check_guidance(self.prompts, s.pipeline_kwargs)
         self.recorder = TrajectoryRecorder(pipeline, sampler=s.sampler, eta=s.eta, noise=s.noise)
@@ -241,6 +244,7 @@ class FlowDPPOTrainer:
             past=past,
         )  # fmt: skip
         self.history.add(drawn.rewards, places)
+        advantages = per_step(self.step_advantages, advantages, drawn.rewards, drawn.trajectories[0].steps)
         return Rollout(drawn.trajectories, drawn.calls, drawn.rewards, advantages, drawn.page)
 
     @own_state()
@@ -302,13 +306,13 @@ class FlowDPPOTrainer:
             width = min(o.steps_per_micro_batch or count, count)
             for start, first in itertools.product(range(0, len(local), o.micro_batch_size), range(0, count, width)):
                 part, steps = slice(start, start + o.micro_batch_size), range(first, min(first + width, count))
-                advantages = rollout.advantages[row_index(places[part], self.device)]
+                advantages = rollout.advantages_of(row_index(places[part], self.device), steps)
                 shares.append(len(advantages) * len(steps) / (len(rows) * count))
                 out = self._micro_batch(trajectory, local[part], steps, advantages, shares[-1])
                 vectors.append(micro_vector(out, self.objective, trajectory.elements, on_policy=number == 0))
                 indices = [trajectory.steps[position].index for position in steps]
                 elements.append(trajectory.elements)
-                parts.append(row_part(out, number, indices, places[part], trajectory.elements))
+                parts.append(row_part(out, number, indices, first, places[part], trajectory.elements))
                 self._metric_names = out.metric_names
         if number == 0:
             self._gate.check(vectors)
@@ -441,7 +445,7 @@ class FlowDPPOTrainer:
             with torch.no_grad(), self.weights.reference():
                 reference = self.calls.run(replay)
         velocity = self.calls.run(replay)
-        out = self._loss(trajectory, rows, steps, velocity, reference, advantages[:, None].expand(-1, len(steps)))
+        out = self._loss(trajectory, rows, steps, velocity, reference, advantages)
         assert out.grad is not None
         # on a GPU looking for a gradient costs a sync
         if not (self._looks and not out.grad.any()):

@@ -199,7 +199,7 @@ def draw_call(choose: Chooser, device: str, *, float64: bool) -> Drawn:
         options["log_prob"] = "unnormalized"
     if choose.choice((False, False, True)):
         options["advantage_clip"] = choose.uniform(0.1, 3.0)
-    kind = choose.choice(("mean", "mean", "sum", "none"))
+    kind = choose.choice(("mean", "mean", "kept", "sum", "none"))
     couples = objective == "grpo_guard_batch"
     options["reduction"] = "mean" if couples and kind == "none" else kind
     if options["reduction"] != "none" and choose.choice((False, True)):

@@ -253,7 +253,7 @@ def test_inactive_rows_are_zeros_without_reading_them(backend, dtype, with_refer
 
 @pytest.mark.parametrize(("form", "objective"), FORM_OBJECTIVES)
 @pytest.mark.parametrize("rows", [(0,), (3, 0)], ids=str)
-@pytest.mark.parametrize("option", ["mean", "sum", "none", "single_pass"])
+@pytest.mark.parametrize("option", ["mean", "kept", "sum", "none", "single_pass"])
 def test_empty_batch(backend, form, objective, rows, option):
     if objective == "grpo_guard_batch" and option == "none":
         option = "mean"

@@ -90,6 +90,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "reference_kl": {"with_reference": True, "kl_weight": 0.3},
     "reference_kl_without_dt": {"with_reference": True, "kl_weight": 0.3, "reference_kl": "without_dt"},
+    "reference_mean_mse": {"with_reference": True, "kl_weight": 0.3, "reference_kl": "mean_mse", "reduction": "kept"},
     "reference_metric_only": {"with_reference": True},
     "sum_over_latents": {"latent_reduction": "sum", "drift": 0.1},
     "unnormalized": {"log_prob": "unnormalized"},

@@ -102,7 +102,7 @@ def policy_loss(
     dt: Tensor,
     advantages: Tensor,
     *,
-    velocities: tuple[Tensor, Tensor] | None = None,
+    velocities: tuple[Tensor, Tensor, Tensor | None] | None = None,
     reference_mean: Tensor | None = None,
     kl_weight: Tensor | float = 0.0,
     reference_kl: str = "gaussian",
@@ -179,9 +179,13 @@ def policy_loss(
     row_loss = policy
     kl_ref = torch.zeros_like(std)
     if reference_mean is not None:
-        variance = s**2 if reference_kl == "gaussian" else s**2 / lift(-dt, mean)
-        kl_ref = over_latents((mean - reference_mean) ** 2 / (2.0 * variance))
-        row_loss = policy + kl_weight * weights * kl_ref
+        variance = s**2 / lift(-dt, mean) if reference_kl == "without_dt" else s**2
+        kl_ref = penalty_ref = over_latents((mean - reference_mean) ** 2 / (2.0 * variance))
+        if reference_kl == "mean_mse":
+            penalty_ref = over_latents((mean - reference_mean) ** 2)
+        elif reference_kl == "velocity_mse":
+            penalty_ref = over_latents((velocities[0] - velocities[2]) ** 2)
+        row_loss = policy + kl_weight * weights * penalty_ref
 
     def fraction(flags: Tensor) -> Tensor:
         return flags.to(std.dtype).mean()

@@ -311,12 +311,17 @@ def textbook(call: Call, dtype: torch.dtype = torch.float64) -> Outcome:
             options[name] = options[name].detach().cpu().to(dtype)
     velocities = None
     if call.form == "velocity":
-        velocities = (first, call.tensors["old_velocity"].detach().cpu().to(dtype))
+        third = call.tensors["reference_velocity"]
+        third = None if third is None else third.detach().cpu().to(dtype)
+        velocities = (first, call.tensors["old_velocity"].detach().cpu().to(dtype), third)
     answer = oracle.policy_loss(
         call.rule, mean, old_mean, next_state, std, dt, call.advantages.detach().cpu().to(dtype),
         velocities=velocities, reference_mean=reference_mean, **options,
     )  # fmt: skip
-    loss = {"mean": answer.row_loss.mean(), "sum": answer.row_loss.sum(), "none": answer.row_loss}[reduction]
+    loss = {
+        "mean": answer.row_loss.mean(), "sum": answer.row_loss.sum(), "none": answer.row_loss,
+        "kept": answer.row_loss.sum() / answer.kept.sum().clamp_min(1),
+    }[reduction]  # fmt: skip
     (grad,) = torch.autograd.grad((loss * upstream_of(loss, call.upstream)).sum(), first)
     rows = {name: getattr(answer, name) for name in ("log_ratio", "ratio", "kl", "kept")}
     rows["loss"] = answer.row_loss.detach()

@@ -9,6 +9,7 @@ import torch
 from digits_example import PROMPTS, ink
 
 import flowdppo_fast as fast
+from flowdppo_fast.runs.row_log import read_rows
 from flowdppo_fast.trainer import FlowDPPOTrainer
 from flowdppo_fast.trainer.objective import ObjectiveConfig, adapted
 
@@ -114,3 +115,36 @@ def test_a_reference_that_moves(pipes, small_config, train, decay):
         torch.testing.assert_close(moved, decay * old + (1.0 - decay) * new)
     assert any(not torch.equal(old, moved) for old, moved in zip(start, reference))
     assert all(torch.equal(new, p) for new, p in zip(now, trainer.weights.parameters))
+
+
+def test_steps_with_advantages_of_their_own(pipes, small_config, tmp_path):
+    """Advantages of the middle step alone: only its rows have a loss, and the row log has what each row had."""
+
+    def middle(advantages, rewards, steps):
+        assert set(rewards) == {"reward"}
+        assert len(advantages) == len(rewards["reward"])
+        return advantages[:, None] * torch.tensor([float(place == 1) for place in range(len(steps))])
+
+    config = small_config(
+        optimizer={"learning_rate": 0.01, "steps_per_micro_batch": 2},
+        run={"iterations": 1, "output_dir": str(tmp_path / "own")},
+    )  # fmt: skip
+    trainer = FlowDPPOTrainer(pipes.digits(), ink, PROMPTS, config, step_advantages=middle)
+    rollout = trainer.sample(0)
+    steps = [step.index for step in rollout.trajectories[0].steps]
+    assert rollout.advantages.shape == (len(rollout.rewards["reward"]), len(steps))
+    trainer.train()
+    rows = read_rows(tmp_path / "own" / "rows.jsonl")
+    assert set(rows.step[rows.advantage != 0]) == {steps[1]}
+    logged = {(step, round(value, 6)) for step, value in zip(rows.step, rows.advantage)}
+    assert {value for step, value in logged if step == steps[1]} >= {
+        round(float(x), 6) for x in rollout.advantages[:4, 1]
+    }
+
+
+def test_advantages_of_another_shape_are_refused(pipes, small_config):
+    trainer = FlowDPPOTrainer(pipes.digits(), ink, PROMPTS, small_config(), step_advantages=lambda a, *_: a)
+    with pytest.raises(
+        ValueError, match=r"step_advantages: returned \[16\], expected a tensor \[images, trained steps\]"
+    ):
+        trainer.sample(0)
