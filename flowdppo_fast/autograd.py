@@ -130,8 +130,10 @@ def policy_loss(new: Tensor, call: LossCall) -> tuple[Tensor, Tensor, Tensor, Te
     elif reduction == "kept":
         share = _share_of_kept(results)
         loss = results[RowField.LOSS].sum() * share
-        if in_forward:
-            grad = _gradient_of_rows(call, rows, results, share.reshape(1), 1.0)
+        if in_forward and geometry is not None:
+            grad = kernels.launch_gradient(rows, geometry, results, share, 1.0, plan.shape)
+        elif in_forward:
+            grad = _row_grad(call, rows, results, share, 1.0)
     if new.requires_grad and torch.is_grad_enabled():
         loss = PolicyLoss.apply(new, call, _Made(loss, results, grad))
     return loss, results, summary, grad if wanted else None
@@ -177,21 +179,16 @@ class PolicyLoss(torch.autograd.Function):
                 grad_loss = grad_loss / count
             else:
                 factor = 1.0 / count
-        rows = RowSource(*saved[:6], *call.rows[6:])
-        if call.geometry is None:
+        rows, plan = RowSource(*saved[:6], *call.rows[6:]), call.plan
+        if call.geometry is not None:
+            if launches_itself(call.backend, plan.device.type):
+                launch = triton_kernels().launch_gradient
+                return launch(rows, call.geometry, results, grad_loss, factor, plan.shape), None, None
+            rows = plan.in_rows(rows)
+        else:
             # not kept as rows: that may be a copy
-            rows = rows._replace(new=call.plan.to_rows(rows.new))
-        return _gradient_of_rows(call, rows, results, grad_loss, factor), None, None
-
-
-def _gradient_of_rows(call: LossCall, rows: RowSource, results: Tensor, upstream: Tensor, factor: float) -> Tensor:
-    """The gradient from row results, whether rows are as operators or as Triton's kernels take them."""
-    plan = call.plan
-    if call.geometry is not None:
-        if launches_itself(call.backend, plan.device.type):
-            return triton_kernels().launch_gradient(rows, call.geometry, results, upstream, factor, plan.shape)
-        rows = plan.in_rows(rows)
-    return _row_grad(call, rows, results, upstream, factor)
+            rows = rows._replace(new=plan.to_rows(rows.new))
+        return _row_grad(call, rows, results, grad_loss, factor), None, None
 
 
 def _share_of_kept(results: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from .rows import RowPlan, RowSource, plan_of
 from .rules import BUILT_IN, RowValues
 
 _T = TypeVar("_T")
+_UNSCALED = ("mean_mse", "velocity_mse")
 
 
 def _kept(function: Callable[..., _T]) -> Callable[..., _T]:
@@ -66,40 +67,40 @@ def check_call(objective: object, named: dict[str, Tensor], advantages: Tensor) 
     return plan_of(named, advantages.shape, next(iter(named)))
 
 
-class RowWeights(NamedTuple):
-    """What users say of single rows beside their advantages."""
+# what users say of single rows: row_weights, threshold_weights, kl_weight, reference_kl
+RowWeights = tuple[Tensor | None, Tensor | None, float | Tensor, str]
 
-    row_weights: Tensor | None
-    threshold_weights: Tensor | None
-    kl_weight: float | Tensor
-    reference_kl: str
 
-    @property
-    def shared_kl(self) -> float:
-        """What all rows' KL to the reference is multiplied by."""
-        return 1.0 if isinstance(self.kl_weight, torch.Tensor) else self.kl_weight
+def shared_kl(kl_weight: float | Tensor) -> float:
+    """What all rows' KL to the reference is multiplied by, where rows have weights of their own 1."""
+    return 1.0 if isinstance(kl_weight, torch.Tensor) else kl_weight
 
-    def lines(
-        self, source: RowSource, rows: tuple[int, ...], device: torch.device, dtype: torch.dtype
-    ) -> Tensor | None:
-        """As the operators take them: ``[R]``, or ``[4, R]`` where there is more than ``row_weights``."""
-        kl_weight = self.kl_weight if isinstance(self.kl_weight, torch.Tensor) else None
-        given = {"row_weights": self.row_weights, "threshold_weights": self.threshold_weights, "kl_weight": kl_weight}
-        of_loss, of_threshold, of_reference = (
-            None if x is None else layout.row_vector(x, name, rows, device, dtype) for name, x in given.items()
-        )
-        unscaled = self.reference_kl.endswith("_mse") and source.reference is not None
-        if of_threshold is of_reference is None and not unscaled:
-            return of_loss
-        of_penalty = None if of_threshold is None else 1.0 / of_threshold
-        one = torch.ones((math.prod(rows),), dtype=dtype, device=device)
-        if unscaled:
-            # mean((mu-mu_ref)**2) is 2*S**2 times the KL
-            std, scale, _ = row_numbers(source.step, source.step_values, source.form, len(one), one)
-            factor = 2.0 * std**2 if self.reference_kl == "mean_mse" else 2.0 / scale**2
-            of_reference = factor if of_reference is None else factor * of_reference
-        lines = (of_loss, of_threshold, of_penalty, of_reference)
-        return torch.stack([one if line is None else line for line in lines])
+
+def _lines(
+    weights: RowWeights, source: RowSource, rows: tuple[int, ...], device: torch.device, dtype: torch.dtype
+) -> Tensor | None:
+    """Weights as the operators take them: ``[R]``, or ``[4, R]`` where there is more than ``row_weights``."""
+    row_weights, threshold_weights, kl_weight, reference_kl = weights
+    given = {
+        "row_weights": row_weights,
+        "threshold_weights": threshold_weights,
+        "kl_weight": kl_weight if isinstance(kl_weight, torch.Tensor) else None,
+    }
+    of_loss, of_threshold, of_reference = (
+        None if x is None else layout.row_vector(x, name, rows, device, dtype) for name, x in given.items()
+    )
+    unscaled = reference_kl in _UNSCALED and source.reference is not None
+    if of_threshold is of_reference is None and not unscaled:
+        return of_loss
+    of_penalty = None if of_threshold is None else 1.0 / of_threshold
+    one = torch.ones((math.prod(rows),), dtype=dtype, device=device)
+    if unscaled:
+        # mean((mu-mu_ref)**2) is 2*S**2 times the KL
+        std, scale, _ = row_numbers(source.step, source.step_values, source.form, len(one), one)
+        factor = 2.0 * std**2 if reference_kl == "mean_mse" else 2.0 / scale**2
+        of_reference = factor if of_reference is None else factor * of_reference
+    lines = (of_loss, of_threshold, of_penalty, of_reference)
+    return torch.stack([one if line is None else line for line in lines])
 
 
 class Settings(NamedTuple):
@@ -180,6 +181,9 @@ def run(
     kind = (plan.rows, plan.device, plan.dtype)
     if one_pass and single_pass is None:
         one_pass = _is_quicker_in_one_pass(new, name)
+    # most calls have none of them, and on a GPU's host every call of Python counts
+    of_rows = weights[0] is not None or weights[1] is not None or weights[2].__class__ is not float
+    of_rows = of_rows or weights[3] in _UNSCALED
     geometry = _geometry(source, plan, name)
     call = LossCall(
         plan.in_rows(source) if geometry is None else source,
@@ -187,7 +191,7 @@ def run(
         name,
         geometry,
         layout.row_vector(advantages, "advantages", *kind),
-        weights.lines(source, *kind),
+        _lines(weights, source, *kind) if of_rows else None,
         None if old_log_prob is None else layout.row_vector(old_log_prob, "old_log_prob", *kind),
         ints,
         floats,

@@ -20,7 +20,7 @@ from torch import Tensor
 from . import layout
 from .autograd import RowCall, RowStatistics
 from .backend import BackendName, resolve_backend
-from .loss_call import RowWeights, check_call, check_seeded, dppo, run, settings_of, streams_of
+from .loss_call import check_call, check_seeded, dppo, run, settings_of, shared_kl, streams_of
 from .noise import PhiloxNoise
 from .objectives import LogProbKind, Objective, Reduction, ReferenceKL, TrustRegionName
 from .results import LossOutput
@@ -107,10 +107,11 @@ def fused_policy_velocity_loss(
     if reference_velocity is not None:
         named["reference_velocity"] = reference_velocity
     plan = check_call(objective, named, advantages)
-    weights = RowWeights(row_weights, threshold_weights, kl_weight, reference_kl)
+    weights = (row_weights, threshold_weights, kl_weight, reference_kl)
+    shared = kl_weight if kl_weight.__class__ is float else shared_kl(kl_weight)
     settings = settings_of(
         objective, plan.numel, True, reference_velocity is not None, True, single_pass, reduction,
-        latent_reduction, log_prob, advantage_clip, weights.shared_kl, reference_kl,
+        latent_reduction, log_prob, advantage_clip, shared, reference_kl,
     )  # fmt: skip
     table, values = velocity_step(step, plan.rows, plan.device, plan.dtype)
     streams, seed, first_stream = (None, 0, 0) if stored is not None else streams_of(noise, plan)
@@ -199,10 +200,11 @@ def fused_policy_loss(
     if reference_prev_sample_mean is not None:
         named["reference_prev_sample_mean"] = reference_prev_sample_mean
     plan = check_call(objective, named, advantages)
-    weights = RowWeights(row_weights, threshold_weights, kl_weight, reference_kl)
+    weights = (row_weights, threshold_weights, kl_weight, reference_kl)
+    shared = kl_weight if kl_weight.__class__ is float else shared_kl(kl_weight)
     settings = settings_of(
         objective, plan.numel, False, reference_prev_sample_mean is not None, dt is not None, single_pass, reduction,
-        latent_reduction, log_prob, advantage_clip, weights.shared_kl, reference_kl,
+        latent_reduction, log_prob, advantage_clip, shared, reference_kl,
     )  # fmt: skip
     table, values = mean_step(std, dt, plan.rows, plan.device, plan.dtype)
     source = RowSource(
