@@ -151,10 +151,13 @@ struct SourceArguments {
     out.old = latents_of(old, out.shape, is_double(), "old");
     out.noise = latents_of(drawn, out.shape, is_double(), "drawn");
     out.reference = latents_of(reference, out.shape, is_double(), "reference");
-    STD_TORCH_CHECK(form == 0 || form == 1, "form: got ", form, ", expected 0 (velocities) or 1 (means)");
+    STD_TORCH_CHECK(
+        form >= 0 && form <= 2, "form: got ", form, ", expected 0 (velocities), 1 (means) or 2 (matching)");
     out.form = static_cast<Form>(form);
     STD_TORCH_CHECK(
-        drawn.has_value() || out.form == Form::kVelocity, "drawn: got None, expected the next states that means need");
+        reference.has_value() || out.form != Form::kMatching, "reference: got None, expected the samples without noise");
+    STD_TORCH_CHECK(
+        drawn.has_value() || out.form != Form::kMean, "drawn: got None, expected the next states that means need");
     out.streams = streams_of(streams, rows, seed, first_stream);
     out.step = step_table<T>(step, step_values, rows, out.form == Form::kMean);
     return out;

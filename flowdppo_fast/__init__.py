@@ -14,6 +14,7 @@ from .losses import (
     fused_policy_velocity_loss,
     row_statistics,
 )
+from .matching import matching_loss, matching_statistics
 from .noise import PhiloxNoise
 from .objectives import DPPO, DRPO, GRPOGuard, KLPenalty, LogHinge, RatioClip, Unclipped
 from .results import LossMetrics, LossOutput, RowResults
@@ -44,6 +45,8 @@ __all__ = [
     "fused_dppo_velocity_loss",
     "fused_policy_loss",
     "fused_policy_velocity_loss",
+    "matching_loss",
+    "matching_statistics",
     "resolve_backend",
     "row_statistics",
     "sde_schedule",

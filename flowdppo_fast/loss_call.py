@@ -17,7 +17,7 @@ from .noise import PhiloxNoise
 from .objectives import DPPO, EpilogueOptions, GRPOGuard, Objective, TrustRegion, as_objective
 from .reference import row_numbers
 from .results import LossOutput
-from .rows import RowPlan, RowSource, plan_of
+from .rows import Form, RowPlan, RowSource, plan_of
 from .rules import BUILT_IN, RowValues
 
 _T = TypeVar("_T")
@@ -177,7 +177,8 @@ def run(
 ) -> LossOutput:
     """What both forms share: row tensors, backend, autograd, which sees ``new``; the source has it detached."""
     ints, floats, metrics, one_pass = settings
-    name = resolve_backend(backend, plan.device.type, plan.dtype, own_rule=ints[0] >= BUILT_IN)
+    own_rule, matching = ints[0] >= BUILT_IN, source.form == Form.MATCHING
+    name = resolve_backend(backend, plan.device.type, plan.dtype, own_rule=own_rule, matching=matching)
     kind = (plan.rows, plan.device, plan.dtype)
     if one_pass and single_pass is None:
         one_pass = _is_quicker_in_one_pass(new, name)

@@ -20,11 +20,14 @@ class Form(enum.IntEnum):
 
     VELOCITY: ``new``/``old`` are velocities, ``drawn`` is the noise ``e`` (or None: regenerated from seed and streams),
         ``k = b/S``.
+    MATCHING: ``new``/``old`` are velocities at a noised sample, ``drawn`` is the noise and ``reference`` the sample
+        itself, ``e = (drawn - reference) - old`` and ``k`` is the step's.
     MEAN: ``new``/``old`` are step means, ``drawn`` is the next state ``x'``, ``k = 1/S`` and ``e = k*(x'-old)``.
     """
 
     VELOCITY = 0
     MEAN = 1
+    MATCHING = 2
 
 
 def stats_dtype(latents: Tensor) -> torch.dtype:
@@ -36,7 +39,7 @@ class RowSource(NamedTuple):
     """The rows of a training operator, in the order of the schemas (``ops.py``); ``csrc/arguments.h`` has its twin.
 
     Attributes:
-        new, old, drawn, reference: latents; ``drawn`` is what the sampler drew (:class:`Form`).
+        new, old, drawn, reference: latents; what the last two are says :class:`Form`.
         streams: ``[R]`` Philox streams of seeded noise, or None for consecutive ones from ``first_stream``.
         step: ``[R, 3]`` table of ``S, k, -dt``, or None where ``step_values`` has three numbers that serve all rows.
         seed: of seeded noise.

@@ -19,7 +19,7 @@ from flowdppo_fast.kernels.launch import (
     geometry_of,
     step_arguments,
 )
-from flowdppo_fast.kernels.statistics import launch_partials
+from flowdppo_fast.kernels.statistics import launch_partials, sums_apart
 from flowdppo_fast.objectives import SUMMARY, RowField
 from flowdppo_fast.rows import RowSource, takes_rows
 
@@ -44,7 +44,7 @@ def launch_policy_loss(
         return _nothing(advantages)
     partials = launch_partials(source, geometry, old_log_prob is not None, advantages)
     return _launch_epilogue(
-        geometry, source.form == MEAN, source.reference is not None, (advantages, partials, None, None, None),
+        geometry, source.form == MEAN, sums_apart(source), (advantages, partials, None, None, None),
         source.step, source.step_values, row_weights, old_log_prob, ints, floats,
     )  # fmt: skip
 

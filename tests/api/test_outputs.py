@@ -16,8 +16,8 @@ import flowdppo_fast as fast
 PUBLIC = {
     "BACKENDS", "DPPO", "DRPO", "FlowDPPOLoss", "GRPOGuard", "KLPenalty", "LogHinge", "LossMetrics", "LossOutput",
     "PhiloxNoise", "RatioClip", "RowResults", "SAMPLERS", "SDEStep", "ScheduleLevels", "Unclipped", "build_info",
-    "fused_dppo_loss", "fused_dppo_velocity_loss", "fused_policy_loss", "fused_policy_velocity_loss", "resolve_backend",
-    "row_statistics", "sde_schedule", "sde_step", "sde_step_with_logprob",
+    "fused_dppo_loss", "fused_dppo_velocity_loss", "fused_policy_loss", "fused_policy_velocity_loss", "matching_loss",
+    "matching_statistics", "resolve_backend", "row_statistics", "sde_schedule", "sde_step", "sde_step_with_logprob",
 }  # fmt: skip
 COMMON = {
     "policy_loss", "ratio_mean", "ratio_std", "ratio_min", "ratio_max", "approx_kl", "kl_new_old_mean",

@@ -19,7 +19,7 @@ LAYERS = {
     "reference": ("reference",),
     "backends": ("ops", "kernels", "backend"),
     "autograd": ("autograd",),
-    "public losses": ("loss_call", "losses", "loss_module", "sampling"),
+    "public losses": ("loss_call", "losses", "loss_module", "matching", "sampling"),
     "front door": ("",),
     "users of the losses": ("integrations", "runs"),
     "settings": (

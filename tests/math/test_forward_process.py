@@ -14,7 +14,6 @@ from torch import Tensor
 
 import flowdppo_fast as fast
 
-UNIT = fast.SDEStep(1.0, 1.0, 1.0, -1.0, "forward")
 ROWS, LATENT = 8, (4, 6, 6)
 
 
@@ -39,7 +38,7 @@ class Batch:
         return over((velocity - self.target) ** 2)
 
     def statistics(self, velocity: Tensor, old: Tensor) -> tuple[Tensor, ...]:
-        return fast.row_statistics(velocity, old, self.target - old, UNIT, second_moment=True)
+        return fast.matching_statistics(velocity, old, self.x0, self.noise)
 
 
 def over(x: Tensor) -> Tensor:
@@ -48,12 +47,6 @@ def over(x: Tensor) -> Tensor:
 
 def lifted(x: Tensor) -> Tensor:
     return x.reshape(-1, 1, 1, 1)
-
-
-def forward_step(weight: Tensor | float) -> fast.SDEStep:
-    """With ``log_prob="unnormalized"`` the losses' log-ratio is ``weight * (2P - Q)``."""
-    root = torch.as_tensor(weight, dtype=torch.float64).sqrt().expand(ROWS)
-    return fast.SDEStep(torch.ones(ROWS), root, root, -torch.ones(ROWS), "forward")
 
 
 # AWM, arXiv 2509.25050: PPO's clipped loss on the ratio of matching losses
@@ -65,10 +58,8 @@ def awm(b: Batch, v: Tensor, weight: Tensor | float) -> Tensor:
 
 
 def awm_fused(b: Batch, v: Tensor, weight: Tensor | float, objective=None) -> Tensor:
-    return fast.fused_policy_velocity_loss(
-        v, b.old, b.target - b.old, forward_step(weight), b.advantages, objective=objective or fast.RatioClip(1e-3),
-        log_prob="unnormalized",
-    ).loss  # fmt: skip
+    objective = objective or fast.RatioClip(1e-3)
+    return fast.matching_loss(v, b.old, b.x0, b.noise, b.advantages, objective=objective, weight=weight).loss
 
 
 def awm_ghuber(b: Batch, v: Tensor) -> Tensor:
@@ -230,6 +221,6 @@ def test_two_subtracted_losses_lose_what_the_statistics_keep():
     new, old, target = (x.float() for x in (batch.velocity, batch.old, batch.target))
     exact = over((old.double() - target.double()) ** 2) - over((new.double() - target.double()) ** 2)
     subtracted = over((old - target) ** 2) - over((new - target) ** 2)
-    p, q = fast.row_statistics(new, old, target - old, UNIT)
+    p, q = fast.row_statistics(new, old, target - old, fast.SDEStep(1.0, 1.0, 1.0, -1.0))
     errors = [float(((value.double() - exact) / exact).abs().max()) for value in (subtracted, 2.0 * p - q)]
     assert errors[1] < 0.1 * errors[0]

@@ -39,8 +39,8 @@ def test_every_objective_raises_the_reward(pipes, small_config, learning, object
         "ratio_clip": {"clip_low": clip, "clip_high": clip},
         "grpo_guard": {"clip_low": clip, "clip_high": clip},
         "unclipped": {},
-        "kl_penalty": {"penalty": 5.0},
-        "drpo": {},
+        "kl_penalty": {"penalty": 0.5},
+        "drpo": {"threshold": 2.0},
         "drpo_ratio": {},
         "log_hinge": {"clip_high": clip},
     }
