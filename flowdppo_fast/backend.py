@@ -177,7 +177,9 @@ def problem(name: str, device_type: str) -> str | None:
     raise ValueError(f"backend: got {name!r}, expected 'auto' or one of {', '.join(map(repr, BACKENDS))}")
 
 
-def resolve_backend(name: str, device_type: str, dtype: torch.dtype = torch.float32, *, own_rule: bool = False) -> str:
+def resolve_backend(
+    name: str, device_type: str, dtype: torch.dtype = torch.float32, *, own_rule: bool = False, matching: bool = False
+) -> str:
     """The backend that will run: ``name`` itself, or the best one for the device if ``name`` is ``"auto"``.
 
     Args:
@@ -185,6 +187,7 @@ def resolve_backend(name: str, device_type: str, dtype: torch.dtype = torch.floa
         device_type: of the latents.
         dtype: accumulation dtype: ``torch.float64`` for float64 latents, which ``cuda`` does not compute in.
         own_rule: for an objective of the caller's own, which ``cpu`` and ``cuda`` do not have.
+        matching: for the forward process, which ``cuda`` has no kernel for.
 
     Raises:
         ValueError: unknown backend. RuntimeError: a backend asked for by name cannot run here; the message says why.
@@ -193,6 +196,8 @@ def resolve_backend(name: str, device_type: str, dtype: torch.dtype = torch.floa
         reason = problem(name, device_type)
         if reason is None and name == "cuda" and dtype == torch.float64:
             reason = "it computes in float32 and the latents are float64; backend='reference' and 'triton' take them"
+        if reason is None and name == "cuda" and matching:
+            reason = "it has no kernel for the forward process; backend='triton' has one"
         if reason is None and own_rule and name in _COMPILED:
             reason = "C++ has no rule of one's own; backend='triton' runs it fused on a GPU, 'reference' anywhere"
         if reason is not None:
@@ -203,7 +208,7 @@ def resolve_backend(name: str, device_type: str, dtype: torch.dtype = torch.floa
         return "reference"
     reasons = {}
     for candidate in preferred:
-        if candidate == "cuda" and dtype == torch.float64:
+        if candidate == "cuda" and (dtype == torch.float64 or matching):
             continue
         if own_rule and candidate in _COMPILED:
             if device_type == "cpu":

@@ -168,6 +168,13 @@ void refuse_double(bool is_double, const char* name) {
       "backend='triton', for float64");
 }
 
+// Its loops have no registers left for a third operand in the residual.
+void refuse_matching(const SourceArguments& arguments) {
+  STD_TORCH_CHECK(
+      arguments.form != static_cast<int64_t>(Form::kMatching),
+      "form: got 2 (matching), but the cuda backend has no kernel for it; use backend='triton'");
+}
+
 // The summary of no rows, and the loss that it begins with.
 void write_nothing(const gpu::ObjectiveResults& results, cudaStream_t stream) {
   static const std::vector<float>& summary = *[] {
@@ -204,6 +211,7 @@ struct Results {
 struct Cuda {
   static Tensor row_stats(const SourceArguments& arguments, bool second_moment) {
     refuse_double(arguments.is_double(), "new");
+    refuse_matching(arguments);
     RowSource<float> source = arguments.unpack<float>();
     const int64_t rows = source.shape.rows();
     Tensor stats = torch::stable::new_empty(arguments.current, {4, rows}, ScalarType::Float);
@@ -222,6 +230,7 @@ struct Cuda {
   static Tensor row_grad(
       const SourceArguments& arguments, const Tensor& coefficients, const Tensor& upstream, double factor) {
     refuse_double(arguments.is_double(), "new");
+    refuse_matching(arguments);
     RowSource<float> source = arguments.unpack<float>();
     const int64_t rows = source.shape.rows();
     const float* slopes = row_values<float>(coefficients, 3 * rows, "coefficients");
@@ -236,6 +245,7 @@ struct Cuda {
   static LossTensors policy_loss(
       const SourceArguments& arguments, const ObjectiveArguments& objective, double factor, Tensor* grad) {
     refuse_double(arguments.is_double(), "new");
+    refuse_matching(arguments);
     RowSource<float> source = arguments.unpack<float>();
     const int64_t count = source.shape.rows();
     const ObjectiveInputs<float> inputs = objective.unpack<float>(count);

@@ -29,7 +29,7 @@ _MAX_BLOCKS = 8
 # partials that a warp of the small kernels loads at a time: 16 per thread
 _WARP_TILE = 512
 _MAX_SPLIT_BLOCK = 128
-MEAN = int(Form.MEAN)
+MEAN, MATCHING = int(Form.MEAN), int(Form.MATCHING)
 
 
 class Cut(NamedTuple):
