@@ -308,6 +308,60 @@ def hooked(p: Any, x: Tensor, t: Tensor, c: Tensor, u: Tensor) -> list[Tensor]:
     return outputs
 
 
+LIMIT = 4.2
+
+
+def capped_in_a_list(c: Tensor, u: Tensor) -> Tensor:
+    return torch.stack([a * (LIMIT / a.norm()) if a.norm() > LIMIT else a for a in u + 3.0 * (c - u)])
+
+
+def capped(c: Tensor, u: Tensor) -> Tensor:
+    rows = []
+    for a, b in zip(c, u):
+        mixed, limit = b + 3.0 * (a - b), a.norm() * 0.3 + 3.7
+        size = mixed.norm()
+        if size > limit:
+            mixed = mixed * (limit / size)
+        rows.append(mixed * 2)
+    return torch.stack(rows)
+
+
+def capped_in_place(c: Tensor, u: Tensor) -> Tensor:
+    v = u + 3.0 * (c - u)
+    for row in v:
+        if row.abs().max() > 1.5:
+            row *= 1.5 / row.abs().max()
+    return v
+
+
+def capped_by_index(c: Tensor, u: Tensor) -> Tensor:
+    v = u + 3.0 * (c - u)
+    for i in range(len(v)):
+        if bool((v[i].norm() > LIMIT).item()):
+            v[i] = v[i] * (LIMIT / v[i].norm())
+    return v * 0.5
+
+
+def either(c: Tensor, u: Tensor) -> Tensor:
+    rows = []
+    for a, b in zip(c, u):
+        if (a - b).abs().max() > 0.55:
+            row = b + 3.0 * (a - b)
+        else:
+            row = a.clamp(-0.3, 0.3)
+        rows.append(row)
+    return torch.stack(rows)
+
+
+# branches on the output, of which other weights take the other side
+BRANCHES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "capped in a list": capped_in_a_list,
+    "capped": capped,
+    "capped in place": capped_in_place,
+    "capped by index": capped_by_index,
+    "either": either,
+}
+
 # combination, calls, what is odd about the net
 RIGHT: dict[str, tuple[Callable[..., Tensor], Callable[..., Any] | None, str]] = {
     "plain": (of(lambda c, u: c), None, ""),
@@ -390,11 +444,8 @@ RIGHT: dict[str, tuple[Callable[..., Tensor], Callable[..., Any] | None, str]] =
     "head called by the pipeline": (guided, part_of_it, "hidden"),
     "autocast": (guided, in_autocast, ""),
     "replaced layer": (guided, hooked, ""),
+    **{name: (of(function), None, "") for name, function in BRANCHES.items()},
 }  # fmt: skip
-
-
-def rows_capped(c: Tensor, u: Tensor) -> Tensor:
-    return torch.stack([a * (2.6 / a.norm()) if a.norm() > 2.6 else a + 0 * b for a, b in zip(c, u)])
 
 
 # what stops with these words

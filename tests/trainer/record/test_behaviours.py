@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from behaviours import REFUSED, RIGHT, STEPS, build, moved
+from behaviours import BRANCHES, REFUSED, RIGHT, STEPS, build, moved
 from torch import Tensor
 
 from flowdppo_fast.trainer import TrajectoryRecorder
@@ -87,9 +87,38 @@ def test_a_pipeline_in_inference_mode_is_trained_all_the_same(name):
     assert all(p.grad is not None and p.grad.any() for p in pipeline.transformer.out.parameters())
 
 
-def test_a_branch_that_turns_is_an_error():
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", BRANCHES)
+def test_a_branch_that_turns_is_followed(name, dtype):
+    combine, call, mode = RIGHT[name]
+    pipeline, options = build(mode, DTYPES[dtype]), {"dtype": DTYPES[dtype]}
+    recorder, trajectory, states = record(pipeline, STEPS, combine, call, **options)
+    assert recorder.verify(trajectory, [2, 0]).same_geometry == 0.0
+    turned = set()
+    for size in (0.2, 25.0):
+        with torch.no_grad():
+            pipeline.transformer.out.weight.mul_(size)
+        _, fresh, _ = record(pipeline, STEPS, combine, call, states=states, **options)
+        for old, new in zip(trajectory.steps, fresh.steps):
+            turned |= {a.expected for a, b in zip(old.program.guards, new.program.guards) if a.expected != b.expected}
+        alone = torch.cat([recorder.replay(trajectory, steps=[place]) for place in range(3)], dim=1)
+        assert torch.equal(alone, fresh.velocity)
+        part = recorder.replay(trajectory, [3, 1])
+        assert relative(part.detach(), fresh.velocity[[3, 1]]) <= 8 * torch.finfo(DTYPES[dtype]).eps
+        part.square().sum().backward()
+        assert pipeline.transformer.out.weight.grad.isfinite().all()
+    assert turned == {True, False}, "rows should turn from either side"
+
+
+def test_a_branch_whose_other_side_is_not_known_is_an_error_where_it_turns():
     def combine(pipeline, c, u, x, t, i):
-        return torch.stack([row * (0.3 / row.norm()) if row.norm() > 0.3 else row for row in c])
+        rows = []
+        for row in c:
+            if row.norm() > 0.3:
+                size = row.norm()
+                row = row * (0.3 / size)
+            rows.append(row)
+        return torch.stack(rows)
 
     pipeline = build("", torch.float32)
     recorder, trajectory, _ = record(pipeline, STEPS, combine, None)
