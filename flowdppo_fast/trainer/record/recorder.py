@@ -1,7 +1,7 @@
 """Records chosen denoising steps of a diffusers pipeline and computes their velocities again with other weights.
 
-The pipeline runs its own ``__call__``. While it is recorded, its scheduler is a :class:`FlowMatchSDEScheduler`, hooks
-on its modules keep the arguments of the calls that belong to chosen steps, and a :class:`Tape` what is done with their
+The pipeline runs its own ``__call__``. While it is recorded, :class:`NoisySteps` are those of its scheduler, hooks on
+its modules keep the arguments of the calls that belong to chosen steps, and a :class:`Tape` what is done with their
 outputs.
 """
 
@@ -24,7 +24,7 @@ from .arguments import join, parts, row_index
 from .layouts import scatter
 from .offload import fetch
 from .program import drive
-from .scheduler import FlowMatchSDEScheduler
+from .scheduler import NoisySteps
 from .surroundings import Surroundings
 from .trajectory import Trajectory
 from .watch import Watch, denoisers
@@ -60,7 +60,7 @@ class TrajectoryRecorder:
 
     Args:
         pipeline: any diffusers flow pipeline.
-        sampler, eta, noise: see :meth:`FlowMatchSDEScheduler.from_config`.
+        sampler, eta, noise: see :class:`NoisySteps`.
         checks: look at each new kind of call and step a second time while it is recorded: which arguments have an
             entry per row, and whether rows are independent. Without weights there is nothing to look at.
 
@@ -81,7 +81,10 @@ class TrajectoryRecorder:
                 f"pipeline: {self.name} has no component named transformer* and no other denoiser, expected a module "
                 "whose forward takes a timestep, so there is nothing to record"
             )
-        FlowMatchSDEScheduler.from_config(pipeline.scheduler, **self.options)
+        try:
+            NoisySteps(getattr(pipeline, "scheduler", None), **self.options)
+        except ValueError as cause:
+            raise ValueError(f"pipeline: {self.name}: {cause}") from None
         # layouts of the arguments and outputs of calls, and steps that were looked at a second time
         self._layouts: dict[tuple, tuple[Any, ...]] = {}
         self._looked: dict[tuple, list[frozenset[int] | None]] = {}
@@ -90,14 +93,28 @@ class TrajectoryRecorder:
 
     @contextlib.contextmanager
     def recording(self, sde_steps: Iterable[int], *, seed: int = 0, first_row: int = 0) -> Iterator[Trajectory]:
-        """Within this context one call of the pipeline is recorded; afterwards its own scheduler is back, in any case.
+        """Within this context one call of the pipeline is recorded.
 
         Args:
-            sde_steps: indices of the steps that draw noise and are recorded.
-            seed, first_row: of the noise, see :class:`FlowMatchSDEScheduler`.
+            sde_steps: indices of the steps that draw noise and are recorded, in every pass through the schedule.
+            seed, first_row: of the noise, see :class:`NoisySteps`.
 
         Raises:
             ValueError: what a step did cannot be replayed, or not all chosen steps were run.
+        """
+        watch = Watch(self, sorted(sde_steps))
+        with self.watched(watch, seed=seed, first_row=first_row):
+            yield watch.trajectory
+        watch.check_chosen()
+        steps = tuple(t.step for t in watch.transitions)
+        watch.trajectory.finish(watch.transitions, self._stacked.setdefault(steps, SDEStep.stack(steps)))
+
+    @contextlib.contextmanager
+    def watched(self, watch: Watch, **noise: Any) -> Iterator[None]:
+        """Within this context ``watch`` follows the pipeline; afterwards nothing of it is left, in any case.
+
+        Args:
+            noise: seed and first row.
         """
         cached = [name for name, module in self.modules.items() if getattr(module, "is_cache_enabled", False)]
         if cached:
@@ -105,27 +122,14 @@ class TrajectoryRecorder:
                 f"pipeline: {self.name} has a cache enabled on {', '.join(cached)}, so its outputs depend on earlier "
                 "steps; call disable_cache()"
             )
-        chosen = sorted(sde_steps)
-        watch = Watch(self, chosen)
-        own = self.pipeline.scheduler
-        scheduler = FlowMatchSDEScheduler.from_config(
-            own, sde_steps=chosen, seed=seed, first_row=first_row, on_output=watch.on_output, on_step=watch.on_step,
-            **self.options,
+        noisy = NoisySteps(
+            self.pipeline.scheduler, sde_steps=watch.chosen, on_step=watch.on_step, on_output=watch.on_output,
+            on_begin=watch.on_begin, **self.options, **noise,
         )  # fmt: skip
-        self.pipeline.scheduler = scheduler
-        try:
-            with watch.watching():
-                yield watch.trajectory
-        finally:
-            self.pipeline.scheduler = own
-        transitions = watch.transitions
-        if [t.index for t in transitions] != chosen:
-            raise ValueError(
-                f"sde_steps: {self.name} ran the chosen steps {[t.index for t in transitions]}, expected {chosen} in "
-                "one call of the pipeline"
-            )
-        steps = tuple(t.step for t in transitions)
-        watch.trajectory.finish(transitions, self._stacked.setdefault(steps, SDEStep.stack(steps)))
+        watch.family = noisy.family
+        with noisy.in_force(), watch.watching():
+            yield
+        watch.close()
 
     def replay(
         self, trajectory: Trajectory, rows: Sequence[int] | None = None, steps: Sequence[int] | None = None

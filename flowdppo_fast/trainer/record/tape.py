@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
@@ -265,7 +266,8 @@ class Tape(TorchFunctionMode):
             guard = isinstance(op, Op) and op.expected is not None
             if guard or any(ref is not None and memory[ref] in wanted for ref in made):
                 if isinstance(op, Call):
-                    op.outputs = {key: ref for key, ref in op.outputs.items() if memory[ref] in wanted}
+                    # another velocity of the step may need more of them
+                    op = replace(op, outputs={key: ref for key, ref in op.outputs.items() if memory[ref] in wanted})
                 wanted |= {memory[leaf] for leaf in op.leaves if isinstance(leaf, Ref)}
                 ops.append(op)
         places = {ref: place for ref, place in self._places.items() if place.memory in self._written & wanted}
