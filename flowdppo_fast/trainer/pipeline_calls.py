@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from torch import Tensor
 
 from .ambient import autocast
 from .config import FlowDPPOConfig
 from .prompts import PromptSource, text_of
+from .record.checks import ReplayCheck
+from .record.recorder import TrajectoryRecorder
+from .record.trajectory import Trajectory
 from .rewards import BackgroundScorer, Reward, score
 from .weights.distributed import Workers
 from .weights.sharding import T
+
+logger = get_logger(__name__)
 
 
 class PipelineCalls:
@@ -30,6 +37,8 @@ class PipelineCalls:
     def __init__(self, pipeline: Any, reward: Reward, config: FlowDPPOConfig, workers: Workers, device: torch.device):
         self.pipeline, self.reward, self.config = pipeline, reward, config
         self.workers, self.device = workers, device
+        # sharded weights move between calls only
+        self._moves = config.run.check_replay and not workers.sharded
 
     def run(self, function: Callable[[], T]) -> T:
         """``function()``, which calls transformers."""
@@ -61,6 +70,24 @@ class PipelineCalls:
         }
         with torch.no_grad():
             return self.run(lambda: self.pipeline(**arguments))[0]
+
+    def verify(
+        self, recorder: TrajectoryRecorder, trajectory: Trajectory, rows: Sequence[int], objective: Any
+    ) -> ReplayCheck:
+        """:meth:`TrajectoryRecorder.verify` with the bounds of the run."""
+        return self.run(functools.partial(recorder.verify, trajectory, rows, **self._bounds(objective)))
+
+    def verify_moved(
+        self, recorder: TrajectoryRecorder, trajectory: Trajectory, call: Callable[[], Any], objective: Any
+    ) -> None:
+        """:meth:`TrajectoryRecorder.verify_moved` of the first trajectory; ``call`` drew it."""
+        if self._moves:
+            self._moves = False
+            verify = functools.partial(recorder.verify_moved, trajectory, call, **self._bounds(objective))
+            logger.info("the replay follows the weights: %s", self.run(verify))
+
+    def _bounds(self, objective: Any) -> dict[str, Any]:
+        return {"strict": self.config.run.strict_replay, "threshold": getattr(objective, "threshold", None)}
 
     def rewards(self, images: Any, entries: list[dict], scorer: BackgroundScorer | None = None) -> Callable[[], Any]:
         """Starts to score the images of a call; what is returned waits for the rewards."""

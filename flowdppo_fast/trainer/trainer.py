@@ -351,8 +351,10 @@ class FlowDPPOTrainer:
         noise_seed = derive_seed(seed, iteration, "noise")
         first = s.group_size if same_latents else 1
         seeds = [derive_seed(seed, iteration, "latents", row // first) for row in rows]
+        call = functools.partial(self.calls.images, self.prompts, entries, seeds, s.num_steps, s.pipeline_kwargs)
         with self.recorder.recording(chosen, seed=noise_seed, first_row=rows[0]) as trajectory:
-            images = self.calls.images(self.prompts, entries, seeds, s.num_steps, s.pipeline_kwargs)
+            images = call()
+        self.calls.verify_moved(self.recorder, trajectory, call, self.objective)
         if s.offload_trajectories:
             trajectory.offload(self.device)
         return trajectory, images
@@ -411,11 +413,9 @@ class FlowDPPOTrainer:
         if self.workers.sharded:
             # all processes replay the same calls
             new = [any(one) for one in zip(*self.workers.gather_objects([new]))]
-        strict, threshold = self.config.run.strict_replay, getattr(self.objective, "threshold", None)
         for trajectory in itertools.compress(rollout.trajectories, new):
             rows = range(min(self.config.optimizer.micro_batch_size, len(trajectory)))
-            verify = functools.partial(self.recorder.verify, trajectory, rows, strict=strict, threshold=threshold)
-            check = self.calls.run(verify)
+            check = self.calls.verify(self.recorder, trajectory, rows, self.objective)
             self.replay_check = self.replay_check or check
             logger.info("replay reproduces the rollout: %s", check)
         self._verified = self._verified.union(*kinds)

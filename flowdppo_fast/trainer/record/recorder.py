@@ -8,19 +8,16 @@ outputs.
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 from torch import Tensor
 
-from ...losses import row_statistics
-from ...objectives import DPPO
 from ...samplers import SDEStep
+from . import checks
 from .arguments import join, parts, row_index
+from .checks import Bound, MovedCheck, ReplayCheck
 from .layouts import scatter
 from .offload import fetch
 from .program import drive
@@ -28,27 +25,6 @@ from .scheduler import NoisySteps
 from .surroundings import Surroundings
 from .trajectory import Trajectory
 from .watch import Watch, denoisers
-
-logger = get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class ReplayCheck:
-    """Result of :meth:`TrajectoryRecorder.verify`.
-
-    Attributes:
-        rule: how the first chosen step makes its velocity of the outputs ``b0``, ``b1``, ...
-        same_geometry: largest absolute difference when each step is replayed with the recorded batch.
-        batched_geometry: largest absolute difference when steps and rows are batched as they will be in training.
-        batched_kl: the mean-reduced KL that this difference makes at unchanged weights, of the worst row and step.
-        tolerance: what ``batched_kl`` may be.
-    """
-
-    rule: str
-    same_geometry: float
-    batched_geometry: float
-    batched_kl: float
-    tolerance: float
 
 
 class TrajectoryRecorder:
@@ -81,10 +57,12 @@ class TrajectoryRecorder:
                 f"pipeline: {self.name} has no component named transformer* and no other denoiser, expected a module "
                 "whose forward takes a timestep, so there is nothing to record"
             )
-        try:
-            NoisySteps(getattr(pipeline, "scheduler", None), **self.options)
-        except ValueError as cause:
-            raise ValueError(f"pipeline: {self.name}: {cause}") from None
+        if getattr(pipeline, "scheduler", None) is None:
+            raise ValueError(
+                f"pipeline: {self.name} has no scheduler, expected a flow-matching one, such as "
+                "FlowMatchEulerDiscreteScheduler"
+            )
+        NoisySteps(pipeline.scheduler, **self.options)
         # layouts of the arguments and outputs of calls, and steps that were looked at a second time
         self._layouts: dict[tuple, tuple[Any, ...]] = {}
         self._looked: dict[tuple, list[frozenset[int] | None]] = {}
@@ -162,37 +140,33 @@ class TrajectoryRecorder:
         Raises:
             ValueError: a difference beyond that; the message names the pipeline and the largest difference.
         """
-        finite = threshold is not None and math.isfinite(threshold)
-        same, tolerance = 0.0, (threshold if finite else DPPO().threshold) / 10  # type: ignore[operator]
-        everything = range(len(trajectory))
-        with torch.no_grad():
-            for position, record in enumerate(trajectory.steps):
-                replayed = self.replay(trajectory, steps=[position])
-                difference, kl = _deviation(replayed, trajectory, everything, range(position, position + 1))
-                same = max(same, difference)
-                if difference == 0.0:
-                    continue
-                said = (
-                    f"replaying step {record.index} of {self.name} at unchanged weights differs from the recorded "
-                    f"velocity by up to {difference:.3g} (a KL of {kl:.3g}), expected 0"
-                )
-                if strict or not kl <= tolerance:
-                    way_out = "; run.strict_replay=false accepts this one" if kl <= tolerance else ""
-                    raise ValueError(
-                        f"pipeline: {said}; the transformer is no function of its arguments (dropout, caching, kernels "
-                        f"that are not deterministic), or its weights changed{way_out}"
-                    )
-                logger.warning("%s; run.strict_replay is off", said)
-        replayed = self.replay(trajectory, rows).detach()
-        difference, kl = _deviation(replayed, trajectory, rows, range(len(trajectory.steps)))
-        if not kl <= tolerance:
-            raise ValueError(
-                f"pipeline: replaying {len(rows)} rows and {len(trajectory.steps)} steps of {self.name} in one batch "
-                f"differs from the recorded velocity by up to {difference:.3g}, a KL of {kl:.3g}, expected at most "
-                f"{tolerance:.3g}, a tenth of the threshold; a row's output depends on the other rows of its batch, or "
-                "rounds too coarsely"
-            )
-        return ReplayCheck(trajectory.steps[0].rule, same, difference, kl, tolerance)
+        return checks.verify(self, trajectory, rows, Bound(strict, threshold))
+
+    def verify_moved(
+        self,
+        trajectory: Trajectory,
+        call: Callable[[], Any],
+        *,
+        parameters: Sequence[Tensor] | None = None,
+        strict: bool = True,
+        threshold: float | None = None,
+    ) -> MovedCheck:
+        """Moves the trained weights a little, and compares the replay of the first recorded step with a new recording.
+
+        The new recording has the present weights up to that step, so that all it is given is as it was, and ends with
+        it. Where gradient checkpointing is on, a row's gradient is compared with that without it. Afterwards weights
+        and random numbers are what they were.
+
+        Args:
+            trajectory: of the present weights.
+            call: calls the pipeline as it was called for ``trajectory``.
+            parameters: what is moved, default all parameters of the replayed modules that need a gradient.
+            strict, threshold: see :meth:`verify`.
+
+        Raises:
+            ValueError: the replay does not follow the weights, or the gradient is another one under checkpointing.
+        """
+        return checks.verify_moved(self, trajectory, call, parameters, Bound(strict, threshold))
 
     @staticmethod
     def _replay_group(trajectory: Trajectory, positions: list[int], rows: Sequence[int] | None) -> Tensor:
@@ -227,11 +201,3 @@ class TrajectoryRecorder:
             moved = moved if rows is None else moved[row_index(rows, moved.device)]
             velocity = velocity * fetch(moved, device)
         return velocity
-
-
-def _deviation(replayed: Tensor, trajectory: Trajectory, rows: Sequence[int], steps: range) -> tuple[float, float]:
-    """Largest difference of replayed velocities, and the KL it costs in the worst row and step."""
-    recorded, noise, step = trajectory.select(rows, steps)
-    difference = float((replayed - recorded).double().abs().max())
-    _, squared = row_statistics(replayed.detach(), recorded, noise, step, row_dims=2)
-    return difference, float(squared.max()) / 2

@@ -338,8 +338,10 @@ def check_scheduler(scheduler: Any) -> None:
         ValueError: it is none, or of another kind; the message says of which.
     """
     if not isinstance(scheduler, SchedulerMixin):
-        got = "none" if scheduler is None else f"a {type(scheduler).__name__}"
-        raise ValueError(f"scheduler: got {got}, expected one of diffusers, such as FlowMatchEulerDiscreteScheduler")
+        raise ValueError(
+            f"scheduler: got a {type(scheduler).__name__}, expected one of diffusers, such as "
+            "FlowMatchEulerDiscreteScheduler"
+        )
     kind: Any = type(scheduler)
     name, config = kind.__name__, dict(vars(scheduler)["_internal_dict"])
     euler = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)

@@ -289,7 +289,9 @@ def test_steps_that_are_not_run_and_pipelines_without_a_transformer_are_errors(p
         TrajectoryRecorder(pipeline).recording([1]),
     ):
         pass
-    with pytest.raises(ValueError, match=r"ToyPipeline: scheduler: got none, expected one of diffusers, such as Flow"):
+    with pytest.raises(
+        ValueError, match=r"ToyPipeline has no scheduler, expected a flow-matching one, such as FlowMatchE"
+    ):
         TrajectoryRecorder(type("ToyPipeline", (), {"components": pipeline.components, "scheduler": None})())
     with pytest.raises(ValueError, match=r"no component named transformer\* and no other denoiser"):
         TrajectoryRecorder(type("Empty", (), {"components": {}, "scheduler": pipeline.scheduler})())
