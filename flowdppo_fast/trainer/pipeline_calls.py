@@ -17,6 +17,7 @@ from .ambient import autocast
 from .config import FlowDPPOConfig
 from .prompts import PromptSource, text_of
 from .record.checks import ReplayCheck
+from .record.offload import on_device
 from .record.recorder import TrajectoryRecorder
 from .record.trajectory import Trajectory
 from .rewards import BackgroundScorer, Reward, score
@@ -39,6 +40,7 @@ class PipelineCalls:
         self.workers, self.device = workers, device
         # sharded weights move between calls only
         self._moves = config.run.check_replay and not workers.sharded
+        self._drawn: tuple[Trajectory, Callable[[], Any], Sequence[torch.nn.Module]] | None = None
 
     def run(self, function: Callable[[], T]) -> T:
         """``function()``, which calls transformers."""
@@ -71,23 +73,25 @@ class PipelineCalls:
         with torch.no_grad():
             return self.run(lambda: self.pipeline(**arguments))[0]
 
+    def drew(self, trajectory: Trajectory, call: Callable[[], Any], idle: Sequence[torch.nn.Module]) -> None:
+        """Tells which call drew a trajectory, and what has to be on the device for it."""
+        if self._moves:
+            self._drawn = trajectory, call, idle
+
     def verify(
         self, recorder: TrajectoryRecorder, trajectory: Trajectory, rows: Sequence[int], objective: Any
     ) -> ReplayCheck:
-        """:meth:`TrajectoryRecorder.verify` with the bounds of the run."""
-        return self.run(functools.partial(recorder.verify, trajectory, rows, **self._bounds(objective)))
-
-    def verify_moved(
-        self, recorder: TrajectoryRecorder, trajectory: Trajectory, call: Callable[[], Any], objective: Any
-    ) -> None:
-        """:meth:`TrajectoryRecorder.verify_moved` of the first trajectory; ``call`` drew it."""
-        if self._moves:
-            self._moves = False
-            verify = functools.partial(recorder.verify_moved, trajectory, call, **self._bounds(objective))
-            logger.info("the replay follows the weights: %s", self.run(verify))
-
-    def _bounds(self, objective: Any) -> dict[str, Any]:
-        return {"strict": self.config.run.strict_replay, "threshold": getattr(objective, "threshold", None)}
+        """The checks of a replay with the bounds of the run; that at moved weights once, of what was drawn last."""
+        strict, threshold = self.config.run.strict_replay, getattr(objective, "threshold", None)
+        bounds: dict[str, Any] = {"strict": strict, "threshold": threshold}
+        check = self.run(functools.partial(recorder.verify, trajectory, rows, **bounds))
+        if self._drawn is not None:
+            drawn, call, idle = self._drawn
+            self._moves, self._drawn = False, None
+            with on_device(idle, self.device):
+                moved = self.run(functools.partial(recorder.verify_moved, drawn, call, **bounds))
+            logger.info("the replay follows the weights: %s", moved)
+        return check
 
     def rewards(self, images: Any, entries: list[dict], scorer: BackgroundScorer | None = None) -> Callable[[], Any]:
         """Starts to score the images of a call; what is returned waits for the rewards."""

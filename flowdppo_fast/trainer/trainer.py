@@ -354,7 +354,7 @@ class FlowDPPOTrainer:
         call = functools.partial(self.calls.images, self.prompts, entries, seeds, s.num_steps, s.pipeline_kwargs)
         with self.recorder.recording(chosen, seed=noise_seed, first_row=rows[0]) as trajectory:
             images = call()
-        self.calls.verify_moved(self.recorder, trajectory, call, self.objective)
+        self.calls.drew(trajectory, call, self._idle)
         if s.offload_trajectories:
             trajectory.offload(self.device)
         return trajectory, images

@@ -43,6 +43,15 @@ def test_the_recorded_velocity_comes_back(recorded, name):
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_at_moved_weights_the_replay_equals_a_new_recording(recorded, name):
+    recording = recorded(name)
+    check = recording.recorder.verify_moved(recording.trajectory, recording.call)
+    assert (check.difference, check.kl) == (0.0, 0.0)
+    # far more than rounding
+    assert check.moved_kl > 1e-9
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_gradients_reach_every_transformer(recorded, name):
     recording = recorded(name)
     recording.recorder.replay(recording.trajectory, [1, 2]).square().sum().backward()

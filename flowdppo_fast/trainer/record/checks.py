@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 from torch import Tensor, nn
 
 from ...losses import row_statistics
@@ -17,7 +17,7 @@ from ...objectives import DPPO
 from .trajectory import Trajectory
 from .watch import Watch
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 # of a weight's root mean square; far above rounding, and a sum of such moves is still a model
 _MOVE = 0.02
 
@@ -117,22 +117,31 @@ def verify_moved(
 ) -> MovedCheck:
     """See :meth:`TrajectoryRecorder.verify_moved`."""
     first, name = trajectory.steps[0].index, recorder.name
-    weights = contextlib.ExitStack()
+    device = trajectory.device or trajectory.velocity.device
+    devices = [device] if device.type == "cuda" else []
+    # a call that starts in the middle of the schedule has no step before its first one
+    for at_once in dict.fromkeys([first == 0, True]):
+        watch = Watch(recorder, [first], lambda index: upcoming(index))
+        move = _Move(watch.replayed if parameters is None else parameters)
 
-    def upcoming(index: int) -> None:
-        if watch.transitions:
-            raise _Enough
-        if index == first:
-            weights.enter_context(_moved(watch.replayed if parameters is None else parameters))
+        def upcoming(index: int, watch: Watch = watch, move: _Move = move) -> None:
+            if watch.transitions:
+                raise _Enough
+            if index == first:
+                move.make()
 
-    watch = Watch(recorder, [first], upcoming)
-    devices = [trajectory.velocity.device] if trajectory.velocity.is_cuda else []
-    with weights, torch.random.fork_rng(devices):
-        with contextlib.suppress(_Enough), recorder.watched(watch, seed=0, first_row=0):
-            upcoming(0)
-            call()
-        with torch.no_grad():
-            replayed = recorder.replay(trajectory, steps=[0])
+        try:
+            with torch.random.fork_rng(devices):
+                with contextlib.suppress(_Enough), recorder.watched(watch, seed=0, first_row=0):
+                    if at_once:
+                        move.make()
+                    call()
+                with torch.no_grad():
+                    replayed = recorder.replay(trajectory, steps=[0])
+        finally:
+            move.undo()
+        if move.before:
+            break
     watch.check_chosen()
     recorded, noise, step = trajectory.select(range(len(trajectory)), range(1))
     fresh = watch.transitions[0].velocity
@@ -165,26 +174,29 @@ class _Enough(Exception):
     """Ends a call of the pipeline whose further steps are not needed."""
 
 
-@contextlib.contextmanager
-def _moved(weights: Sequence[Tensor] | Sequence[nn.Module]) -> Iterator[None]:
-    """Within this context weights are a little different; afterwards they are what they were, bit for bit."""
-    found = [p for x in weights for p in (x.parameters() if isinstance(x, nn.Module) else [x]) if p.requires_grad]
-    parameters = list(dict.fromkeys(found))
-    before = [p.detach().clone() for p in parameters]
-    with torch.no_grad():
-        for place, p in enumerate(parameters):
+class _Move:
+    """Makes weights a little different, and again what they were, bit for bit."""
+
+    def __init__(self, weights: Sequence[Tensor] | Sequence[nn.Module]):
+        found = [p for x in weights for p in (x.parameters() if isinstance(x, nn.Module) else [x])]
+        self.parameters = list(dict.fromkeys(p for p in found if p.requires_grad))
+        self.before: list[Tensor] = []
+
+    @torch.no_grad()
+    def make(self) -> None:
+        self.before = [p.detach().clone() for p in self.parameters]
+        for place, p in enumerate(self.parameters):
             drawn = torch.randn(p.shape, generator=torch.Generator(p.device).manual_seed(place), device=p.device)
             size = p.float().square().mean().sqrt()
             # an adapter that was just added is zero
             p.add_((drawn * torch.where(size > 0, size, 1.0) * _MOVE).to(p.dtype))
-    # half-precision copies of the weights as they were
-    torch.clear_autocast_cache()
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for p, value in zip(parameters, before):
-                p.copy_(value)
+        # half-precision copies of the weights as they were
+        torch.clear_autocast_cache()
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        for p, value in zip(self.parameters, self.before):
+            p.copy_(value)
         torch.clear_autocast_cache()
 
 
