@@ -48,6 +48,10 @@ class Watch:
         self.trajectory = Trajectory()
         self.transitions: list[Transition] = []
         self.replayed, self.others = modules_of(recorder)
+        for module in self.replayed:
+            # which some of diffusers' read with gradients and do not have
+            if not hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = False  # type: ignore[assignment]
         self.store = ArgumentStore()
         self.tape = Tape(self.name, {id(p) for module in self.replayed for p in module.parameters()})
         self._seen: list[_Seen] = []
