@@ -126,6 +126,8 @@ class SamplingConfig:
             (``noise_share``).
         batch_size: images per call of the pipeline, a multiple or a divisor of ``group_size``; None means as many as
             possible.
+        repeat_texts: give a call the text of each image, in place of ``num_images_per_prompt``, which some pipelines
+            take and do not handle.
         output_type: what the pipeline returns and the reward gets.
         pipeline_kwargs: further arguments of the pipeline's call (guidance scale, height, width).
         background_rewards: score the images of one call of the pipeline while the next call runs; a reward must then
@@ -150,6 +152,7 @@ class SamplingConfig:
     same_latents: StrictBool = False
     measure_noise_share: StrictBool = False
     batch_size: Count | None = None
+    repeat_texts: StrictBool = False
     output_type: str = "pt"
     pipeline_kwargs: dict[str, Any] = field(default_factory=dict)
     background_rewards: StrictBool = True

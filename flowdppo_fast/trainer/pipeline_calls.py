@@ -25,6 +25,8 @@ from .weights.distributed import Workers
 from .weights.sharding import T
 
 logger = get_logger(__name__)
+# of a modular pipeline
+_OUTPUTS = ("images", "videos", "image", "video", "latents")
 
 
 class PipelineCalls:
@@ -61,17 +63,20 @@ class PipelineCalls:
         """Images of one pipeline call, one per entry of ``source``."""
         # equal neighbours are one prompt with several images, if all runs of them have a common length
         runs = [len(list(run)) for _, run in itertools.groupby(entries, key=id)]
-        given = source.arguments(entries, math.gcd(*runs), self.device)
+        given = source.arguments(entries, 1 if self.config.sampling.repeat_texts else math.gcd(*runs), self.device)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         arguments = {
             **given,
             **shared_options(options, given, self.device),
             "num_inference_steps": num_steps,
-            "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
+            # which draws the same, and some take no list
+            "generator": generators if len(generators) > 1 else generators[0],
             "output_type": self.config.sampling.output_type,
-            "return_dict": False,
         }
+        if not hasattr(self.pipeline, "blocks"):
+            arguments["return_dict"] = False
         with torch.no_grad():
-            return self.run(lambda: self.pipeline(**arguments))[0]
+            return images_of(self.run(lambda: self.pipeline(**arguments)))
 
     def drew(self, trajectory: Trajectory, call: Callable[[], Any], idle: Sequence[torch.nn.Module]) -> None:
         """Tells which call drew a trajectory, and what has to be on the device for it."""
@@ -110,6 +115,21 @@ class PipelineCalls:
         """:meth:`images` with their rewards by name."""
         images = self.images(source, entries, *how)
         return images, self.rewards(images, entries)()
+
+
+def images_of(output: Any) -> Any:
+    """What a pipeline drew: first in a tuple, by name in the state of a modular one.
+
+    Raises:
+        ValueError: a state without images.
+    """
+    if isinstance(output, tuple):
+        return output[0]
+    values = output.values
+    name = next((name for name in _OUTPUTS if values.get(name) is not None), None)
+    if name is None:
+        raise ValueError(f"pipeline: its state has {sorted(values)}, expected one of {', '.join(_OUTPUTS)}")
+    return values[name]
 
 
 def shared_options(options: Mapping[str, Any], given: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -177,14 +177,8 @@ def recorder_with(scheduler: type) -> Callable[[], None]:
     return make
 
 
-SOUND = {
-    f"{kind}{name}": value
-    for kind in ("", "audio_")
-    for name, value in (("guidance_scale", 1.0), ("stg_scale", 0.0), ("modality_scale", 1.0), ("guidance_rescale", 0.0))
-}
 # what cannot be served: each raises a ValueError that says why
 REFUSED: dict[str, Callable[[], Any]] = {
-    "LTX2Pipeline (video with sound)": lambda: record(Case("LTX2", SOUND, ())),
     "Flux2KleinKVPipeline with a reference image": lambda: record(Case("Flux2KleinKV", {}, ())),
     "SanaSprintPipeline": recorder_of_sana_sprint,
     "FlowMatchHeunDiscreteScheduler in any pipeline": recorder_with(diffusers.FlowMatchHeunDiscreteScheduler),

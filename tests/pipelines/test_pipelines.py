@@ -209,7 +209,6 @@ def test_a_step_that_image_to_image_leaves_out_is_an_error():
 
 
 REASONS = {
-    "LTX2Pipeline (video with sound)": r"LTX2Pipeline took step 1 twice, with a scheduler of its own for a sec",
     "Flux2KleinKVPipeline with a reference image": r"Flux2KleinKVPipeline, step 1: got a Flux2KVCache among the tra",
     "SanaSprintPipeline": r"^config: got that of SCMScheduler, expected a flow-matching scheduler",
     "FlowMatchHeunDiscreteScheduler in any pipeline": r"^config: got that of FlowMatchHeun\w+, expected one Euler step",

@@ -170,8 +170,8 @@ def verify_moved(
     return MovedCheck(moved, difference, kl, _gradient(recorder, trajectory))
 
 
-class _Enough(Exception):
-    """Ends a call of the pipeline whose further steps are not needed."""
+class _Enough(BaseException):
+    """Ends a call of the pipeline whose further steps are not needed; no error, so nobody logs it as one."""
 
 
 class _Move:
