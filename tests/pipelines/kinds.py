@@ -53,9 +53,9 @@ class Kind:
     steps: tuple[int, ...] = (1, 2)
     rows: int = 4
 
-    def recorded(self) -> tuple[TrajectoryRecorder, Trajectory, Callable[[], Any]]:
+    def recorded(self, pipeline: Any = None) -> tuple[TrajectoryRecorder, Trajectory, Callable[[], Any]]:
         """A recording of a call of the tiny pipeline, and the call."""
-        sizes, pipeline = self.family.tiny, self.family.pipeline()
+        sizes, pipeline = self.family.tiny, pipeline or self.family.pipeline()
         video = "num_frames" in inspect.signature(pipeline.__call__).parameters
 
         @torch.no_grad()

@@ -34,6 +34,24 @@ def test_the_replay_is_bitwise_and_follows_the_weights(name):
         assert sum(reached) > 0.7 * len(reached)
 
 
+@pytest.mark.parametrize("residuals", [2, 4])
+def test_a_control_net_that_gives_nothing_yet_is_taken_row_by_row(residuals):
+    kind = KINDS[f"sd3-control-{residuals}"]
+    pipeline = kind.family.pipeline()
+    with torch.no_grad():
+        for layer in pipeline.controlnet.controlnet_blocks.parameters():
+            layer.zero_()
+    recorder, trajectory, call = kind.recorded(pipeline)
+    # nothing tells rows from what they share but the sizes
+    assert trajectory.groups == [[0, 1]]
+    assert recorder.verify_moved(trajectory, call).difference == 0.0
+    for p in pipeline.controlnet.controlnet_blocks.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    with torch.no_grad():
+        whole, rows = recorder.replay(trajectory), recorder.replay(trajectory, [3, 1])
+    torch.testing.assert_close(rows, whole[[3, 1]], rtol=0, atol=1e-5)
+
+
 def test_chunks_are_passes_through_the_schedule():
     _, trajectory, _ = KINDS["helios"].recorded()
     assert [step.index for step in trajectory.steps] == [1, 2, 1, 2]

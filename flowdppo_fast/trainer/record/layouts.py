@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -35,9 +36,7 @@ def find_layouts(
     Raises:
         ValueError: none fits; the message has the arguments and their shapes.
     """
-    (part, _), first = next(iter(outputs.items()))
-    rows = lengths[part] or (len(first) if first.ndim else 1)
-    copies = max(rows // batch, 1)
+    copies = _copies(value, named, outputs, lengths, batch)
     if not checked:
         leaves, _ = flatten(value, batch)
         slots = {key: _likely(output, lengths[key[0]], batch) for key, output in outputs.items()}
@@ -67,6 +66,20 @@ def find_layouts(
         "some of the rows gives what it gave for these, expected arguments with an entry per row along one dim or "
         f"shared by all, and independent rows (the nearest was off by {nearest:.3g} of its size)"
     )
+
+
+def _copies(
+    value: Any, named: Mapping[Ref, Tensor], outputs: Outputs, lengths: Sequence[int | None], batch: int
+) -> int:
+    """How often the batch comes in a call, as far as sizes tell: two times where guidance doubles it."""
+    (part, _), first = next(iter(outputs.items()))
+    if lengths[part] is None:
+        return max((len(first) if first.ndim else 1) // batch, 1)
+    # a list may have an entry per row or per layer, so it is what most arguments have
+    leaves = [named[x] if isinstance(x, Ref) else x for x in flatten(value, batch)[0]]
+    sizes = [len(x) for x in leaves if isinstance(x, list) or (isinstance(x, Tensor) and x.ndim)]
+    counts = Counter(size // batch for size in sizes if size and size % batch == 0)
+    return counts.most_common(1)[0][0] if counts else max((lengths[part] or 1) // batch, 1)
 
 
 def scatter(
