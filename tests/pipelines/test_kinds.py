@@ -11,15 +11,19 @@ from flowdppo_fast.losses import row_statistics
 
 from .cases import CASES, record
 from .kinds import KINDS
+from .siblings import SIBLINGS
 
 # diffusers' own
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 
+ALL = {**KINDS, **{kind.__name__: sibling for kind, sibling in SIBLINGS.items()}}
+
+
 @pytest.mark.bits(across="again")
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", ALL)
 def test_the_replay_is_bitwise_and_follows_the_weights(name):
-    kind = KINDS[name]
+    kind = ALL[name]
     recorder, trajectory, call = kind.recorded()
     rows = [2, 0, 3] if kind.rows == 4 else [0]
     check = recorder.verify(trajectory, rows)

@@ -132,7 +132,7 @@ def verify_moved(
 
         try:
             with torch.random.fork_rng(devices):
-                with contextlib.suppress(_Enough), recorder.watched(watch, seed=0, first_row=0):
+                with contextlib.suppress(_Enough), recorder._watched(watch, seed=0, first_row=0):
                     if at_once:
                         move.make()
                     call()

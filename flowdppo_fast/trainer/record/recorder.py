@@ -81,14 +81,14 @@ class TrajectoryRecorder:
             ValueError: what a step did cannot be replayed, or not all chosen steps were run.
         """
         watch = Watch(self, sorted(sde_steps))
-        with self.watched(watch, seed=seed, first_row=first_row):
+        with self._watched(watch, seed=seed, first_row=first_row):
             yield watch.trajectory
         watch.check_chosen()
         steps = tuple(t.step for t in watch.transitions)
         watch.trajectory.finish(watch.transitions, self._stacked.setdefault(steps, SDEStep.stack(steps)))
 
     @contextlib.contextmanager
-    def watched(self, watch: Watch, **noise: Any) -> Iterator[None]:
+    def _watched(self, watch: Watch, **noise: Any) -> Iterator[None]:
         """Within this context ``watch`` follows the pipeline; afterwards nothing of it is left, in any case.
 
         Args:
