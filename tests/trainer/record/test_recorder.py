@@ -9,10 +9,12 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from support import oracle
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowdppo_fast import PhiloxNoise, fused_dppo_velocity_loss
 from flowdppo_fast.losses import row_statistics
 from flowdppo_fast.trainer import TrajectoryRecorder
+from flowdppo_fast.trainer.record import layouts
 from flowdppo_fast.trainer.record.arguments import ArgumentStore, join, joinable, tensors_of
 
 ROWS, STEPS = 3, [0, 1, 3]
@@ -122,6 +124,37 @@ def test_loss_and_mask_on_replayed_velocities_equal_the_textbook(pipes, case, no
     torch.testing.assert_close(out.rows.kl.flatten().double(), truth.kl, rtol=1e-5, atol=0)
     torch.testing.assert_close(out.rows.log_ratio.flatten().double(), truth.log_ratio, rtol=1e-4, atol=1e-8)
     torch.testing.assert_close(out.loss.double(), truth.row_loss.mean(), rtol=1e-6, atol=0)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what waits for a device: single numbers that are read, and comparisons."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket.__name__ in ("_local_scalar_dense", "equal")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("case", ["sd3-doubled-batch", "flux-two-calls"])
+def test_looking_for_rows_reads_one_number_per_trial(pipes, case, monkeypatch):
+    name, arguments, _ = CASES[case]
+    pipeline, trials = getattr(pipes, name)(), []
+    recorder, reads = TrajectoryRecorder(pipeline), []
+    own = layouts._try
+    monkeypatch.setattr(layouts, "_try", lambda *given: trials.append(given) or own(*given))
+    for _ in range(2):
+        with HostReads() as counted, recorder.recording(STEPS, seed=11):
+            pipeline(
+                **pipes.text_inputs(ROWS), **arguments, num_inference_steps=6, generator=pipes.generators(ROWS),
+                output_type="pt",
+            )  # fmt: skip
+        reads.append(counted.count)
+    assert 3 <= len(trials) < 12, "of the first recording alone"
+    # the second looks of a new kind of step are read at once
+    assert reads[0] - reads[1] <= len(trials)
 
 
 def test_what_steps_share_is_kept_once_and_what_differs_is_not(pipes):
