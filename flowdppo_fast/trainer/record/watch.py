@@ -33,6 +33,11 @@ class _Seen:
     outputs: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     lengths: list[int | None] = field(default_factory=list)
 
+    @property
+    def times(self) -> list[Tensor]:
+        """Its arguments of one number, or one per row."""
+        return [x for x in self.call.leaves if isinstance(x, Tensor) and x.ndim <= 1]
+
 
 class Watch:
     """One recording: hooks on the modules, and the tape between them.
@@ -58,8 +63,8 @@ class Watch:
         self._program: Program | None = None
         self._depth = 0
         self._around: dict[nn.Module, Surroundings] = {}
-        # calls before the first step, among them those before the loop
-        self._first: int | None = None
+        # times of the calls before the first step, among them those before the loop
+        self._times: list[list[Tensor]] | None = None
         # whether what happens belongs to a chosen step; of the first one nobody knows the number
         self._on = True
         # the recorder's own calls
@@ -143,7 +148,7 @@ class Watch:
             output = torch.cat([self._parts[-1][1].flatten(1), output.flatten(1)], dim=1)
         self.tape.stop()
         self._busy = True
-        self._first = len(self._seen) if self._first is None else self._first
+        self._times = [seen.times for seen in self._seen] if self._times is None else self._times
         self._program = self.tape.program(output, negated) if index in self.chosen else None
         self._parts.append((index, output, None))
 
@@ -229,8 +234,7 @@ class Watch:
                 "by torch functions, so it cannot be replayed at other weights"
             )
         used = [seen for seen in self._seen if any(seen.call.leaves is call.leaves for call in program.calls)]
-        oldest = self.tape.oldest(program)
-        if oldest is not None and self._first is not None and oldest < self._first - len(self._seen):
+        if self._precedes_the_loop(self.tape.oldest(program)):
             raise ValueError(
                 f"{where}: the velocity depends on what a transformer gave before the loop, which would stay as it was "
                 "while the weights move, expected calls within the step"
@@ -249,6 +253,17 @@ class Watch:
         except ValueError as cause:
             raise ValueError(f"{where}: {cause}") from None
         return RecordedStep(index, program, transition.active)
+
+    def _precedes_the_loop(self, number: int | None) -> bool:
+        """Whether a call before the first step is not one of it: the last one is, and has that step's time."""
+        if number is None or not self._times:
+            return False
+        own, last = self._times[number], self._times[-1]
+        if not own or not last:
+            return number < len(self._times) - len(self._seen)
+        # another module's may be among further numbers
+        agree = all if len(own) == len(last) else any
+        return not agree(x.shape == y.shape and torch.equal(x, y) for x, y in zip(own, last))
 
     def _settle(self, seen: _Seen, call: Call, batch: int) -> Call:
         """The call with its arguments kept, and the places of rows in its arguments and outputs."""

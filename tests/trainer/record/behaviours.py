@@ -115,6 +115,15 @@ def momentum(p: Any, c: Tensor, u: Tensor, x: Tensor, t: Tensor, i: int) -> Tens
     return u + 3.0 * p.state
 
 
+def early_momentum(p: Any, c: Tensor, u: Tensor, x: Tensor, t: Tensor, i: int) -> Tensor:
+    """Guidance in the first step alone, whose momentum goes on."""
+    if i == 0:
+        p.state = c - u
+        return u + 3.0 * p.state
+    p.state = 0.5 * p.state
+    return c + p.state
+
+
 def apg(p: Any, c: Tensor, u: Tensor, x: Tensor, t: Tensor, i: int) -> Tensor:
     delta = (c - u).double()
     delta = delta * torch.minimum(torch.ones_like(norm(delta, 1, 2)), 2.0 / norm(delta, 1, 2))
@@ -259,6 +268,12 @@ def doubled(order: Sequence[int]) -> Callable[..., Any]:
 
 def with_condition(change: Callable[[Tensor], Any]) -> Callable[..., Any]:
     return lambda p, x, t, c, u: [value_of(p.transformer(x, t, change(one))) for one in (c, u)]
+
+
+def one_call_later(p: Any, x: Tensor, t: Tensor, c: Tensor, u: Tensor) -> list[Tensor]:
+    """Two calls in the first step, and one in the others."""
+    first = value_of(p.transformer(x, t, c))
+    return [first, value_of(p.transformer(x, t, u)) if p.state is None else first]
 
 
 def reused(p: Any, x: Tensor, t: Tensor, c: Tensor, u: Tensor) -> list[Tensor]:
@@ -443,6 +458,7 @@ RIGHT: dict[str, tuple[Callable[..., Tensor], Callable[..., Any] | None, str]] =
     "forward called directly": (guided, directly, ""),
     "head called by the pipeline": (guided, part_of_it, "hidden"),
     "autocast": (guided, in_autocast, ""),
+    "momentum of an interval": (early_momentum, one_call_later, ""),
     "replaced layer": (guided, hooked, ""),
     **{name: (of(function), None, "") for name, function in BRANCHES.items()},
 }  # fmt: skip
