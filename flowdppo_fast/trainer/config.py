@@ -134,6 +134,8 @@ class SamplingConfig:
             (``noise_share``).
         batch_size: images per call of the pipeline, a multiple or a divisor of ``group_size``; None means as many as
             possible.
+        repeat_texts: give a call the text of each image, in place of ``num_images_per_prompt``, which some pipelines
+            take and do not handle.
         output_type: what the pipeline returns and the reward gets.
         pipeline_kwargs: further arguments of the pipeline's call (guidance scale, height, width).
         background_rewards: score the images of one call of the pipeline while the next call runs; a reward must then
@@ -158,6 +160,7 @@ class SamplingConfig:
     same_latents: StrictBool = False
     measure_noise_share: StrictBool = False
     batch_size: Count | None = None
+    repeat_texts: StrictBool = False
     output_type: str = "pt"
     pipeline_kwargs: dict[str, Any] = field(default_factory=dict)
     background_rewards: StrictBool = True
@@ -268,6 +271,10 @@ class RunConfig:
             end, 0 none. Evaluations leave their pages in any case.
         strict_replay: the replay of a step in the batch it was recorded in must give the recorded velocities bitwise;
             False accepts, with a warning, what kernels that are not deterministic round otherwise.
+        check_replay: once per run, before its first update, the trained weights are moved a little and put back: the
+            replay has to follow them like a new recording does. A row's gradient under gradient checkpointing has to be
+            that without. Of weights that are whole on each process; costs a part of a call and a copy of what is
+            trained.
         stop_on_mismatch: the run ends before its weights are moved where rollout and training differ by more than the
             bound at unchanged weights; False warns from a tenth of the bound on.
         row_log: write log-ratio, KL and mask of every row of every update to ``rows.jsonl`` in the output folder.
@@ -286,6 +293,7 @@ class RunConfig:
     project: str = "flowdppo"
     plot_every: Annotated[int, Field(ge=0), Strict()] | None = 10
     strict_replay: StrictBool = True
+    check_replay: StrictBool = True
     stop_on_mismatch: StrictBool = False
     row_log: StrictBool = True
 

@@ -18,7 +18,7 @@ from accelerate.logging import get_logger
 from torch import Tensor
 
 from ..losses import fused_policy_velocity_loss
-from ..objectives import Objective, as_objective, threshold_of
+from ..objectives import Objective, as_objective
 from ..results import LossOutput
 from ..rules import RowValues
 from ..runs.logs import ROWS_FILE, append_lines
@@ -360,8 +360,10 @@ class FlowDPPOTrainer:
         noise_seed = derive_seed(seed, iteration, "noise")
         first = s.group_size if same_latents else 1
         seeds = [derive_seed(seed, iteration, "latents", row // first) for row in rows]
+        call = functools.partial(self.calls.images, self.prompts, entries, seeds, s.num_steps, s.pipeline_kwargs)
         with self.recorder.recording(chosen, seed=noise_seed, first_row=rows[0]) as trajectory:
-            images = self.calls.images(self.prompts, entries, seeds, s.num_steps, s.pipeline_kwargs)
+            images = call()
+        self.calls.drew(trajectory, call, self._idle)
         if s.offload_trajectories:
             trajectory.offload(self.device)
         return trajectory, images
@@ -421,12 +423,9 @@ class FlowDPPOTrainer:
         if self.workers.sharded:
             # all processes replay the same calls
             new = [any(one) for one in zip(*self.workers.gather_objects([new]))]
-        strict = self.config.run.strict_replay
         for trajectory in itertools.compress(rollout.trajectories, new):
-            threshold = threshold_of(self.objective, trajectory.elements)
             rows = range(min(self.config.optimizer.micro_batch_size, len(trajectory)))
-            verify = functools.partial(self.recorder.verify, trajectory, rows, strict=strict, threshold=threshold)
-            check = self.calls.run(verify)
+            check = self.calls.verify(self.recorder, trajectory, rows, self.objective)
             self.replay_check = self.replay_check or check
             logger.info("replay reproduces the rollout: %s", check)
         self._verified = self._verified.union(*kinds)
