@@ -64,8 +64,9 @@ class ModelConfig:
         lora_targets: names of the layers that get an adapter or their ends, one pattern that whole names match, or
             ``all-linear``; None means the attention projections.
         gradient_checkpointing: recompute activations in the backward.
-        mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"`` autocast (the last with a loss scale); trained weights are
-            kept in float32.
+        mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"`` (with a loss scale). Under LoRA a transformer that was
+            loaded in it computes in it, with half-precision copies of adapters; another one computes in autocast.
+            Trained weights are kept in float32.
         compile: ``torch.compile`` the transformer(s), block by block where diffusers knows the blocks.
         ema_decay: keep a moving average of the trained weights with this decay per update, in (0, 1).
         offload_idle: text encoders, VAE and other components are on the host while the transformer(s) are trained.

@@ -118,6 +118,14 @@ def _adapted(weights: PolicyWeights) -> str:
     return "; ".join([f"{text} in {sum(found.values())} of {sum(blocks.values())} blocks", *none])
 
 
+def _computed(config: FlowDPPOConfig, weights: PolicyWeights) -> str:
+    """What the transformers compute in."""
+    precision = config.model.mixed_precision
+    if precision == "no":
+        return "in the precision that they were loaded in"
+    return f"computed in {precision}" if weights.half else f"in {precision} autocast"
+
+
 def summary(config: FlowDPPOConfig, workers: Workers, weights: PolicyWeights, device: torch.device) -> str:
     """What will be done with what, in a few lines: device, processes, weights, images and updates of an iteration."""
     s, o, count = config.sampling, config.optimizer, workers.count
@@ -127,7 +135,7 @@ def summary(config: FlowDPPOConfig, workers: Workers, weights: PolicyWeights, de
     lines = [
         f"{count} process{'es' * (count > 1)} on {device.type}, {workers.sharding.kind}"
         + (f"; {idle} more GPUs are idle (accelerate launch uses them)" if idle > 0 else ""),
-        f"{what} of {', '.join(weights.modules)}: {trained:,} numbers, {config.model.mixed_precision} autocast",
+        f"{what} of {', '.join(weights.modules)}: {trained:,} numbers, {_computed(config, weights)}",
         f"per iteration {s.prompts_per_rollout * s.group_size} images, {s.group_size} of each of "
         f"{s.prompts_per_rollout} prompts, "
         f"{s.num_steps} steps, of which {s.sde_steps_per_rollout or len(s.candidate_steps)} are trained, "

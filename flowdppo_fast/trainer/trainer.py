@@ -140,7 +140,7 @@ class FlowDPPOTrainer:
         self.optimizer = PolicyOptimizer(self.weights.parameters, o, self.workers, scaled=scaled)
         self.history = RewardHistory(len(self.prompts.entries), config.advantage.history)
         self._places = {id(entry): place for place, entry in enumerate(self.prompts.entries)}
-        self.calls = PipelineCalls(pipeline, reward, config, self.workers, self.device)
+        self.calls = PipelineCalls(pipeline, reward, config, self.weights, self.device)
         self.evaluation = (
             None if eval_prompts is None else Evaluation(eval_prompts, pipeline, config, self.workers, self.calls)
         )
@@ -310,8 +310,7 @@ class FlowDPPOTrainer:
         own = torch.stack([share * vector for share, vector in zip(shares, vectors)]).sum(0)
         loss, kl = (own[METRICS.index(name)] for name in ("loss", "kl_new_old_mean"))
         step = self.optimizer.step(loss, kl)
-        if self.weights.ema is not None:
-            self.weights.ema.update()
+        self.weights.stepped()
         return {"vectors": vectors, "shares": shares, "elements": elements, "parts": parts, "steps": [step]}
 
     @own_state()
