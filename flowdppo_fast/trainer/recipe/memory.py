@@ -117,7 +117,7 @@ def replay_bytes(
     given = [*module.parameters(), *module.buffers(), *tree_leaves(dict(arguments))]
     live = LiveBytes(x for x in given if isinstance(x, Tensor))
     gradients = [p.register_post_accumulate_grad_hook(_forget) for p in module.parameters() if p.requires_grad]
-    with torch.enable_grad(), _fused_attention(), live:
+    with torch.enable_grad(), fused_attention(), live:
         outputs = [tree_leaves(module(**arguments, return_dict=False)) for _ in range(calls)]
         first = [output[0] for output in outputs]
         torch.autograd.backward(first, [torch.empty_like(x) for x in first])
@@ -165,7 +165,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def _fused_attention() -> Iterator[None]:
+def fused_attention() -> Iterator[None]:
     """Within this context attention has shapes only, and no matrix of scores, like the kernels for GPUs."""
     own = torch.nn.functional.scaled_dot_product_attention
 
