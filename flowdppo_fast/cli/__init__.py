@@ -17,6 +17,7 @@ COMMANDS = {
         "flowdppo_fast.runs.diagnose",
         "plot what a run's logs say about its trust region, and name likely trouble",
     ),
+    "report": ("flowdppo_fast.runs.report", "write one page with a run's curves, images, verdict and settings"),
     "export": ("flowdppo_fast.cli.export", "write the trained weights of a run as diffusers loads them"),
 }
 
