@@ -255,6 +255,8 @@ class OptimizerConfig:
 
     Args:
         learning_rate, betas, eps, weight_decay: of AdamW.
+        warmup_updates: the learning rate rises to its value over that many updates.
+        schedule: ``"constant"`` after that, or falling to 0 at the end of the run, ``"linear"`` or ``"cosine"``.
         max_grad_norm: gradients are scaled down to this norm; None leaves them.
         updates_per_rollout: optimizer steps per pass over a rollout; its groups are split between them.
         inner_epochs: passes over a rollout.
@@ -273,6 +275,8 @@ class OptimizerConfig:
     betas: tuple[_Beta, _Beta] = (0.9, 0.999)
     eps: Positive = 1e-8
     weight_decay: NotNegative = 1e-4
+    warmup_updates: Annotated[int, Field(ge=0), Strict()] = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
     max_grad_norm: Positive | None = 1.0
     updates_per_rollout: Count = 2
     inner_epochs: Count = 1

@@ -29,7 +29,7 @@ from .ambient import own_state
 from .checkpoint import load_random_state, random_state
 from .config import FlowDPPOConfig
 from .evaluation import Evaluation
-from .metrics import METRICS, micro_vector, read_iteration
+from .metrics import METRICS, micro_vector, peak_memory, read_iteration
 from .mismatch import MismatchGate
 from .pipeline_calls import PipelineCalls, check_guidance, join_rewards
 from .prompts import PromptSource
@@ -377,7 +377,7 @@ class FlowDPPOTrainer:
             raise
         sampled = time.perf_counter()
         self._verify(rollout)
-        self.optimizer.begin_rollout()
+        self.optimizer.begin_rollout(self.iteration, self.config.run.iterations)
         # until the iteration is over the weights are those of no checkpoint
         self.state.within = True
         results: dict[str, list] = {"vectors": [], "shares": [], "elements": [], "parts": [], "steps": []}
@@ -472,8 +472,8 @@ class FlowDPPOTrainer:
         self.state.skipped_updates += int(metrics["skipped_updates"])
         if lines and self.workers.is_main:
             self.workers.attempt(append_lines, self.output / ROWS_FILE, lines)
-        stored = trajectory_bytes(rollout.trajectories)
-        return {**metrics, "skipped_updates": self.skipped_updates, "trajectory_bytes": stored}
+        metrics |= {"skipped_updates": self.skipped_updates, "learning_rate": self.optimizer.learning_rate}
+        return {**metrics, "trajectory_bytes": trajectory_bytes(rollout.trajectories), **peak_memory(self.device)}
 
     def _evaluate(self, prefix: str) -> dict[str, float]:
         metrics, images, texts = self.evaluate()
