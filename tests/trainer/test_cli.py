@@ -93,6 +93,7 @@ def test_help_of_commands(capsys, command):
     assert f"usage: flowdppo {command}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_from_a_config_to_exported_weights(tmp_path, capsys):
     folder = tmp_path / "run"
     # what a user types, in a process of its own
@@ -166,7 +167,7 @@ def test_evaluation_prompts_reach_the_trainer(tmp_path):
     assert main(["train", CONFIG, *overrides]) == 0
     metrics = json.loads((folder / "metrics.jsonl").read_text())
     assert 0 <= metrics["eval/readable"] <= 1
-    assert list(json.loads((folder / "inputs.json").read_text())) == ["prompts.eval"]
+    assert list(json.loads((folder / "inputs.json").read_text())) == ["prompts.eval", "pipeline.pretrained"]
     # the file may be read again, but not with other prompts
     held_out.write_text("3\n6\n")
     arguments = ["train", CONFIG, *overrides, "run.iterations=2", "--resume"]
