@@ -10,6 +10,7 @@ from torch import Tensor
 from flowdppo_fast.kernels.epilogue import epilogue_kernel, rule_constants
 from flowdppo_fast.kernels.gradient import launch_gradient
 from flowdppo_fast.kernels.launch import (
+    MATCHING,
     MEAN,
     Geometry,
     Kind,
@@ -19,7 +20,7 @@ from flowdppo_fast.kernels.launch import (
     geometry_of,
     step_arguments,
 )
-from flowdppo_fast.kernels.statistics import launch_partials, sums_apart
+from flowdppo_fast.kernels.statistics import launch_partials
 from flowdppo_fast.objectives import SUMMARY, RowField
 from flowdppo_fast.rows import RowSource, takes_rows
 
@@ -43,8 +44,9 @@ def launch_policy_loss(
     if geometry.rows == 0:
         return _nothing(advantages)
     partials = launch_partials(source, geometry, old_log_prob is not None, advantages)
+    apart = source.reference is not None and source.form != MATCHING
     return _launch_epilogue(
-        geometry, source.form == MEAN, sums_apart(source), (advantages, partials, None, None, None),
+        geometry, source.form == MEAN, apart, (advantages, partials, None, None, None),
         source.step, source.step_values, row_weights, old_log_prob, ints, floats,
     )  # fmt: skip
 
