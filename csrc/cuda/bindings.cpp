@@ -18,6 +18,8 @@
 #include "../../kernels/cuda/launchers.h"
 #include "../operators.h"
 
+#define FLOWDPPO_CUDA_NAMESPACE C10_CONCATENATE(FLOWDPPO_NAMESPACE, _cuda)
+
 namespace flowdppo {
 
 void binding::check_device(const Tensor& tensor, const char* name) {
@@ -343,15 +345,15 @@ std::string architectures_op() { return FLOWDPPO_CUDA_ARCHS; }
 }  // namespace cuda
 }  // namespace flowdppo
 
-STABLE_TORCH_LIBRARY_FRAGMENT(flowdppo_cuda, library) {
+STABLE_TORCH_LIBRARY_FRAGMENT(FLOWDPPO_CUDA_NAMESPACE, library) {
   library.def("architectures() -> str");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(flowdppo_cuda, CompositeExplicitAutograd, library) {
+STABLE_TORCH_LIBRARY_IMPL(FLOWDPPO_CUDA_NAMESPACE, CompositeExplicitAutograd, library) {
   library.impl("architectures", TORCH_BOX(&flowdppo::cuda::architectures_op));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(flowdppo_cuda, CUDA, library) {
+STABLE_TORCH_LIBRARY_IMPL(FLOWDPPO_CUDA_NAMESPACE, CUDA, library) {
   flowdppo::binding::register_operators<flowdppo::cuda::Cuda>(library);
 }
 

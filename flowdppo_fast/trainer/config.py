@@ -71,8 +71,9 @@ class ModelConfig:
         lora_targets: names of the layers that get an adapter or their ends, one pattern that whole names match, or
             ``all-linear``; None means the attention projections.
         gradient_checkpointing: recompute activations in the backward.
-        mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"`` autocast (the last with a loss scale); trained weights are
-            kept in float32.
+        mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"`` (with a loss scale). Under LoRA a transformer that was
+            loaded in it computes in it, with half-precision copies of adapters; another one computes in autocast.
+            Trained weights are kept in float32.
         compile: ``torch.compile`` the transformer(s), block by block where diffusers knows the blocks.
         ema_decay: keep a moving average of the trained weights with this decay per update, in (0, 1).
         offload_idle: text encoders, VAE and other components are on the host while the transformer(s) are trained.
@@ -134,6 +135,8 @@ class SamplingConfig:
             (``noise_share``).
         batch_size: images per call of the pipeline, a multiple or a divisor of ``group_size``; None means as many as
             possible.
+        repeat_texts: give a call the text of each image, in place of ``num_images_per_prompt``, which some pipelines
+            take and do not handle.
         output_type: what the pipeline returns and the reward gets.
         pipeline_kwargs: further arguments of the pipeline's call (guidance scale, height, width).
         background_rewards: score the images of one call of the pipeline while the next call runs; a reward must then
@@ -158,6 +161,7 @@ class SamplingConfig:
     same_latents: StrictBool = False
     measure_noise_share: StrictBool = False
     batch_size: Count | None = None
+    repeat_texts: StrictBool = False
     output_type: str = "pt"
     pipeline_kwargs: dict[str, Any] = field(default_factory=dict)
     background_rewards: StrictBool = True
@@ -202,6 +206,8 @@ class OptimizerConfig:
 
     Args:
         learning_rate, betas, eps, weight_decay: of AdamW.
+        warmup_updates: the learning rate rises to its value over that many updates.
+        schedule: ``"constant"`` after that, or falling to 0 at the end of the run, ``"linear"`` or ``"cosine"``.
         max_grad_norm: gradients are scaled down to this norm; None leaves them.
         updates_per_rollout: optimizer steps per pass over a rollout; its groups are split between them.
         inner_epochs: passes over a rollout.
@@ -220,6 +226,8 @@ class OptimizerConfig:
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     eps: Positive = 1e-8
     weight_decay: NotNegative = 1e-4
+    warmup_updates: Annotated[int, Field(ge=0), Strict()] = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
     max_grad_norm: Positive | None = 1.0
     updates_per_rollout: Count = 2
     inner_epochs: Count = 1
@@ -261,12 +269,17 @@ class RunConfig:
         keep_checkpoints: older checkpoints are removed.
         device: ``"auto"`` or ``"cpu"``.
         progress: show a progress bar.
-        trackers: where metrics go besides the output folder: ``"tensorboard"``, ``"wandb"`` or others of accelerate.
+        trackers: where metrics go besides the output folder: ``"tensorboard"``, ``"wandb"``, ``"trackio"``,
+            ``"swanlab"`` or others of accelerate.
         project: name under which trackers file the run.
         plot_every: iterations between plots and pages of rollouts in the output folder; None means one plot at the
             end, 0 none. Evaluations leave their pages in any case.
         strict_replay: the replay of a step in the batch it was recorded in must give the recorded velocities bitwise;
             False accepts, with a warning, what kernels that are not deterministic round otherwise.
+        check_replay: once per run, before its first update, the trained weights are moved a little and put back: the
+            replay has to follow them like a new recording does. A row's gradient under gradient checkpointing has to be
+            that without. Of weights that are whole on each process; costs a part of a call and a copy of what is
+            trained.
         stop_on_mismatch: the run ends before its weights are moved where rollout and training differ by more than the
             bound at unchanged weights; False warns from a tenth of the bound on.
         row_log: write log-ratio, KL and mask of every row of every update to ``rows.jsonl`` in the output folder.
@@ -285,6 +298,7 @@ class RunConfig:
     project: str = "flowdppo"
     plot_every: Annotated[int, Field(ge=0), Strict()] | None = 10
     strict_replay: StrictBool = True
+    check_replay: StrictBool = True
     stop_on_mismatch: StrictBool = False
     row_log: StrictBool = True
 

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from flowdppo_fast.kernels.elementary import divide, exp_and_expm1, log
-from flowdppo_fast.kernels.rows import row_statistics, row_sums, training_step
-from flowdppo_fast.kernels.summary import Extras, RowResults, add_row, empty_totals, write_summary
-from flowdppo_fast.rules import RULES, RowValues
+from ..rules import RULES, RowValues
+from .elementary import divide, exp_and_expm1, log
+from .rows import row_statistics, row_sums, training_step
+from .summary import Extras, RowResults, add_row, empty_totals, write_summary
 
 
 class Numbers(NamedTuple):

@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flowdppo_fast.kernels.elementary import divide
-from flowdppo_fast.kernels.launch import (
+from ..rows import RowSource, takes_rows
+from .elementary import divide
+from .launch import (
     BLOCK,
     MATCHING,
     MEAN,
@@ -20,9 +21,8 @@ from flowdppo_fast.kernels.launch import (
     step_arguments,
     vector_width,
 )
-from flowdppo_fast.kernels.philox import normals, row_stream
-from flowdppo_fast.kernels.rows import row_offset
-from flowdppo_fast.rows import RowSource, takes_rows
+from .philox import normals, row_stream
+from .rows import row_offset
 
 
 @triton.jit(do_not_specialize=["splits", "upstream_stride", "seed", "first_stream"])

@@ -15,7 +15,7 @@ from torch import Tensor
 from triton import knobs
 from triton.compiler import CompiledKernel
 
-from flowdppo_fast.rows import Form, RowSource
+from ..rows import Form, RowSource
 
 # 8 elements per thread and block: one 16-byte load per bf16 tensor, two per float32 tensor. Larger shares per thread
 # raise registers (four accumulators each) faster than they raise the bytes in flight per SM.

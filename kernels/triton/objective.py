@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowdppo_fast.kernels.epilogue import epilogue_kernel, rule_constants
-from flowdppo_fast.kernels.gradient import launch_gradient
-from flowdppo_fast.kernels.launch import (
+from ..objectives import SUMMARY, RowField
+from ..rows import RowSource, takes_rows
+from .epilogue import epilogue_kernel, rule_constants
+from .gradient import launch_gradient
+from .launch import (
     MATCHING,
     MEAN,
     Geometry,
@@ -20,9 +22,7 @@ from flowdppo_fast.kernels.launch import (
     geometry_of,
     step_arguments,
 )
-from flowdppo_fast.kernels.statistics import launch_partials
-from flowdppo_fast.objectives import SUMMARY, RowField
-from flowdppo_fast.rows import RowSource, takes_rows
+from .statistics import launch_partials
 
 _ROW_FIELDS, _SUMMARIES = len(RowField), len(SUMMARY)
 _NO_NUMBERS = (None,) * 6

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flowdppo_fast.kernels.launch import (
+from ..rows import RowSource, stats_dtype, takes_rows
+from .launch import (
     BLOCK,
     MATCHING,
     MEAN,
@@ -25,9 +26,8 @@ from flowdppo_fast.kernels.launch import (
     partial_tiles,
     step_arguments,
 )
-from flowdppo_fast.kernels.philox import normals, row_stream
-from flowdppo_fast.kernels.rows import row_offset, row_statistics, row_sums, training_step
-from flowdppo_fast.rows import RowSource, stats_dtype, takes_rows
+from .philox import normals, row_stream
+from .rows import row_offset, row_statistics, row_sums, training_step
 
 
 @triton.jit(do_not_specialize=["splits", "seed", "first_stream"])
