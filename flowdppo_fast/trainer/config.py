@@ -14,29 +14,35 @@ from typing import Annotated, Any, Literal
 
 import torch
 import yaml
-from pydantic import BeforeValidator, ConfigDict, Field, Strict, StrictBool, StrictInt
+from pydantic import BeforeValidator, Field, Strict, StrictBool, StrictInt
 
 from ..objectives import DPPO, GRPOGuard, Objective, OwnRule, RatioClip, Unclipped, as_objective
 from ..samplers import SAMPLERS
 from .callables import load_callable
-from .settings import NUMBER, Count, NotNegative, Number, Positive, build, check, check_known, plain, read_yaml, require
+from .engine_settings import EnginesConfig, check_engines
+from .settings import (
+    NUMBER,
+    SECTION,
+    Count,
+    NotNegative,
+    Number,
+    Positive,
+    build,
+    check,
+    check_known,
+    plain,
+    read_yaml,
+    require,
+)
 
 # sections of a recipe beside those of the trainer
 RECIPE_SECTIONS = ("pipeline", "prompts", "rewards")
 
 # arguments of the pipeline's call that the trainer sets itself
 _RESERVED_ARGUMENTS = (
-    "generator",
-    "latents",
-    "num_inference_steps",
-    "output_type",
-    "prompt",
-    "prompt_embeds",
-    "return_dict",
-)
+    "generator", "latents", "num_inference_steps", "output_type", "prompt", "prompt_embeds", "return_dict",
+)  # fmt: skip
 
-# what a section does not know is refused, and sections in sections are checked again
-SECTION = ConfigDict(extra="forbid", revalidate_instances="always")
 _BetweenZeroAndOne = Annotated[float, Field(gt=0, lt=1), NUMBER]
 # package.module:attribute, imported when it is used
 _OF_MODULE = re.compile(r"\w+(\.\w+)*:\w+(\.\w+)*")
@@ -348,6 +354,7 @@ class FlowDPPOConfig:
     Args:
         model: what is trained.
         sampling: the rollout.
+        engines: servers that sample it.
         advantage: how rewards become advantages.
         objective: the bound on each update.
         optimizer: the updates.
@@ -361,6 +368,7 @@ class FlowDPPOConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    engines: EnginesConfig = field(default_factory=EnginesConfig)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -406,6 +414,7 @@ class FlowDPPOConfig:
             check(getattr(self, section.name), section.name)
         self._check_sampling()
         self._check_objective()
+        check_engines(self)
 
     def _check_sampling(self) -> None:
         s, o = self.sampling, self.optimizer

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from .ambient import autocast
 from .config import FlowDPPOConfig
+from .engines.sampling import EngineSampling
 from .prompts import PromptSource, text_of
+from .record.trajectory import Trajectory
 from .rewards import BackgroundScorer, Reward, score
 from .weights.distributed import Workers
 from .weights.sharding import T
@@ -25,11 +27,16 @@ class PipelineCalls:
     Args:
         workers: processes that call them at the same time, each for rows of its own.
         device: where prompts and images are.
+        modules: the transformers.
     """
 
-    def __init__(self, pipeline: Any, reward: Reward, config: FlowDPPOConfig, workers: Workers, device: torch.device):
+    def __init__(
+        self, pipeline: Any, reward: Reward, config: FlowDPPOConfig, workers: Workers, device: torch.device,
+        modules: Mapping[str, torch.nn.Module],
+    ):  # fmt: skip
         self.pipeline, self.reward, self.config = pipeline, reward, config
         self.workers, self.device = workers, device
+        self._engines = EngineSampling(pipeline, modules, config, workers) if config.engines.urls else None
 
     def run(self, function: Callable[[], T]) -> T:
         """``function()``, which calls transformers."""
@@ -47,20 +54,41 @@ class PipelineCalls:
     def images(
         self, source: PromptSource, entries: list[dict], seeds: list[int], num_steps: int, options: Mapping[str, Any]
     ) -> Any:
-        """Images of one pipeline call, one per entry of ``source``."""
+        """Images of one pipeline call, one per entry of ``source``; servers sample a recorded one."""
         # equal neighbours are one prompt with several images, if all runs of them have a common length
         runs = [len(list(run)) for _, run in itertools.groupby(entries, key=id)]
-        given = source.arguments(entries, math.gcd(*runs), self.device)
-        arguments = {
-            **given,
-            **shared_options(options, given, self.device),
+
+        def arguments(rows: slice, group_size: int) -> dict[str, Any]:
+            given = source.arguments(entries[rows], group_size, self.device)
+            return {**given, **shared_options(options, given, self.device)}
+
+        call = {
+            **arguments(slice(None), math.gcd(*runs)),
             "num_inference_steps": num_steps,
             "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
             "output_type": self.config.sampling.output_type,
             "return_dict": False,
         }
         with torch.no_grad():
-            return self.run(lambda: self.pipeline(**arguments))[0]
+            if self._engines is None or not getattr(self.pipeline.scheduler, "sde_steps", ()):
+                return self.run(lambda: self.pipeline(**call))[0]
+            ends = list(itertools.accumulate(runs, initial=0))
+            groups = [slice(*pair) for pair in itertools.pairwise(ends)]
+            asked = [(arguments(rows, rows.stop - rows.start), seeds[rows]) for rows in groups]
+            with self._engines.sampled(asked) as further:
+                return self.run(lambda: self.pipeline(**call, **further))[0]
+
+    def send_weights(self) -> None:
+        """Gives the present weights to the servers, if there are any; all processes have to come here."""
+        if self._engines is not None:
+            self._engines.send_weights()
+
+    def keep(self, trajectory: Trajectory) -> None:
+        """Takes what was recorded of the last :meth:`images` as it is trained on and stored."""
+        if self._engines is not None:
+            self._engines.settle(trajectory)
+        if self.config.sampling.offload_trajectories:
+            trajectory.offload(self.device)
 
     def rewards(self, images: Any, entries: list[dict], scorer: BackgroundScorer | None = None) -> Callable[[], Any]:
         """Starts to score the images of a call; what is returned waits for the rewards."""

@@ -18,7 +18,7 @@ from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import yaml
-from pydantic import BeforeValidator, Field, Strict, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, Strict, TypeAdapter, ValidationError
 from pydantic_core import PydanticKnownError
 
 Section = TypeVar("Section")
@@ -30,6 +30,8 @@ def _no_truth_value(value: Any) -> Any:
     return value
 
 
+# what a section does not know is refused, and sections in sections are checked again
+SECTION = ConfigDict(extra="forbid", revalidate_instances="always")
 # text is a number too: YAML 1.1 reads 1e-5 as text; True is none
 NUMBER = BeforeValidator(_no_truth_value)
 Number = Annotated[float, NUMBER]

@@ -140,7 +140,7 @@ class FlowDPPOTrainer:
         self.optimizer = PolicyOptimizer(self.weights.parameters, o, self.workers, scaled=scaled)
         self.history = RewardHistory(len(self.prompts.entries), config.advantage.history)
         self._places = {id(entry): place for place, entry in enumerate(self.prompts.entries)}
-        self.calls = PipelineCalls(pipeline, reward, config, self.workers, self.device)
+        self.calls = PipelineCalls(pipeline, reward, config, self.workers, self.device, self.recorder.modules)
         self.evaluation = (
             None if eval_prompts is None else Evaluation(eval_prompts, pipeline, config, self.workers, self.calls)
         )
@@ -259,6 +259,7 @@ class FlowDPPOTrainer:
         groups = self.prompts.groups(iteration, s.prompts_per_rollout, seed)
         calls = plan_calls(s, self.workers, self.updates, self.prompts, groups)
         trajectories, pending, shown = [], [], None
+        self.calls.send_weights()
         # nothing is sampled while the rewards of an only call are computed
         background = s.background_rewards and len(calls) > 1
         with BackgroundScorer(self.reward, self.device) if background else contextlib.nullcontext() as scorer:
@@ -353,8 +354,7 @@ class FlowDPPOTrainer:
         seeds = [derive_seed(seed, iteration, "latents", row // first) for row in rows]
         with self.recorder.recording(chosen, seed=noise_seed, first_row=rows[0]) as trajectory:
             images = self.calls.images(self.prompts, entries, seeds, s.num_steps, s.pipeline_kwargs)
-        if s.offload_trajectories:
-            trajectory.offload(self.device)
+        self.calls.keep(trajectory)
         return trajectory, images
 
     def _iterate(self) -> dict[str, float]:
