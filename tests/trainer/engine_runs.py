@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from processes import builders, start
+from safetensors.torch import save_file
 
+from flowdppo_fast.trainer import FlowDPPOConfig, FlowDPPOTrainer
 from flowdppo_fast.trainer.engines.serve import EngineServer
 
 
@@ -34,6 +36,16 @@ def serve(
     half.write_text(server.url)
     half.rename(Path(folder) / f"{name}.url")
     server.serve_forever()
+
+
+def train(sections: dict[str, dict], file: str) -> None:
+    """One process of a run on servers; the main one writes the weights."""
+    from digits_example import PROMPTS, ink
+
+    trainer = FlowDPPOTrainer(builders().make_digits(), ink, PROMPTS, FlowDPPOConfig.from_dict(sections))
+    trainer.train()
+    if trainer.workers.is_main:
+        save_file({f"{place}": p.detach() for place, p in enumerate(trainer.weights.parameters)}, file)
 
 
 class Engine:

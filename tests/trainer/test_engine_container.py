@@ -1,10 +1,13 @@
-"""A rollout in memory, on disk and from a server's answer: nothing of it is changed, and what does not fit is refused."""
+"""A rollout in memory, on disk and from a server's answer: kept to the bit, and what does not fit is refused."""
 
 from __future__ import annotations
 
 import base64
 import dataclasses
+import json
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -248,7 +251,7 @@ def test_a_number_of_steps_that_fits_nothing_is_named():
     "data", ["not base64!", base64.b64encode(b"short").decode(), base64.b64encode(pickle.dumps([1])).decode(), None, 3]
 )
 def test_what_is_no_tensor_is_refused(data):
-    with pytest.raises(ValueError, match="a tensor: got .*, expected base64 of a safetensors file"):
+    with pytest.raises(ValueError, match=r"a tensor: got .*, expected base64 of a safetensors file"):
         decode({"part": [{"__tensor__": True, "data": data}]})
 
 
@@ -288,3 +291,11 @@ def test_the_recorder_and_an_injected_scheduler_keep_the_same_rollout(pipes, noi
     collector.reset()
     with pytest.raises(ValueError, match=r"ran the chosen steps \[\], expected \[1, 3\]"):
         collector.get_trajectory()
+
+
+def test_the_page_says_how_many_bytes_an_image_is():
+    page = (Path(__file__).parents[2] / "docs" / "distributed.md").read_text()
+    (told,) = re.findall(r"an image is (\d+\.\d) MB", page)
+    velocity, noise, states = torch.zeros(2, 16, 128, 128), torch.zeros(2, 16, 128, 128), torch.zeros(4, 16, 128, 128)
+    answer = encode({"v": velocity.bfloat16(), "e": noise, "x": states.bfloat16()})
+    assert f"{len(json.dumps(answer)) / 1e6:.1f}" == told

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
+import urllib.request
+from pathlib import Path
 
+import engine_runs
 import pytest
 import torch
-from digits_example import PROMPTS, ink
+from digits_example import EXAMPLE, PROMPTS, ink
 from engine_runs import Engine
+from processes import run
+from safetensors.torch import load_file
 from sd3_example import bright, sd3_prompts, sd3_settings
 
 from flowdppo_fast.trainer import FlowDPPOTrainer
@@ -79,6 +87,16 @@ def test_a_run_on_two_servers_is_that_of_one_process(pipes, settings, engine, in
     assert servers[0].asked + servers[1].asked == 12
 
 
+@pytest.mark.parametrize("weights", ["http", "file"])
+def test_two_processes_on_a_server_are_the_run_of_one(settings, engine, in_process, tmp_path, weights):
+    server = engine()
+    config = settings("run", server, engines={"weights": weights}, run={"device": "cpu"})
+    run(engine_runs.train, config.to_dict(), str(tmp_path / "weights"), count=2)
+    made = load_file(tmp_path / "weights")
+    assert all(torch.equal(made[f"{place}"], value) for place, value in enumerate(in_process[0]))
+    assert server.asked == 12
+
+
 def test_latents_noise_and_guidance_of_another_pipeline(pipes, settings, engine):
     options = sd3_settings()["sampling"]["pipeline_kwargs"]
     how = {"sampling": {"pipeline_kwargs": options, "sampler": "cps", "prompts_per_rollout": 2}}
@@ -140,6 +158,21 @@ def test_nobody_listens(pipes, settings):
     config = settings("run", "http://127.0.0.1:9", engines={"retries": 0})
     with pytest.raises(EngineError, match=r"no server is left for the adapters: http://127\.0\.0\.1:9: "):
         trained(pipes.digits(), config)
+
+
+def test_the_command_serves(pipes, settings, in_process):
+    command = [sys.executable, "-m", "flowdppo_fast.trainer.engines.serve", "conftest:make_digits", "--port", "0"]
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLE), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    here = Path(__file__).parent
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=here, env=environment) as server:
+        try:
+            assert server.stdout is not None
+            url = server.stdout.readline().removeprefix("serving on ").strip()
+            with urllib.request.urlopen(f"{url}/health") as answer:
+                assert json.load(answer) == {"status": "ok", "weights": {}}
+            assert_same(in_process, trained(pipes.digits(), settings("run", url)))
+        finally:
+            server.kill()
 
 
 @pytest.fixture
