@@ -23,6 +23,7 @@ from sd3_example import bright, sd3_prompts, sd3_settings
 from flowdppo_fast.trainer import FlowDPPOTrainer
 from flowdppo_fast.trainer.engines.client import EngineError
 from flowdppo_fast.trainer.engines.serve import EngineServer
+from flowdppo_fast.trainer.engines.wire import decode
 
 # files of a run that are the same, times apart
 TIMED = ("seconds", "samples_per_second", "memory")
@@ -154,6 +155,18 @@ def test_without_a_server_the_run_ends_with_their_names(pipes, settings, engine,
         trained(pipes.digits(), config)
 
 
+def test_a_run_without_a_server_goes_on_with_another_one(pipes, settings, engine, in_process):
+    # the ninth request is the first of the last iteration
+    first = engine("first", dies_at=9)
+    with pytest.raises(EngineError):
+        trained(pipes.digits(), settings("run", first, engines={"retries": 0}))
+    config = settings("run", engine("second"))
+    trainer = FlowDPPOTrainer(pipes.digits(), ink, PROMPTS, config)
+    trainer.train(resume=True)
+    assert all(map(torch.equal, trainer.weights.parameters, in_process[0]))
+    assert (trainer.output / "rows.jsonl").read_text() == in_process[1]
+
+
 def test_nobody_listens(pipes, settings):
     config = settings("run", "http://127.0.0.1:9", engines={"retries": 0})
     with pytest.raises(EngineError, match=r"no server is left for the adapters: http://127\.0\.0\.1:9: "):
@@ -219,6 +232,22 @@ def test_sglang_requests_train_what_the_server_drew(pipes, settings, nearby, mon
     assert not any("flowdppo" in one.get("extra_sampling_params", {}) for one in asked)
     assert len({one["seed"] for one in asked}) == 32
     assert 0 < history[-1]["mismatch_kl_max"] < 1e-10
+
+
+def test_the_update_takes_the_noise_and_velocities_of_the_server(pipes, settings, nearby, monkeypatch):
+    server = nearby(pipes.digits())
+    sent: list[dict] = []
+    own = server.generate
+    monkeypatch.setattr(server, "generate", lambda request: sent.extend(own(request)) or sent[-1:])
+    config = settings("run", server, engines={"protocol": "sglang", "weights": "file"})
+    rollout = FlowDPPOTrainer(pipes.digits(), ink, PROMPTS, config).sample(0)
+    for number, trajectory in enumerate(rollout.trajectories):
+        old, noise, _ = trajectory.select(range(4))
+        for row in range(4):
+            debug = decode(sent[4 * number + row]["rollout_debug_tensors"])
+            assert torch.equal(old[row], debug["rollout_model_outputs"])
+            assert torch.equal(noise[row], debug["rollout_variance_noises"])
+    assert len(sent) == 16
 
 
 def test_a_server_with_another_schedule_is_refused(pipes, settings, nearby):
