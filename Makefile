@@ -66,7 +66,7 @@ audit:
 
 # a run must end: a test after 300 s (pyproject.toml), one that hangs in C after 330, a worker that dies at once, all
 # after half an hour
-PYTEST_FLAGS := -n 2 --dist loadfile --max-worker-restart=0 -o faulthandler_timeout=330 -o faulthandler_exit_on_timeout=true
+PYTEST_FLAGS := -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart=0 -o faulthandler_timeout=330 -o faulthandler_exit_on_timeout=true
 PYTEST_LIMIT ?= 1800
 
 # one thread per worker; the thread-count tests set their own
