@@ -18,7 +18,7 @@ from digits_example import EXAMPLE, PROMPTS, ink
 from engine_runs import Engine
 from processes import run
 from safetensors.torch import load_file
-from sd3_example import bright, sd3_prompts, sd3_settings
+from sd3_example import bright
 
 from flowdppo_fast.trainer import FlowDPPOTrainer
 from flowdppo_fast.trainer.engines.client import EngineError
@@ -98,12 +98,25 @@ def test_two_processes_on_a_server_are_the_run_of_one(settings, engine, in_proce
     assert server.asked == 12
 
 
-def test_latents_noise_and_guidance_of_another_pipeline(pipes, settings, engine):
-    options = sd3_settings()["sampling"]["pipeline_kwargs"]
-    how = {"sampling": {"pipeline_kwargs": options, "sampler": "cps", "prompts_per_rollout": 2}}
-    prompts = sd3_prompts(pipes)
-    alone = trained(pipes.sd3(), settings("alone", **how), bright, prompts)
-    served = trained(pipes.sd3(), settings("served", engine(kind="sd3"), **how), bright, prompts)
+@pytest.mark.parametrize(
+    ("kind", "options", "sampling"),
+    [
+        ("sd3", {"guidance_scale": 1.0}, {"sampler": "cps"}),
+        ("sd3", {"guidance_scale": 3.0}, {"same_latents": True}),
+        # packed latents and a schedule that depends on their size
+        ("flux", {"guidance_scale": 3.5}, {"sde_steps_per_rollout": 1, "per_group_steps": True}),
+    ],
+)
+def test_latents_schedule_and_guidance_of_other_pipelines(pipes, settings, engine, kind, options, sampling):
+    options = {"height": 8, "width": 8, **options}
+    torch.manual_seed(0)
+    shapes = {"prompt_embeds": (5, 16), "pooled_prompt_embeds": (16,)}
+    signs = ("", "negative_") if kind == "sd3" else ("",)
+    prompts = [{f"{s}{name}": torch.randn(*shape) for s in signs for name, shape in shapes.items()} for _ in range(2)]
+    how = {"sampling": {"pipeline_kwargs": options, "prompts_per_rollout": 2, **sampling}}
+    pipeline = getattr(pipes, kind)
+    alone = trained(pipeline(), settings("alone", **how), bright, prompts)
+    served = trained(pipeline(), settings("served", engine(kind=kind), **how), bright, prompts)
     assert_same(alone, served)
 
 
