@@ -23,7 +23,7 @@ from sd3_example import bright
 from flowdppo_fast.trainer import FlowDPPOTrainer
 from flowdppo_fast.trainer.engines.client import EngineError
 from flowdppo_fast.trainer.engines.serve import EngineServer
-from flowdppo_fast.trainer.engines.wire import decode
+from flowdppo_fast.trainer.engines.wire import decode, encode
 
 # files of a run that are the same, times apart
 TIMED = ("seconds", "samples_per_second", "memory")
@@ -274,7 +274,10 @@ def test_a_server_that_takes_other_steps_is_refused(pipes, settings, nearby, mon
     server = nearby(pipes.digits())
     own = server.generate
     monkeypatch.setattr(server, "generate", lambda request: own({**request, "rollout_noise_level": 0.5}))
-    with pytest.raises(ValueError, match=r"step 1 is off by .* from the one that sampler='flow_sde' with eta=0.7"):
+    with pytest.raises(
+        EngineError,
+        match=r"wrong answer: rollout: step 1 is off by .* from the one that sampler='flow_sde' with eta=0.7",
+    ):
         trained(pipes.digits(), settings("run", server))
 
 
@@ -291,6 +294,37 @@ def test_a_refusal_is_told_in_the_words_of_the_server_and_not_tried_again(pipes,
     ):
         trained(pipes.digits(), settings("run", server))
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda made: {}, "got a dict, expected a list of 4"),
+        (lambda made: made[:3], "got 3 images, expected a list of 4"),
+        (lambda made: [None, *made[1:]], "answer 0: got no dit_trajectory.latents"),
+        (lambda made: [{**made[0], "rollout_debug_tensors": None}, *made[1:]], "expected rollout_debug_mode=true"),
+        (
+            lambda made: [{**made[0], "dit_trajectory": {"latents": {"__tensor__": True}}}, *made[1:]],
+            "a tensor: got Key",
+        ),
+        (
+            lambda made: with_velocity(made, torch.full((2, 1, 8, 8), torch.nan)),
+            "velocity: got numbers that are not fin",
+        ),
+        (lambda made: with_velocity(made, torch.zeros(2, 1, 8, 7)), "states: got shape"),
+    ],
+)
+def test_a_wrong_answer_is_told_with_the_server(pipes, settings, nearby, monkeypatch, change, told):
+    server = nearby(pipes.digits())
+    own = server.generate
+    monkeypatch.setattr(server, "generate", lambda request: change(own(request)))
+    with pytest.raises(EngineError, match=rf"{server.url}: wrong answer: .*{told}"):
+        trained(pipes.digits(), settings("run", server))
+
+
+def with_velocity(made, velocity):
+    debug = {**made[0]["rollout_debug_tensors"], "rollout_model_outputs": encode(velocity)}
+    return [{**made[0], "rollout_debug_tensors": debug}, *made[1:]]
 
 
 def test_an_evaluation_is_drawn_here(pipes, settings, nearby, monkeypatch):

@@ -86,13 +86,13 @@ class Engines:
         if len(self._down) == len(self.urls):
             raise self._none_left("the adapters")
 
-    def ask(self, requests: Sequence[Mapping[str, Any]]) -> list[Any]:
-        """Answers of ``POST /rollout/generate`` to each request, in their order.
+    def ask(self, requests: Sequence[Mapping[str, Any]]) -> list[tuple[str, Any]]:
+        """The server and its answer of ``POST /rollout/generate`` to each request, in their order.
 
         Raises:
             EngineError: no server is left, or a server refused a request.
         """
-        answers: dict[int, Any] = {}
+        answers: dict[int, tuple[str, Any]] = {}
         waiting = deque(range(len(requests)))
         refused: list[EngineError] = []
 
@@ -105,7 +105,7 @@ class Engines:
                     time.sleep(0.01)
                     continue
                 try:
-                    answers[place] = self._answer(url, requests[place])
+                    answers[place] = url, self._answer(url, requests[place])
                 except _Failed as error:
                     with self._lock:
                         waiting.appendleft(place)

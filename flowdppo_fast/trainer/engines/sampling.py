@@ -14,7 +14,7 @@ from ..config import FlowDPPOConfig
 from ..record.scheduler import FlowMatchSDEScheduler
 from ..record.trajectory import Trajectory
 from ..weights.distributed import Workers
-from .client import Engines
+from .client import EngineError, Engines
 from .container import EngineRollout
 from .playback import played, take
 from .readers import read_sglang
@@ -73,13 +73,10 @@ class EngineSampling:
             else:
                 requests.append(self._request(scheduler, states, arguments, list(seeds), first))
             first += len(seeds)
-        answers = [row for answer in self.engines.ask(requests) for row in answer]
-        rollout = read_sglang(
-            answers, scheduler.sde_steps, sampler=scheduler.sampler, eta=scheduler.eta, state_steps=states
+        answered = zip(self.engines.ask(requests), requests)
+        rollout = EngineRollout.join(
+            [_read(*answer, request["num_outputs_per_prompt"], scheduler, states) for answer, request in answered]
         )
-        if len(rollout) != first - scheduler.first_row:
-            raise ValueError(f"engines: got {len(rollout)} images, expected {first - scheduler.first_row}")
-        rollout.check_steps()
         latents = rollout.state(0)
         assert latents is not None
         takes = "latents" in inspect.signature(self.pipeline.__call__).parameters
@@ -124,6 +121,21 @@ class EngineSampling:
         options = dict(self.config.sampling.pipeline_kwargs)
         named = {name: options.pop(name) for name in _NAMED if name in options}
         return {**request, **named, **({"extra_sampling_params": _encoded(options)} if options else {})}
+
+
+def _read(url: str, answer: Any, count: int, scheduler: FlowMatchSDEScheduler, states: list[int]) -> EngineRollout:
+    """A server's answer to a request for ``count`` images."""
+    try:
+        if not isinstance(answer, list) or len(answer) != count:
+            got = f"{len(answer)} images" if isinstance(answer, list) else f"a {type(answer).__name__}"
+            raise ValueError(f"got {got}, expected a list of {count}")
+        rollout = read_sglang(
+            answer, scheduler.sde_steps, sampler=scheduler.sampler, eta=scheduler.eta, state_steps=states
+        )
+        rollout.check_steps()
+        return rollout
+    except ValueError as error:
+        raise EngineError(f"{url}: wrong answer: {error}") from error
 
 
 def _encoded(arguments: Mapping[str, Any]) -> dict[str, Any]:
