@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import engine_runs
@@ -21,7 +24,8 @@ from safetensors.torch import load_file
 from sd3_example import bright
 
 from flowdppo_fast.trainer import FlowDPPOTrainer
-from flowdppo_fast.trainer.engines.client import EngineError
+from flowdppo_fast.trainer.engine_settings import EnginesConfig
+from flowdppo_fast.trainer.engines.client import EngineError, Engines
 from flowdppo_fast.trainer.engines.serve import EngineServer
 from flowdppo_fast.trainer.engines.wire import decode, encode
 
@@ -178,6 +182,31 @@ def test_a_run_without_a_server_goes_on_with_another_one(pipes, settings, engine
     trainer.train(resume=True)
     assert all(map(torch.equal, trainer.weights.parameters, in_process[0]))
     assert (trainer.output / "rows.jsonl").read_text() == in_process[1]
+
+
+def test_an_answer_that_trickles_in_is_bounded_by_the_timeout():
+    class Trickle(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                for _ in range(100):
+                    self.wfile.write(b" ")
+                    time.sleep(0.1)
+
+        def log_message(self, format, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Trickle) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        settings = EnginesConfig(urls=(f"http://127.0.0.1:{server.server_port}",), timeout=1.0, retries=0)
+        start = time.monotonic()
+        with pytest.raises(EngineError, match=r"no complete answer within engines\.timeout=1 s"):
+            Engines(settings).ask([{}])
+        # on a busy machine a thread waits for its turn
+        assert time.monotonic() - start < 8
+        server.shutdown()
 
 
 def test_nobody_listens(pipes, settings):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 import threading
 import time
@@ -14,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-from accelerate.logging import get_logger
 from torch import nn
 
 from ..engine_settings import EnginesConfig
 from ..weights.adapters import save_lora
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 # a server that has other adapters than the request names
 OTHER_WEIGHTS = 409
@@ -189,7 +189,7 @@ class Engines:
     def _drop(self, url: str, problem: str) -> None:
         with self._lock:
             self._down[url] = problem
-        logger.warning("engine %s is not asked again before the next update: %s", url, problem, main_process_only=False)
+        logger.warning("engine %s is not asked again before the next update: %s", url, problem)
 
     def _none_left(self, what: str) -> EngineError:
         told = "; ".join(f"{url}: {problem}" for url, problem in self._down.items())
