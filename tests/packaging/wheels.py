@@ -94,7 +94,8 @@ def foreign(wheel: Path, folder: Path) -> Path:
 
 def _is_old(symbol_version: str) -> bool:
     family, _, number = symbol_version.rpartition("_")
-    return tuple(map(int, number.split("."))) <= NEWEST.get(family, (0,))
+    # not a number: GLIBC_PRIVATE
+    return number[0].isdigit() and tuple(map(int, number.split("."))) <= NEWEST.get(family, (0,))
 
 
 def build(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
