@@ -28,11 +28,11 @@ ROOT = Path(__file__).resolve().parents[2]
 CROSS = "aarch64-linux-gnu-g++"
 # torch's own libraries stay torch's
 EXCLUDED = ("libtorch*.so", "libc10*.so", "libcudart.so*")
-# what every manylinux_2_28 system has: libraries, and the newest versions of their symbols
+# what systems have that are no older than Debian 11: libraries, and the newest versions of their symbols
 SYSTEM = {
     "libtorch_cpu.so", "libstdc++.so.6", "libgcc_s.so.1", "libc.so.6", "libm.so.6", "ld-linux-aarch64.so.1"
 }  # fmt: skip
-NEWEST = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GCC": (7, 0, 0)}
+NEWEST = {"GLIBC": (2, 31), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GCC": (7, 0, 0)}
 OFF = {"FLOWDPPO_BUILD_CPU": "0", "FLOWDPPO_BUILD_CUDA": "0"}
 
 
@@ -69,7 +69,9 @@ def repaired(wheel: Path, folder: Path) -> Path:
 
 
 def foreign(wheel: Path, folder: Path) -> Path:
-    """The wheel for another processor as ``manylinux_2_28``, which auditwheel cannot name here.
+    """The wheel for another processor under the oldest manylinux name that its library's glibc allows.
+
+    auditwheel looks libraries up on the machine that it runs on.
 
     Raises:
         RuntimeError: its library asks for more than such a system has.
@@ -80,22 +82,27 @@ def foreign(wheel: Path, folder: Path) -> Path:
         library = ELFFile(io.BytesIO(archive.read("flowdppo_fast/_C_cpu.so")))
     versions = library.get_section_by_name(".gnu.version_r").iter_versions()
     asked = {(part.name, name.name) for part, names in versions for name in names}
-    newer = [f"{name} of {part}" for part, name in sorted(asked) if not _is_old(name)]
+    newer = [f"{name} of {part}" for part, name in sorted(asked) if not NEWEST[_family(name)] >= _number(name)]
+    glibc = max(_number(name) for _, name in asked if _family(name) == "GLIBC")
     needed = {tag.needed for tag in library.get_section_by_name(".dynamic").iter_tags("DT_NEEDED")}
     if newer or not needed <= SYSTEM:
         raise RuntimeError(f"{wheel.name} asks for {', '.join([*newer, *sorted(needed - SYSTEM)])}")
     folder.mkdir()
     made = shutil.copy(wheel, folder)
-    platform = f"manylinux_2_28_{wheel.stem.rpartition('linux_')[2]}"
+    platform = f"manylinux_{glibc[0]}_{glibc[1]}_{wheel.stem.rpartition('linux_')[2]}"
     call(sys.executable, "-m", "wheel", "tags", "--remove", "--platform-tag", platform, made)
     (path,) = folder.glob("*.whl")
     return path
 
 
-def _is_old(symbol_version: str) -> bool:
-    family, _, number = symbol_version.rpartition("_")
-    # not a number: GLIBC_PRIVATE
-    return number[0].isdigit() and tuple(map(int, number.split("."))) <= NEWEST.get(family, (0,))
+def _family(symbol_version: str) -> str:
+    return symbol_version.rpartition("_")[0]
+
+
+def _number(symbol_version: str) -> tuple[int, ...]:
+    number = symbol_version.rpartition("_")[2]
+    # that of GLIBC_PRIVATE is newer than any
+    return tuple(map(int, number.split("."))) if number[0].isdigit() else (1000,)
 
 
 def build(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
