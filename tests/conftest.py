@@ -108,6 +108,9 @@ def pytest_collection_modifyitems(config, items):
         kept = [item for item in items if (gpu_report.backend_of(item.nodeid) or "others") == wanted]
         config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
         items[:] = kept
+    # files with slow tests first: none is left to run alone at the end
+    slow = {item.path for item in items if "slow" in item.keywords}
+    items.sort(key=lambda item: item.path not in slow)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device and torch.cuda.is_available() is False")

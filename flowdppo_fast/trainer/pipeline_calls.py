@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from torch import Tensor
 
+from ..objectives import threshold_of
 from .config import FlowDPPOConfig
 from .prompts import PromptSource, text_of
+from .record.checks import ReplayCheck
+from .record.offload import on_device
+from .record.recorder import TrajectoryRecorder
+from .record.trajectory import Trajectory
 from .rewards import BackgroundScorer, Reward, score
 from .weights.distributed import Workers
 from .weights.policy import PolicyWeights
 from .weights.precision import autocast
 from .weights.sharding import T
+
+logger = get_logger(__name__)
+# of a modular pipeline
+_OUTPUTS = ("images", "videos", "image", "video", "latents")
 
 
 class PipelineCalls:
@@ -32,6 +43,9 @@ class PipelineCalls:
     ):
         self.pipeline, self.reward, self.config = pipeline, reward, config
         self.weights, self.workers, self.device = weights, weights.workers, device
+        # sharded weights move between calls only
+        self._moves = config.run.check_replay and not weights.workers.sharded
+        self._drawn: tuple[Trajectory, Callable[[], Any], Sequence[torch.nn.Module]] | None = None
 
     def run(self, function: Callable[[], T]) -> T:
         """``function()``, which calls transformers, in the precision of the run."""
@@ -49,17 +63,40 @@ class PipelineCalls:
         """Images of one pipeline call, one per entry of ``source``."""
         # equal neighbours are one prompt with several images, if all runs of them have a common length
         runs = [len(list(run)) for _, run in itertools.groupby(entries, key=id)]
-        given = source.arguments(entries, math.gcd(*runs), self.device)
+        given = source.arguments(entries, 1 if self.config.sampling.repeat_texts else math.gcd(*runs), self.device)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         arguments = {
             **given,
             **shared_options(options, given, self.device),
             "num_inference_steps": num_steps,
-            "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
+            # which draws the same, and some take no list
+            "generator": generators if len(generators) > 1 else generators[0],
             "output_type": self.config.sampling.output_type,
-            "return_dict": False,
         }
+        if not hasattr(self.pipeline, "blocks"):
+            arguments["return_dict"] = False
         with torch.no_grad():
-            return self.run(lambda: self.pipeline(**arguments))[0]
+            return images_of(self.run(lambda: self.pipeline(**arguments)))
+
+    def drew(self, trajectory: Trajectory, call: Callable[[], Any], idle: Sequence[torch.nn.Module]) -> None:
+        """Tells which call drew a trajectory, and what has to be on the device for it."""
+        if self._moves:
+            self._drawn = trajectory, call, idle
+
+    def verify(
+        self, recorder: TrajectoryRecorder, trajectory: Trajectory, rows: Sequence[int], objective: Any
+    ) -> ReplayCheck:
+        """The checks of a replay with the bounds of the run; that at moved weights once, of what was drawn last."""
+        strict, threshold = self.config.run.strict_replay, threshold_of(objective, trajectory.elements)
+        bounds: dict[str, Any] = {"strict": strict, "threshold": threshold}
+        check = self.run(functools.partial(recorder.verify, trajectory, rows, **bounds))
+        if self._drawn is not None:
+            drawn, call, idle = self._drawn
+            self._moves, self._drawn = False, None
+            with on_device(idle, self.device):
+                moved = self.run(functools.partial(recorder.verify_moved, drawn, call, **bounds))
+            logger.info("the replay follows the weights: %s", moved)
+        return check
 
     def rewards(self, images: Any, entries: list[dict], scorer: BackgroundScorer | None = None) -> Callable[[], Any]:
         """Starts to score the images of a call; what is returned waits for the rewards."""
@@ -78,6 +115,21 @@ class PipelineCalls:
         """:meth:`images` with their rewards by name."""
         images = self.images(source, entries, *how)
         return images, self.rewards(images, entries)()
+
+
+def images_of(output: Any) -> Any:
+    """What a pipeline drew: first in a tuple, by name in the state of a modular one.
+
+    Raises:
+        ValueError: a state without images.
+    """
+    if isinstance(output, tuple):
+        return output[0]
+    values = output.values
+    name = next((name for name in _OUTPUTS if values.get(name) is not None), None)
+    if name is None:
+        raise ValueError(f"pipeline: its state has {sorted(values)}, expected one of {', '.join(_OUTPUTS)}")
+    return values[name]
 
 
 def shared_options(options: Mapping[str, Any], given: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -62,10 +62,10 @@ class PromptSource:
         twice = sorted(set(given) & set(options))
         if twice:
             raise ValueError(f"prompts: {', '.join(twice)} is also among the arguments of every call, expected it once")
-        known = inspect.signature(pipeline.__call__).parameters
+        known, further = inputs_of(pipeline)
         used = [*given, "num_inference_steps", "generator", "output_type", *options]
         missing = [name for name in used if name not in known]
-        if missing and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+        if missing and not further:
             raise ValueError(f"pipeline: {type(pipeline).__name__} takes no argument {', '.join(map(repr, missing))}")
         # pipelines repeat texts they encode themselves, but not always what they are given ready-made
         repeats_itself = all(_kind(first[key]) in ("text", "constant") for key in given)
@@ -133,6 +133,18 @@ class PromptSource:
             return []
         keys = [key for key in self._given(first) if _kind(first[key]) == "constant"]
         return [key for key in keys if not _equal(first[key], second[key])]
+
+
+def inputs_of(pipeline: Any) -> tuple[set[str], bool]:
+    """Names of the arguments that a pipeline's call takes, and whether it takes any other one as well.
+
+    A modular pipeline takes those of its blocks and leaves out any other with a warning.
+    """
+    if hasattr(pipeline, "blocks"):
+        # its output is taken by name
+        return {block.name for block in pipeline.blocks.inputs} | {"return_dict"}, False
+    known = inspect.signature(pipeline.__call__).parameters
+    return set(known), any(p.kind is p.VAR_KEYWORD for p in known.values())
 
 
 def text_of(entry: Mapping[str, Any]) -> Any:

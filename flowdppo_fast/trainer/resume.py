@@ -30,8 +30,8 @@ logger = get_logger(__name__)
 # settings that may differ between a run and its continuation: where it runs, what it leaves and what it keeps in memory
 _FREE = {
     "run": (
-        "checkpoint_every", "device", "iterations", "keep_checkpoints", "output_dir", "plot_every", "progress",
-        "project", "row_log", "trackers",
+        "check_replay", "checkpoint_every", "device", "iterations", "keep_checkpoints", "output_dir", "plot_every",
+        "progress", "project", "row_log", "trackers",
     ),
     "model": ("offload_idle",),
     "sampling": ("offload_trajectories",),
@@ -40,7 +40,7 @@ _FREE = {
 # those that change how numbers are rounded and nothing else, so that a run that went out of memory can go on
 _ROUNDING = {
     "model": ("compile", "gradient_checkpointing"),
-    "sampling": ("batch_size",),
+    "sampling": ("batch_size", "repeat_texts"),
     "optimizer": ("micro_batch_size", "steps_per_micro_batch"),
 }
 

@@ -44,12 +44,14 @@ class Case:
 
 @dataclass
 class Recording:
-    """A recorded call: ``states`` are the latents after each step, as the pipeline's callback saw them."""
+    """A recorded call: ``states`` are the latents after each step, as the pipeline's callback saw them, and ``call``
+    makes it again."""
 
     pipeline: Any
     recorder: TrajectoryRecorder
     trajectory: Trajectory
     states: list[Tensor]
+    call: Callable[[], Any]
 
 
 OFF, HALF = {"guidance_scale": 1.0}, [[0, 1], [2]]
@@ -175,14 +177,8 @@ def recorder_with(scheduler: type) -> Callable[[], None]:
     return make
 
 
-SOUND = {
-    f"{kind}{name}": value
-    for kind in ("", "audio_")
-    for name, value in (("guidance_scale", 1.0), ("stg_scale", 0.0), ("modality_scale", 1.0), ("guidance_rescale", 0.0))
-}
 # what cannot be served: each raises a ValueError that says why
 REFUSED: dict[str, Callable[[], Any]] = {
-    "LTX2Pipeline (video with sound)": lambda: record(Case("LTX2", SOUND, ())),
     "Flux2KleinKVPipeline with a reference image": lambda: record(Case("Flux2KleinKV", {}, ())),
     "SanaSprintPipeline": recorder_of_sana_sprint,
     "FlowMatchHeunDiscreteScheduler in any pipeline": recorder_with(diffusers.FlowMatchHeunDiscreteScheduler),
@@ -213,16 +209,16 @@ def record(
         states.append(tensors["latents"].clone())
         return {}
 
-    with torch.no_grad(), recorder.recording(case.steps, seed=11) as trajectory:
-        pipeline(
-            **arguments,
-            **case.options,
-            num_inference_steps=case.num_steps,
-            generator=generators(prompts * images),
-            output_type="latent",
-            callback_on_step_end=on_step_end,
-        )
-    return Recording(pipeline, recorder, trajectory, states)
+    @torch.no_grad()
+    def call(**further: Any) -> Any:
+        return pipeline(
+            **arguments, **case.options, num_inference_steps=case.num_steps, generator=generators(prompts * images),
+            output_type="latent", **further,
+        )  # fmt: skip
+
+    with recorder.recording(case.steps, seed=11) as trajectory:
+        call(callback_on_step_end=on_step_end)
+    return Recording(pipeline, recorder, trajectory, states, call)
 
 
 def hollow(case: Case) -> Recording:

@@ -18,7 +18,6 @@ from .tiny import (
     flux2,
     hunyuan,
     ltx,
-    ltx2,
     lumina2,
     photo,
     pictures,
@@ -160,5 +159,4 @@ FAMILIES = {
             "image": photo(replace(sizes, height=64, width=64)),
         },
     ),
-    "LTX2": Family(ltx2, text_of(mask=MASK), tiny=CLIP),
 }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+import diffusers
 import torch
 from torch import Tensor
 
@@ -15,6 +17,8 @@ from flowdppo_fast.trainer.record.recorder import Trajectory
 
 from .cases import CASES, HALF, REFUSED, Case, Recording, hollow, record
 from .families import FAMILIES
+from .kinds import KINDS
+from .siblings import SIBLINGS
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "pipelines.md"
 BLOCK = "pipelines"
@@ -74,7 +78,51 @@ def table(recordings: dict[str, Recording]) -> str:
     lines += [f"- {model}: {text}" for model, text in sizes.items()]
     lines += ["", "What is refused, and in which words:", "", "| pipeline | message |", "|---|---|"]
     lines += [f"| {name} | {refusal(name)} |" for name in REFUSED]
+    bitwise = {recordings[name].recorder.name for name in CASES} | {kind.__name__ for kind in SIBLINGS}
+    bitwise |= {type(kind.family.pipeline()).__name__ for kind in KINDS.values()} | {"FluxModularPipeline"}
+    found = flow_pipelines()
+    refused = {name: why for name, why in found.items() if why}
+    untried = sorted(found.keys() - refused.keys() - bitwise)
+    lines += [
+        "", f"Of the {len(found)} flow pipelines of diffusers {diffusers.__version__}:", "",
+        "| what was found | pipelines |", "|---|---|",
+        f"| works, bitwise | {', '.join(sorted(bitwise))} |",
+        *(
+            f"| refused: {why} | {', '.join(sorted(name for name in refused if refused[name] == why))} |"
+            for why in sorted(set(refused.values()))
+        ),
+        f"| not tried | {', '.join(untried)} |",
+    ]  # fmt: skip
     return "\n".join(lines)
+
+
+def flow_pipelines() -> dict[str, str]:
+    """Pipelines of diffusers whose scheduler is for flow matching, and why they are refused, if they are."""
+    found = {"FluxModularPipeline": ""}
+    for name in dir(diffusers):
+        kind = getattr(diffusers, name, None) if name.endswith("Pipeline") else None
+        if not isinstance(kind, type) or name in ("DiffusionPipeline", "ModularPipeline"):
+            continue
+        scheduler = inspect.signature(kind.__init__).parameters.get("scheduler")
+        where, known = kind.__module__, "" if scheduler is None else str(scheduler.annotation)
+        if "FlowM" in known or name in OWN_SCHEDULER or (known and any(part in where for part in FLOWS)):
+            found[name] = OWN_SCHEDULER.get(name, "")
+    for name in [*found, *dir(diffusers)]:
+        if name.endswith("ModularPipeline") and name not in ("ModularPipeline", "StableDiffusionXLModularPipeline"):
+            found.setdefault(name, "")
+    return found
+
+
+# folders whose pipelines have a scheduler of a more general class
+FLOWS = (".sana", ".skyreels", ".wan.", ".cosmos", ".helios", ".pag.pipeline_pag_sana")
+SCM = "a consistency model, whose steps draw noise of their own"
+MAP = "flow maps are no velocities; there is no way"
+# why a pipeline cannot be served with the scheduler that its models have
+OWN_SCHEDULER = {
+    "SanaSprintPipeline": SCM, "SanaSprintImg2ImgPipeline": SCM, "AnyFlowPipeline": MAP, "AnyFlowFARPipeline": MAP,
+    "MochiPipeline": "levels the other way around (`invert_sigmas`); there is no way yet",
+    "Flux2KleinKVPipeline": "its cache of keys and values depends on the weights; Flux2KleinPipeline does without",
+}  # fmt: skip
 
 
 def refusal(name: str) -> str:

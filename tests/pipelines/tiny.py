@@ -88,7 +88,7 @@ class Family:
                 if sizes.dtype != torch.float32:
                     component.to(sizes.dtype)
         for name, component in pipeline.components.items():
-            if name.startswith("transformer") and component is not None:
+            if name.startswith(("transformer", "controlnet")) and component is not None:
                 for parameter in component.parameters():
                     if not parameter.any() or parameter.ndim > 1:
                         nn.init.normal_(parameter, std=0.3 / max(parameter[0].numel(), 1) ** 0.5)

@@ -106,9 +106,13 @@ class ArgumentStore:
 
     Equality is that of the numbers: it does not matter whether a pipeline passes the same tensor again, computes it
     again, or writes new numbers into the same memory.
+
+    Args:
+        looks: look for equal ones, which reads numbers on the host.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, looks: bool = True) -> None:
+        self._looks = looks
         self._kept: dict[tuple, list[Any]] = {}
         # by identity, for a copy that is given twice
         self._known: dict[tuple, tuple[Any, Any]] = {}
@@ -164,8 +168,8 @@ class ArgumentStore:
                 "what an object holds may change until the replay (a cache of keys and values, for one)"
             )
         value = value.detach()
-        if (id(value), None) in self._known:
-            return self._known[id(value), None][1]
+        if not self._looks:
+            return value
         key = (value.shape, value.dtype, *_fingerprints(value.flatten()[None]))
         for kept in self._kept.setdefault(key, []):
             if torch.equal(kept, value):
@@ -182,6 +186,8 @@ class ArgumentStore:
         if known is not None:
             return known[1]
         given, value = value, layout.split(value.detach(), batch).flatten(0, 1)
+        if not self._looks:
+            return PerRow(value, torch.arange(len(value), device=value.device).view(-1, batch), layout)
         prints = _fingerprints(value.flatten(1) if value.ndim > 1 else value[:, None])
         key = ("rows", batch, layout, value.shape, value.dtype, *prints)
         for kept in self._kept.setdefault(key, []):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -35,9 +37,7 @@ def find_layouts(
     Raises:
         ValueError: none fits; the message has the arguments and their shapes.
     """
-    (part, _), first = next(iter(outputs.items()))
-    rows = lengths[part] or (len(first) if first.ndim else 1)
-    copies = max(rows // batch, 1)
+    copies = _copies(value, named, outputs, lengths, batch)
     if not checked:
         leaves, _ = flatten(value, batch)
         slots = {key: _likely(output, lengths[key[0]], batch) for key, output in outputs.items()}
@@ -55,8 +55,10 @@ def find_layouts(
     nearest = float("inf")
     for closed, layouts in itertools.islice(_hypotheses(value, named, batch, copies), _TRIALS):
         worst, slots = 0.0, {}
+        kept = ArgumentStore(looks=False).keep(call.module, value, closed, layouts, batch)
+        kept.surroundings = call.surroundings
         for subset, tolerance in subsets:
-            error, slots = _try(call, value, named, outputs, lengths, batch, closed, layouts, subset)
+            error, slots = _try(kept, named, outputs, lengths, subset)
             worst = max(worst, error)
             if not error <= tolerance:
                 break
@@ -70,6 +72,20 @@ def find_layouts(
         "some of the rows gives what it gave for these, expected arguments with an entry per row along one dim or "
         f"shared by all, and independent rows (the nearest was off by {nearest:.3g} of its size)"
     )
+
+
+def _copies(
+    value: Any, named: Mapping[Ref, Tensor], outputs: Outputs, lengths: Sequence[int | None], batch: int
+) -> int:
+    """How often the batch comes in a call, as far as sizes tell: two times where guidance doubles it."""
+    (part, _), first = next(iter(outputs.items()))
+    if lengths[part] is None:
+        return max((len(first) if first.ndim else 1) // batch, 1)
+    # a list may have an entry per row or per layer, so it is what most arguments have
+    leaves = [named[x] if isinstance(x, Ref) else x for x in flatten(value, batch)[0]]
+    sizes = [len(x) for x in leaves if isinstance(x, list) or (isinstance(x, Tensor) and x.ndim)]
+    counts = Counter(size // batch for size in sizes if size and size % batch == 0)
+    return counts.most_common(1)[0][0] if counts else max((lengths[part] or 1) // batch, 1)
 
 
 def scatter(
@@ -117,18 +133,16 @@ def _options(leaves: Sequence[Any], named: Mapping[Ref, Tensor], batch: int, cop
 
 
 def _try(
-    call: Call, value: Any, named: Mapping[Ref, Tensor], outputs: Outputs, lengths: Sequence[int | None], batch: int,
-    closed: bool, layouts: Sequence[Layout | None], rows: list[int],
-) -> tuple[float, dict[tuple[int, int], Layout | None]]:  # fmt: skip
+    kept: Call, named: Mapping[Ref, Tensor], outputs: Outputs, lengths: Sequence[int | None], rows: list[int]
+) -> tuple[float, dict[tuple[int, int], Layout | None]]:
     """How far the outputs for ``rows`` are from those of the recorded call, and where rows are in them."""
     wrong: tuple[float, dict] = (float("inf"), {})
-    device = next(iter(outputs.values())).device
-    kept = ArgumentStore().keep(call.module, value, closed, layouts, batch)
+    batch, device = kept.batch, next(iter(outputs.values())).device
     given = {i: named[leaf] for i, leaf in enumerate(kept.leaves) if isinstance(leaf, Ref)}
     args, kwargs = join([kept], rows, device, [given])
     try:
-        with torch.no_grad(), Surroundings.put_back(call):
-            made = parts(call.module(*args, **kwargs))
+        with torch.no_grad(), Surroundings.put_back(kept):
+            made = parts(kept.module(*args, **kwargs))
     except torch.OutOfMemoryError:
         # says nothing of where rows are
         raise
@@ -136,28 +150,34 @@ def _try(
         return wrong
     if len(made) != len(lengths):
         return wrong
-    slots: dict[tuple[int, int], Layout | None] = {}
-    worst = 0.0
-    for (number, place), whole in outputs.items():
-        part, length = made[number], lengths[number]
-        found: list[tuple[float, Layout | None]] = []
+    found: list[tuple[tuple[int, int], Layout | None, Tensor]] = []
+    for key, whole in outputs.items():
+        (which, place), before = key, len(found)
+        part, length = made[which], lengths[which]
         if isinstance(part, list) and length and length % batch == 0 and len(part) * batch == length * len(rows):
             copy, row = divmod(place, batch)
-            error = _error(whole, part[copy * len(rows) + rows.index(row)]) if row in rows else 0.0
-            found.append((error, Layout(0, length // batch, listed=True)))
+            error = (
+                _error(whole, part[copy * len(rows) + rows.index(row)]) if row in rows else whole.new_zeros(()).double()
+            )
+            found.append((key, Layout(0, length // batch, listed=True), error))
         if not isinstance(part, list) or len(part) == length:
             some = part[place] if isinstance(part, list) else part
             if whole.shape == some.shape:
-                found.append((_error(whole, some), None))
+                found.append((key, None, _error(whole, some)))
             for layout in candidates(whole, batch, 1, exact=False):
                 if layout is not None and _scaled(whole.shape, layout, batch, len(rows)) == some.shape:
                     expected = layout.split(whole, batch)[:, rows]
-                    found.append((_error(expected, layout.split(some, len(rows))), layout))
-        if not found:
+                    found.append((key, layout, _error(expected, layout.split(some, len(rows)))))
+        if len(found) == before:
             return wrong
-        error, slots[number, place] = min(found, key=lambda pair: pair[0])
-        worst = max(worst, error)
-    return worst, slots
+    # read at once
+    errors = torch.stack([error for *_, error in found]).tolist()
+    best: dict[tuple[int, int], tuple[float, Layout | None]] = {}
+    for (key, layout, _), number in zip(found, errors):
+        size = number if math.isfinite(number) else float("inf")
+        if key not in best or size < best[key][0]:
+            best[key] = size, layout
+    return max(error for error, _ in best.values()), {key: layout for key, (_, layout) in best.items()}
 
 
 def _likely(output: Tensor, length: int | None, batch: int) -> Layout | None:
@@ -170,13 +190,12 @@ def _scaled(shape: Sequence[int], layout: Layout, batch: int, rows: int) -> torc
     return torch.Size(size // batch * rows if dim == layout.dim else size for dim, size in enumerate(shape))
 
 
-def _error(expected: Tensor, made: Tensor) -> float:
+def _error(expected: Tensor, made: Tensor) -> Tensor:
     """Root-mean-square difference over the root-mean-square size."""
     if expected.shape != made.shape:
-        return float("inf")
+        return torch.full((), float("inf"), dtype=torch.float64, device=expected.device)
     expected, made = (x.double() if not x.is_complex() else torch.view_as_real(x).double() for x in (expected, made))
-    error = (expected - made).square().mean().sqrt() / expected.square().mean().sqrt().clamp_min(1e-30)
-    return float(error) if error.isfinite() else float("inf")
+    return (expected - made).square().mean().sqrt() / expected.square().mean().sqrt().clamp_min(1e-30)
 
 
 def _is_tensor(leaf: Any) -> bool:

@@ -41,6 +41,8 @@ class Op:
         writes: names among the arguments whose memory it writes to.
         expected: the answer, where it is no tensor but a truth value that the pipeline went on with.
         rows: those that the answer depends on; None: not known.
+        followed: what comes of either answer was recorded.
+        branch: of a choice between two sides, the op with the answer.
     """
 
     function: Callable[..., Any]
@@ -50,6 +52,14 @@ class Op:
     writes: tuple[Ref, ...] = ()
     expected: bool | None = None
     rows: frozenset[int] | None = None
+    followed: bool = False
+    branch: Op | None = None
+
+    @property
+    def stays(self) -> bool:
+        """Whether only the recorded side of the branch can be replayed: nobody knows the other one, or what a row
+        does would depend on others."""
+        return not self.followed or len(self.rows or ()) > 1
 
 
 @dataclass(frozen=True)
@@ -153,7 +163,8 @@ class Program:
                 for key, ref in op.outputs.items():
                     put(ref, outputs[key])
                 continue
-            if op.expected is not None and watch is None and rows is not None and not (op.rows or set()) <= set(rows):
+            elsewhere = rows is not None and not (op.rows or set()) <= set(rows)
+            if op.expected is not None and watch is None and (elsewhere or not op.stays):
                 continue
             # written to are copies: gradients need what was there before
             own = {ref: get(ref).clone() for ref in op.writes}
@@ -164,7 +175,10 @@ class Program:
                 ]
                 continue
             args, kwargs = tree_unflatten(leaves, op.spec)
-            made = op.function(*args, **kwargs)
+            if op.branch is not None and watch is None and op.branch.stays:
+                made = leaves[1 if op.branch.expected else 2]
+            else:
+                made = op.function(*args, **kwargs)
             if op.expected is not None and bool(made) is not op.expected:
                 raise ValueError(
                     f"pipeline: it branched on the transformer's output ({title(op.function)} was {op.expected}), and "

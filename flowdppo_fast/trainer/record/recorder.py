@@ -1,54 +1,30 @@
 """Records chosen denoising steps of a diffusers pipeline and computes their velocities again with other weights.
 
-The pipeline runs its own ``__call__``. While it is recorded, its scheduler is a :class:`FlowMatchSDEScheduler`, hooks
-on its modules keep the arguments of the calls that belong to chosen steps, and a :class:`Tape` what is done with their
+The pipeline runs its own ``__call__``. While it is recorded, :class:`NoisySteps` are those of its scheduler, hooks on
+its modules keep the arguments of the calls that belong to chosen steps, and a :class:`Tape` what is done with their
 outputs.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 from torch import Tensor
 
-from ...losses import row_statistics
-from ...objectives import DPPO
 from ...samplers import SDEStep
+from . import checks
 from .arguments import join, parts, row_index
+from .checks import Bound, MovedCheck, ReplayCheck
 from .layouts import scatter
 from .offload import fetch
 from .program import drive
-from .scheduler import FlowMatchSDEScheduler
+from .scheduler import NoisySteps
 from .surroundings import Surroundings
 from .trajectory import Trajectory
 from .watch import Watch, denoisers
-
-logger = get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class ReplayCheck:
-    """Result of :meth:`TrajectoryRecorder.verify`.
-
-    Attributes:
-        rule: how the first chosen step makes its velocity of the outputs ``b0``, ``b1``, ...
-        same_geometry: largest absolute difference when each step is replayed with the recorded batch.
-        batched_geometry: largest absolute difference when steps and rows are batched as they will be in training.
-        batched_kl: the mean-reduced KL that this difference makes at unchanged weights, of the worst row and step.
-        tolerance: what ``batched_kl`` may be.
-    """
-
-    rule: str
-    same_geometry: float
-    batched_geometry: float
-    batched_kl: float
-    tolerance: float
 
 
 class TrajectoryRecorder:
@@ -60,7 +36,7 @@ class TrajectoryRecorder:
 
     Args:
         pipeline: any diffusers flow pipeline.
-        sampler, eta, noise: see :meth:`FlowMatchSDEScheduler.from_config`.
+        sampler, eta, noise: see :class:`NoisySteps`.
         checks: look at each new kind of call and step a second time while it is recorded: which arguments have an
             entry per row, and whether rows are independent. Without weights there is nothing to look at.
 
@@ -81,7 +57,12 @@ class TrajectoryRecorder:
                 f"pipeline: {self.name} has no component named transformer* and no other denoiser, expected a module "
                 "whose forward takes a timestep, so there is nothing to record"
             )
-        FlowMatchSDEScheduler.from_config(pipeline.scheduler, **self.options)
+        if getattr(pipeline, "scheduler", None) is None:
+            raise ValueError(
+                f"pipeline: {self.name} has no scheduler, expected a flow-matching one, such as "
+                "FlowMatchEulerDiscreteScheduler"
+            )
+        NoisySteps(pipeline.scheduler, **self.options)
         # layouts of the arguments and outputs of calls, and steps that were looked at a second time
         self._layouts: dict[tuple, tuple[Any, ...]] = {}
         self._looked: dict[tuple, list[frozenset[int] | None]] = {}
@@ -90,14 +71,28 @@ class TrajectoryRecorder:
 
     @contextlib.contextmanager
     def recording(self, sde_steps: Iterable[int], *, seed: int = 0, first_row: int = 0) -> Iterator[Trajectory]:
-        """Within this context one call of the pipeline is recorded; afterwards its own scheduler is back, in any case.
+        """Within this context one call of the pipeline is recorded.
 
         Args:
-            sde_steps: indices of the steps that draw noise and are recorded.
-            seed, first_row: of the noise, see :class:`FlowMatchSDEScheduler`.
+            sde_steps: indices of the steps that draw noise and are recorded, in every pass through the schedule.
+            seed, first_row: of the noise, see :class:`NoisySteps`.
 
         Raises:
             ValueError: what a step did cannot be replayed, or not all chosen steps were run.
+        """
+        watch = Watch(self, sorted(sde_steps))
+        with self._watched(watch, seed=seed, first_row=first_row):
+            yield watch.trajectory
+        watch.check_chosen()
+        steps = tuple(t.step for t in watch.transitions)
+        watch.trajectory.finish(watch.transitions, self._stacked.setdefault(steps, SDEStep.stack(steps)))
+
+    @contextlib.contextmanager
+    def _watched(self, watch: Watch, **noise: Any) -> Iterator[None]:
+        """Within this context ``watch`` follows the pipeline; afterwards nothing of it is left, in any case.
+
+        Args:
+            noise: seed and first row.
         """
         cached = [name for name, module in self.modules.items() if getattr(module, "is_cache_enabled", False)]
         if cached:
@@ -105,27 +100,14 @@ class TrajectoryRecorder:
                 f"pipeline: {self.name} has a cache enabled on {', '.join(cached)}, so its outputs depend on earlier "
                 "steps; call disable_cache()"
             )
-        chosen = sorted(sde_steps)
-        watch = Watch(self, chosen)
-        own = self.pipeline.scheduler
-        scheduler = FlowMatchSDEScheduler.from_config(
-            own, sde_steps=chosen, seed=seed, first_row=first_row, on_output=watch.on_output, on_step=watch.on_step,
-            **self.options,
+        noisy = NoisySteps(
+            self.pipeline.scheduler, sde_steps=watch.chosen, on_step=watch.on_step, on_output=watch.on_output,
+            on_begin=watch.on_begin, **self.options, **noise,
         )  # fmt: skip
-        self.pipeline.scheduler = scheduler
-        try:
-            with watch.watching():
-                yield watch.trajectory
-        finally:
-            self.pipeline.scheduler = own
-        transitions = watch.transitions
-        if [t.index for t in transitions] != chosen:
-            raise ValueError(
-                f"sde_steps: {self.name} ran the chosen steps {[t.index for t in transitions]}, expected {chosen} in "
-                "one call of the pipeline"
-            )
-        steps = tuple(t.step for t in transitions)
-        watch.trajectory.finish(transitions, self._stacked.setdefault(steps, SDEStep.stack(steps)))
+        watch.family = noisy.family
+        with noisy.in_force(), watch.watching():
+            yield
+        watch.close()
 
     def replay(
         self, trajectory: Trajectory, rows: Sequence[int] | None = None, steps: Sequence[int] | None = None
@@ -158,37 +140,33 @@ class TrajectoryRecorder:
         Raises:
             ValueError: a difference beyond that; the message names the pipeline and the largest difference.
         """
-        finite = threshold is not None and math.isfinite(threshold)
-        same, tolerance = 0.0, (threshold if finite else DPPO().threshold) / 10  # type: ignore[operator]
-        everything = range(len(trajectory))
-        with torch.no_grad():
-            for position, record in enumerate(trajectory.steps):
-                replayed = self.replay(trajectory, steps=[position])
-                difference, kl = _deviation(replayed, trajectory, everything, range(position, position + 1))
-                same = max(same, difference)
-                if difference == 0.0:
-                    continue
-                said = (
-                    f"replaying step {record.index} of {self.name} at unchanged weights differs from the recorded "
-                    f"velocity by up to {difference:.3g} (a KL of {kl:.3g}), expected 0"
-                )
-                if strict or not kl <= tolerance:
-                    way_out = "; run.strict_replay=false accepts this one" if kl <= tolerance else ""
-                    raise ValueError(
-                        f"pipeline: {said}; the transformer is no function of its arguments (dropout, caching, kernels "
-                        f"that are not deterministic), or its weights changed{way_out}"
-                    )
-                logger.warning("%s; run.strict_replay is off", said)
-        replayed = self.replay(trajectory, rows).detach()
-        difference, kl = _deviation(replayed, trajectory, rows, range(len(trajectory.steps)))
-        if not kl <= tolerance:
-            raise ValueError(
-                f"pipeline: replaying {len(rows)} rows and {len(trajectory.steps)} steps of {self.name} in one batch "
-                f"differs from the recorded velocity by up to {difference:.3g}, a KL of {kl:.3g}, expected at most "
-                f"{tolerance:.3g}, a tenth of the threshold; a row's output depends on the other rows of its batch, or "
-                "rounds too coarsely"
-            )
-        return ReplayCheck(trajectory.steps[0].rule, same, difference, kl, tolerance)
+        return checks.verify(self, trajectory, rows, Bound(strict, threshold))
+
+    def verify_moved(
+        self,
+        trajectory: Trajectory,
+        call: Callable[[], Any],
+        *,
+        parameters: Sequence[Tensor] | None = None,
+        strict: bool = True,
+        threshold: float | None = None,
+    ) -> MovedCheck:
+        """Moves the trained weights a little, and compares the replay of the first recorded step with a new recording.
+
+        The new recording has the present weights up to that step, so that all it is given is as it was, and ends with
+        it. Where gradient checkpointing is on, a row's gradient is compared with that without it. Afterwards weights
+        and random numbers are what they were.
+
+        Args:
+            trajectory: of the present weights.
+            call: calls the pipeline as it was called for ``trajectory``.
+            parameters: what is moved, default all parameters of the replayed modules that need a gradient.
+            strict, threshold: see :meth:`verify`.
+
+        Raises:
+            ValueError: the replay does not follow the weights, or the gradient is another one under checkpointing.
+        """
+        return checks.verify_moved(self, trajectory, call, parameters, Bound(strict, threshold))
 
     @staticmethod
     def _replay_group(trajectory: Trajectory, positions: list[int], rows: Sequence[int] | None) -> Tensor:
@@ -223,11 +201,3 @@ class TrajectoryRecorder:
             moved = moved if rows is None else moved[row_index(rows, moved.device)]
             velocity = velocity * fetch(moved, device)
         return velocity
-
-
-def _deviation(replayed: Tensor, trajectory: Trajectory, rows: Sequence[int], steps: range) -> tuple[float, float]:
-    """Largest difference of replayed velocities, and the KL it costs in the worst row and step."""
-    recorded, noise, step = trajectory.select(rows, steps)
-    difference = float((replayed - recorded).double().abs().max())
-    _, squared = row_statistics(replayed.detach(), recorded, noise, step, row_dims=2)
-    return difference, float(squared.max()) / 2

@@ -66,6 +66,9 @@ def _told(op: Op, names: dict[Ref, tuple[str, int]]) -> Any:
 
     name, found = title(op.function), [word(leaf) for leaf in op.leaves if isinstance(leaf, Ref) or _matters(leaf)]
     refs = [names.get(leaf, ("?", 9)) for leaf in op.leaves if isinstance(leaf, Ref)]
+    if op.branch is not None:
+        # of a branch, the side that was taken
+        return word(op.leaves[1 if op.branch.expected else 2])
     if name in _SAME or name == "_alias":
         if name in ("stack",) and len(set(refs)) > 1:
             return "stack(" + ", ".join(text for text, _ in refs) + ")", 9

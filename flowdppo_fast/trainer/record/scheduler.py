@@ -1,13 +1,12 @@
-"""Diffusers' flow-matching Euler scheduler with a stochastic sampler on chosen steps and the ODE on the rest."""
+"""A stochastic sampler on chosen steps of any diffusers flow scheduler, which stays the object that it is."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import functools
 import inspect
 import itertools
-import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +25,9 @@ from ...sampling import sde_step
 
 NOISE_KINDS = ("seeded", "stored")
 _EULER_NAMES = ("FlowMatchEulerDiscreteScheduler", "FlowMatchSDEScheduler")
+_REPLACED = ("step", "set_timesteps")
+# further passes draw from streams that no row of another one reads
+_PASS = 1 << 40
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Transition:
         step: the :class:`SDEStep` of all rows.
         active: ``[B, L, 1]`` bool, the tokens that were moved, where the pipeline gives a timestep per token and holds
             some still; None where all were.
+        number: of the pass through the schedule.
     """
 
     index: int
@@ -46,89 +49,47 @@ class Transition:
     noise: Tensor | PhiloxNoise
     step: SDEStep
     active: Tensor | None = None
+    number: int = 0
 
 
-class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
-    """``FlowMatchEulerDiscreteScheduler`` whose chosen steps draw noise; built by :meth:`from_config`.
+class NoisySteps:
+    """``step`` and ``set_timesteps`` of a scheduler whose chosen steps draw noise; between them it makes Euler steps.
+
+    The scheduler keeps its class, its config and its levels, which are read when a step is made. A copy of it is
+    watched as well: it moves another latent of the same steps, such as sound.
 
     Noise is counter-based: row ``r`` of step ``i`` reads stream ``(first_row + r) * T + i`` of ``seed``, T being the
     number of steps. Rows may therefore be shuffled or taken apart afterwards, and a rollout that is sampled in several
-    calls with increasing ``first_row`` draws what one large call would have drawn. A generator given to :meth:`step` is
-    not used.
+    calls with increasing ``first_row`` draws what one large call would have drawn. Further passes through the schedule
+    read other streams, and the latents of further copies what follows in the same one. A generator given to
+    :meth:`step` is not used.
+
+    Args:
+        scheduler: a diffusers flow scheduler.
+        sampler: a name from :data:`flowdppo_fast.SAMPLERS`, or ``package.module:attribute`` for one's own.
+        eta: noise level of the sampler, > 0 where steps are chosen.
+        sde_steps: indices of the steps that draw noise; the last step of a schedule cannot be one.
+        noise: ``"seeded"`` keeps the seed and a stream per row, ``"stored"`` the same draws as a tensor.
+        seed: 64-bit key of the noise.
+        first_row: number of the first row, where one rollout is sampled in several calls.
+        on_step: called after every step with its index and, for chosen steps, its :class:`Transition`, else None.
+        on_output: called before every step with its index, the model's output and whether its negative is taken.
+        on_begin: called when a pass through the schedule begins.
+
+    Attributes:
+        family: these and those of copies of the scheduler.
+
+    Raises:
+        ValueError: an unknown choice, no noise on chosen steps, or a scheduler that is not for flow matching.
     """
 
-    sampler: str = "ode"
-    eta: float = 0.0
-    sde_steps: tuple[int, ...] = ()
-    noise: str = "seeded"
-    seed: int = 0
-    first_row: int = 0
-    on_step: Callable[[int, Transition | None], None] | None = None
-    on_output: Callable[[int, Any, bool], None] | None = None
-    # a scheduler of another class, whose levels are taken
-    _source: Any = None
-    # the chosen steps of the schedule that was set last
-    _plan: Mapping[int, SDEStep] = types.MappingProxyType({})
-
-    @classmethod
-    def from_config(  # type: ignore[override]
-        cls,
-        config: Any,
-        *,
-        sampler: str = "flow_sde",
-        eta: float = 0.7,
-        sde_steps: Iterable[int] = (),
-        noise: str = "seeded",
-        seed: int = 0,
-        first_row: int = 0,
+    def __init__(
+        self, scheduler: Any, *, sampler: str = "flow_sde", eta: float = 0.7, sde_steps: Iterable[int] = (),
+        noise: str = "seeded", seed: int = 0, first_row: int = 0,
         on_step: Callable[[int, Transition | None], None] | None = None,
-        on_output: Callable[[int, Any, bool], None] | None = None,
-        return_unused_kwargs: bool = False,
-        **unused: Any,
-    ) -> Any:
-        """A scheduler with the schedule of another flow scheduler and noise on chosen steps.
-
-        Args:
-            config: a diffusers flow scheduler or its config. Of one-call-per-step schedulers of another class, such as
-                UniPC or DPM-Solver with ``use_flow_sigmas``, the noise levels and timesteps are taken, not the solver.
-            sampler: a name from :data:`flowdppo_fast.SAMPLERS`, or ``package.module:attribute`` for one's own.
-            eta: noise level of the sampler, > 0 where steps are chosen.
-            sde_steps: indices of the steps that draw noise; the last step of a schedule cannot be one.
-            noise: ``"seeded"`` keeps the seed and a stream per row, ``"stored"`` the same draws as a tensor.
-            seed: 64-bit key of the noise.
-            first_row: number of the first row, where one rollout is sampled in several calls.
-            on_step: called after every step with its index and, for chosen steps, its :class:`Transition`, else None.
-            on_output: called before every step with its index, the model's output and whether its negative is taken.
-            return_unused_kwargs: as in diffusers: also return further keywords, which are not used.
-
-        Returns:
-            A :class:`FlowMatchSDEScheduler`, and the unused keywords where they are asked for. A scheduler that was
-            loaded with a pipeline chooses no steps: it is the plain Euler scheduler.
-
-        Raises:
-            TypeError: further keywords that nobody asked for.
-            ValueError: an unknown choice, no noise on chosen steps, or a scheduler that is not for flow matching.
-        """
-        if unused and not return_unused_kwargs:
-            raise TypeError(f"from_config: got {', '.join(map(repr, unused))}, expected none of these keywords")
-        given = config
-        config = dict(getattr(given, "config", given))
-        name = type(given).__name__ if isinstance(given, SchedulerMixin) else config.get("_class_name", "")
-        known = inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters
-        if not name and {key for key in config if not key.startswith("_")} == known.keys() - {"self"}:
-            # the config of a scheduler that was built in Python names no class
-            name = FlowMatchEulerDiscreteScheduler.__name__
-        if name not in _EULER_NAMES and not hasattr(diffusers, name) and not isinstance(given, SchedulerMixin):
-            raise ValueError(
-                f"config: got a {type(given).__name__} with _class_name={name!r}, expected a scheduler, or a config "
-                "that names a class of diffusers"
-            )
-        euler = isinstance(given, FlowMatchEulerDiscreteScheduler) or name in _EULER_NAMES
-        if not euler:
-            _check_source(name, config)
-        for option in ("invert_sigmas", "stochastic_sampling"):
-            if config.get(option):
-                raise ValueError(f"config: got {option}=True, expected a plain schedule from noise (1) to data (0)")
+        on_output: Callable[[int, Any, bool], None] | None = None, on_begin: Callable[[], None] | None = None,
+    ):  # fmt: skip
+        check_scheduler(scheduler)
         find_sampler(sampler)
         if noise not in NOISE_KINDS:
             raise ValueError(f"noise: got {noise!r}, expected one of {', '.join(map(repr, NOISE_KINDS))}")
@@ -140,57 +101,50 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
             )
         if len(set(chosen)) != len(chosen) or any(index < 0 for index in chosen):
             raise ValueError(f"sde_steps: got {list(chosen)}, expected different step indices >= 0")
-        scheduler = cls(**{key: value for key, value in config.items() if key in known})
-        if not euler:
-            kind: Any = type(given) if isinstance(given, SchedulerMixin) else getattr(diffusers, name)
-            scheduler._source = kind.from_config(config)
-        elif isinstance(given, FlowMatchSDEScheduler):
-            scheduler._source = copy.deepcopy(given._source)
-            scheduler.set_shift(given.shift)
-        elif isinstance(given, FlowMatchEulerDiscreteScheduler):
-            if type(given).step is not FlowMatchEulerDiscreteScheduler.step:
-                raise ValueError(
-                    f"config: {type(given).__name__} has a step() of its own, expected Euler's: the steps between the "
-                    "trained ones would be others than yours; give the pipeline a FlowMatchEulerDiscreteScheduler"
-                )
-            # its own levels, whatever was overridden or set on it since it was built
-            scheduler._source = copy.deepcopy(given)
-            scheduler.set_shift(given.shift)
-        scheduler.sampler, scheduler.eta, scheduler.sde_steps = sampler, float(eta), chosen
-        scheduler.noise, scheduler.seed, scheduler.first_row = noise, seed, first_row
-        scheduler.on_step, scheduler.on_output = on_step, on_output
-        return (scheduler, unused) if return_unused_kwargs else scheduler
+        self.scheduler, self.sampler, self.eta, self.chosen = scheduler, sampler, float(eta), chosen
+        self.noise, self.seed, self.first_row = noise, seed, first_row
+        self.on_step, self.on_output = on_step, on_output
+        self.on_begin = on_begin
+        self.own = {name: getattr(type(scheduler), name).__get__(scheduler) for name in _REPLACED}
+        self.family: list[NoisySteps] = [self]
+        # elements per row that other latents of a step have drawn
+        self.drawn: dict[tuple[int, int], int] = {}
+        self._last: int | None = None
+        self._number = 0
+        self._known: tuple[Any, Any] = (None, None)
+        self._levels: list[float] = []
+        self._plan: dict[int, SDEStep] = {}
 
-    # pipelines look at the parameters of this method to see whether custom sigmas are allowed
-    @functools.wraps(FlowMatchEulerDiscreteScheduler.set_timesteps)
-    def set_timesteps(self, *args, **kwargs) -> None:  # type: ignore[override]
-        """Sets the schedule like the pipeline's own scheduler.
+    @contextlib.contextmanager
+    def in_force(self) -> Iterator[None]:
+        """Within this context the scheduler's methods are these."""
+        before = {name: vars(self.scheduler)[name] for name in _REPLACED if name in vars(self.scheduler)}
+        self.put()
+        try:
+            yield
+        finally:
+            for name in _REPLACED:
+                delattr(self.scheduler, name)
+            vars(self.scheduler).update(before)
+
+    def put(self) -> None:
+        """From here on the scheduler's methods are these."""
+        for name in _REPLACED:
+            setattr(self.scheduler, name, _Method(self, name))
+
+    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+        """Sets the schedule as the scheduler does, and begins a pass through it.
 
         Raises:
             ValueError: the levels do not descend from at most 1, or a chosen step cannot be one.
         """
-        if self._source is None:
-            super().set_timesteps(*args, **kwargs)
-        else:
-            self._source.set_timesteps(*args, **{key: value for key, value in kwargs.items() if value is not None})
-            self.timesteps, self.sigmas = self._source.timesteps, self._source.sigmas.to(torch.float32)
-            self.num_inference_steps = len(self.timesteps)
-            self._step_index = self._begin_index = None  # type: ignore[assignment]
-            if 1.0 - self.sigmas[0] < 2e-6:
-                # multistep solvers stay a little below pure noise for their logarithms
-                self.sigmas[0] = 1.0
-        levels = self.sigmas.tolist()
-        descending = all(above > below for above, below in itertools.pairwise(levels[:-1])) and levels[-2] >= levels[-1]
-        if len(levels) != len(self.timesteps) + 1 or not (descending and levels[0] <= 1.0 and levels[-1] >= 0.0):
-            raise ValueError(
-                f"scheduler: got levels {[round(level, 4) for level in levels]} for {len(self.timesteps)} timesteps, "
-                "expected one more level than timesteps, descending from at most 1 to at least 0"
-            )
-        self._plan = {index: trainable_step(self.sampler, levels, index, self.eta) for index in self.sde_steps}
+        self.own["set_timesteps"](*args, **kwargs)
+        self._begin()
+        self._plan_steps()
 
-    def step(  # type: ignore[override]
-        self, model_output: Any, timestep: Any, sample: Any, *, return_dict: bool = True, **kwargs: Any
-    ) -> FlowMatchEulerDiscreteSchedulerOutput | tuple[Tensor]:
+    def step(
+        self, model_output: Any, timestep: Any, sample: Any, *args: Any, return_dict: bool = True, **kwargs: Any
+    ) -> Any:
         """One step, like diffusers' ``step``; the next sample has ``model_output``'s dtype.
 
         Args:
@@ -202,31 +156,71 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
         Raises:
             ValueError: per-token timesteps for samples that are not tokens ``[B, L, C]``, or that are not this step's.
         """
-        if self.step_index is None:
-            self._init_step_index(timestep)
-        index: int = self.step_index
+        if self.scheduler.step_index is None:
+            self.scheduler._init_step_index(timestep)
+        index: int = self.scheduler.step_index
+        if index == self._last:
+            raise ValueError(
+                f"scheduler: {type(self.scheduler).__name__} took step {index} twice, expected one step of all rows"
+            )
+        if self._last is not None and index < self._last:
+            self._begin()
+        self._plan_steps()
         if self.on_output is not None:
             self.on_output(index, model_output, kwargs.get("per_token_timesteps") is not None)
-        planned = self._plan.get(index)
-        transition = None
-        if planned is None:
-            # the step index is set, and of the timestep only the type is looked at: multistep schedulers have integers
-            (next_sample,) = super().step(model_output, float(index), sample, return_dict=False, **kwargs)
+        planned, transition = self._plan.get(index), None
+        if planned is not None:
+            following, transition = self._noisy_step(index, planned, model_output, timestep, sample, kwargs)
+            self.scheduler._step_index = index + 1
+        elif isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
+            (following,) = self.own["step"](model_output, timestep, sample, *args, return_dict=False, **kwargs)
         else:
-            next_sample, transition = self._noisy_step(index, planned, model_output, timestep, sample, kwargs)
-            self._step_index = index + 1  # type: ignore[assignment]
+            # a solver would take what it remembers of steps with noise for its own
+            here, there = torch.tensor(self._levels[index : index + 2])
+            following = (sample.float() + (there - here) * model_output).to(model_output.dtype)
+            self.scheduler._step_index = index + 1
+        self._last = index
         if self.on_step is not None:
             self.on_step(index, transition)
-        return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=next_sample) if return_dict else (next_sample,)
+        return FlowMatchEulerDiscreteSchedulerOutput(following) if return_dict else (following,)  # type: ignore[arg-type]
+
+    def _begin(self) -> None:
+        self._number += self._last is not None
+        self._last = None
+        if self.on_begin is not None:
+            self.on_begin()
+
+    def _plan_steps(self) -> None:
+        """The chosen steps of the present levels, which somebody may have edited."""
+        sigmas = self.scheduler.sigmas
+        now = (sigmas, None if sigmas.is_inference() else sigmas._version)
+        if self._known[0] is sigmas and self._known[1] == now[1] is not None:
+            return
+        levels = sigmas.to(torch.float32).tolist()
+        if levels and 0.0 < 1.0 - levels[0] < 2e-6:
+            # multistep solvers stay a little below pure noise for their logarithms
+            levels[0] = 1.0
+        descending = len(levels) > 1 and all(above > below for above, below in itertools.pairwise(levels[:-1]))
+        steps = len(self.scheduler.timesteps)
+        if len(levels) != steps + 1 or not (
+            descending and levels[-2] >= levels[-1] and levels[0] <= 1.0 and levels[-1] >= 0.0
+        ):
+            raise ValueError(
+                f"scheduler: got levels {[round(level, 4) for level in levels]} for {steps} timesteps, "
+                "expected one more level than timesteps, descending from at most 1 to at least 0"
+            )
+        self._plan = {index: trainable_step(self.sampler, levels, index, self.eta) for index in self.chosen}
+        self._known, self._levels = now, levels
 
     def _noisy_step(
         self, index: int, planned: SDEStep, model_output: Any, timestep: Any, sample: Any, options: dict[str, Any]
     ) -> tuple[Tensor, Transition]:
-        velocity, state = model_output.detach(), sample.detach()
+        # a buffer that the pipeline uses again would hold the next step's
+        velocity, state = model_output.detach().clone(), sample.detach()
         dtype, active = velocity.dtype, None
         per_token = options.get("per_token_timesteps")
         if per_token is not None:
-            level = float(timestep) / self.config.num_train_timesteps  # type: ignore[attr-defined]
+            level = float(timestep) / self.scheduler.config.num_train_timesteps
             if state.ndim != 3 or abs(level - planned.sigma) > 1e-4:
                 raise ValueError(
                     f"per_token_timesteps: got them on step {index} for a sample {list(state.shape)} at timestep level "
@@ -240,12 +234,128 @@ class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
         following = sde_step(state, velocity, planned, noise=noise, dtype=dtype).prev_sample
         if active is not None:
             following = torch.where(active, following, state.to(dtype))
-        return following, Transition(index, velocity, noise, planned, active)
+        return following, Transition(index, velocity, noise, planned, active, self._number)
 
     def _noise(self, index: int, state: Tensor) -> Tensor | PhiloxNoise:
         rows = torch.arange(self.first_row, self.first_row + len(state), device=state.device)
-        noise = PhiloxNoise(self.seed, rows * len(self.timesteps) + index)
-        return noise if self.noise == "seeded" else noise.materialize(tuple(state.shape), device=state.device)
+        stream = rows * len(self.scheduler.timesteps) + index + self._number * _PASS
+        noise, place = PhiloxNoise(self.seed, stream), (self._number, index)
+        before, width = self.drawn.get(place, 0), state[0].numel()
+        self.drawn[place] = before + width
+        if self.noise == "seeded" and not before:
+            return noise
+        whole = noise.materialize((len(state), before + width), device=state.device)
+        return whole[:, before:].reshape(state.shape)
+
+    def __deepcopy__(self, memo: dict) -> NoisySteps:
+        made = copy.copy(self)
+        memo[id(self)] = made
+        made.scheduler = copy.deepcopy(self.scheduler, memo)
+        made.own = {name: method.__func__.__get__(made.scheduler) for name, method in self.own.items()}
+        made._known, made._plan = (None, None), {}
+        # shared with the original, as is what is counted of the draws
+        self.family.append(made)
+        return made
+
+
+class _Method:
+    """Stands in for a scheduler's method, with its signature; a copy of the scheduler has one of its own."""
+
+    def __init__(self, steps: NoisySteps, name: str):
+        self._steps, self._name, self.__wrapped__ = steps, name, steps.own[name]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self._steps, self._name)(*args, **kwargs)
+
+
+class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
+    """A flow scheduler whose chosen steps draw noise (:class:`NoisySteps`), to sample with; :meth:`from_config`
+    builds it."""
+
+    @classmethod
+    def from_config(  # type: ignore[override]
+        cls, config: Any, *, sampler: str = "flow_sde", eta: float = 0.7, sde_steps: Iterable[int] = (),
+        noise: str = "seeded", seed: int = 0, first_row: int = 0,
+        on_step: Callable[[int, Transition | None], None] | None = None,
+        on_output: Callable[[int, Any, bool], None] | None = None, return_unused_kwargs: bool = False, **unused: Any,
+    ) -> Any:  # fmt: skip
+        """A copy of a flow scheduler with noise on chosen steps.
+
+        Args:
+            config: a diffusers flow scheduler or its config. Of one-call-per-step schedulers of another class, such as
+                UniPC or DPM-Solver with ``use_flow_sigmas``, the noise levels and timesteps are taken, not the solver.
+            sampler, eta, sde_steps, noise, seed, first_row, on_step, on_output: see :class:`NoisySteps`.
+            return_unused_kwargs: as in diffusers: also return further keywords, which are not used.
+
+        Returns:
+            A scheduler of the given one's class, and the unused keywords where they are asked for. A scheduler that was
+            loaded with a pipeline chooses no steps: it is the plain Euler scheduler.
+
+        Raises:
+            TypeError: further keywords that nobody asked for.
+            ValueError: an unknown choice, no noise on chosen steps, or a scheduler that is not for flow matching.
+        """
+        if unused and not return_unused_kwargs:
+            raise TypeError(f"from_config: got {', '.join(map(repr, unused))}, expected none of these keywords")
+        if isinstance(config, SchedulerMixin):
+            check_scheduler(config)
+            scheduler: Any = copy.deepcopy(config)
+            for name in _REPLACED:
+                vars(scheduler).pop(name, None)
+        else:
+            scheduler = _built(config)
+        NoisySteps(
+            scheduler, sampler=sampler, eta=eta, sde_steps=sde_steps, noise=noise, seed=seed, first_row=first_row,
+            on_step=on_step, on_output=on_output,
+        ).put()  # fmt: skip
+        return (scheduler, unused) if return_unused_kwargs else scheduler
+
+
+def _built(config: Any) -> Any:
+    """The scheduler of a config."""
+    given, config = type(config).__name__, dict(config)
+    name = config.get("_class_name", "")
+    known = inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters
+    if not name and {key for key in config if not key.startswith("_")} == known.keys() - {"self"}:
+        # the config of a scheduler that was built in Python names no class
+        name = FlowMatchEulerDiscreteScheduler.__name__
+    if name not in _EULER_NAMES and not hasattr(diffusers, name):
+        raise ValueError(
+            f"config: got a {given} with _class_name={name!r}, expected a scheduler, or a config that names a class of "
+            "diffusers"
+        )
+    if name in _EULER_NAMES:
+        return FlowMatchEulerDiscreteScheduler(**{key: value for key, value in config.items() if key in known})
+    _check_source(name, config)
+    kind: Any = getattr(diffusers, name)
+    return kind.from_config(config)
+
+
+def check_scheduler(scheduler: Any) -> None:
+    """Whether chosen steps of a scheduler can draw noise.
+
+    Raises:
+        ValueError: it is none, or of another kind; the message says of which.
+    """
+    if not isinstance(scheduler, SchedulerMixin):
+        raise ValueError(
+            f"scheduler: got a {type(scheduler).__name__}, expected one of diffusers, such as "
+            "FlowMatchEulerDiscreteScheduler"
+        )
+    kind: Any = type(scheduler)
+    name, config = kind.__name__, dict(vars(scheduler)["_internal_dict"])
+    euler = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+    if not euler:
+        _check_source(name, config)
+    for option in ("invert_sigmas", "stochastic_sampling"):
+        if config.get(option):
+            raise ValueError(f"config: got {option}=True, expected a plain schedule from noise (1) to data (0)")
+    own = vars(scheduler).get("step")
+    if (euler and kind.step is not FlowMatchEulerDiscreteScheduler.step) or not isinstance(own, (_Method, type(None))):
+        raise ValueError(
+            f"config: {name} has a step() of its own, expected Euler's: the steps between the trained ones would be "
+            "others than yours; give the pipeline a FlowMatchEulerDiscreteScheduler"
+        )
 
 
 def _check_source(name: str, config: dict[str, Any]) -> None:

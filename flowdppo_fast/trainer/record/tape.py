@@ -7,7 +7,10 @@ What leads to the velocity is a :class:`Program`: run again on the outputs of ot
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import sys
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from types import FrameType
 from typing import Any
 
 import torch
@@ -19,6 +22,7 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .arguments import Call, Ref
+from .branches import Branch
 from .program import Const, Live, Op, Place, Program, tensors_in, title
 
 # what is asked of a tensor besides its numbers
@@ -105,6 +109,10 @@ class Tape(TorchFunctionMode):
         # memory of constants that a noted function wrote to, with what it held
         self._buffers: dict[int, tuple[Tensor, Const]] = {}
         self._written: set[int] = set()
+        # memory of tensors that stand for the value a branch chose
+        self._chosen: set[int] = set()
+        # how many functions the side of a branch still has, and what then has to be done with its result
+        self._pending: tuple[int, Callable[[Any], None]] | None = None
 
     def start(self) -> None:
         """From here on functions are noted."""
@@ -187,8 +195,62 @@ class Tape(TorchFunctionMode):
             if not isinstance(result, bool):
                 raise self._refusal(f"{name} took numbers out of a tensor that")
             answer = result
-        self.ops.append(Op(_alias if name in _CUT else function, kept, spec, results, tuple(writes), answer))
+        noted = Op(_alias if name in _CUT else function, kept, spec, results, tuple(writes), answer)
+        self.ops.append(noted)
+        if answer is not None:
+            self._pending = None
+            if len(leaves) == 1 and isinstance(leaves[0], Tensor):
+                self._follow(sys._getframe(1), noted, leaves[0])
+        elif self._pending is not None:
+            left, settle = self._pending
+            self._pending = (left - 1, settle) if left > 1 else None
+            if left == 1:
+                settle(result)
         return result
+
+    def _follow(self, frame: FrameType, answered: Op, test: Tensor) -> None:
+        """Notes both sides of a branch whose source is known, and the choice between them."""
+        branch, taken, start = Branch.at(frame), answered.expected, len(self.ops)
+        if branch is None or taken is None:
+            return
+        try:
+            with self:
+                held = None if branch.held is None else branch.run(branch.held, frame)
+                other = branch.run(branch.sides[not taken], frame)
+                before = len(self.ops)
+                own = branch.run(branch.sides[taken], frame)
+                count = len(self.ops) - before
+                same = all(isinstance(x, Tensor) for x in (own, other)) and own.shape == other.shape
+                known = same and own.dtype == other.dtype and isinstance(held, (Tensor, type(None)))
+                if not known or any(isinstance(op, Call) or op.expected is not None for op in self.ops[start:]):
+                    raise TypeError
+                sides = (own, other) if taken else (other, own)
+                chosen = torch.where(test.detach().reshape(()).bool(), *sides)
+        except Exception:
+            # a side that cannot be run here: the branch has to stay as it is
+            del self.ops[start:]
+            return
+        choice = self.ops[-1]
+        assert isinstance(choice, Op)
+        choice.branch = answered
+
+        def settle(result: Any) -> None:
+            if held is not None:
+                answered.followed = True
+                with self:
+                    held.copy_(chosen)
+            elif isinstance(result, Tensor) and result.shape == chosen.shape:
+                # from here on the tensor's name is that of the choice
+                answered.followed = True
+                self._refs[id(result)] = self._refs[id(chosen)][0], result
+                self._chosen.add(_memory(result))
+                self._flow.mark(result)
+
+        if count + branch.extra[taken]:
+            self._pending = count + branch.extra[taken], settle
+        elif held is not None or sum(x is own for x in frame.f_locals.values()) == 1:
+            # under two names it would be the choice under one and what it was under the other
+            settle(own)
 
     def program(self, velocity: Tensor, negated: bool) -> Program | None:
         """What leads to ``velocity``, or None if it has no name."""
@@ -204,7 +266,8 @@ class Tape(TorchFunctionMode):
             guard = isinstance(op, Op) and op.expected is not None
             if guard or any(ref is not None and memory[ref] in wanted for ref in made):
                 if isinstance(op, Call):
-                    op.outputs = {key: ref for key, ref in op.outputs.items() if memory[ref] in wanted}
+                    # another velocity of the step may need more of them
+                    op = replace(op, outputs={key: ref for key, ref in op.outputs.items() if memory[ref] in wanted})
                 wanted |= {memory[leaf] for leaf in op.leaves if isinstance(leaf, Ref)}
                 ops.append(op)
         places = {ref: place for ref, place in self._places.items() if place.memory in self._written & wanted}
@@ -258,6 +321,8 @@ class Tape(TorchFunctionMode):
                 self._give(leaf)
             elif _state(leaf)[0] != version or (version is None and any(leaf is x for x in targets)):
                 written[id(leaf)] = leaf
+        if any(_memory(leaf) in self._chosen for leaf in written.values()):
+            raise self._refusal(f"{name} wrote to what a branch chose, which")
         refs = [self.ref(leaf) for leaf in written.values()]
         if None in refs:
             raise self._refusal(f"{name} wrote to other memory with a tensor that")

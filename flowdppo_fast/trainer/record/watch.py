@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -33,28 +33,47 @@ class _Seen:
     outputs: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     lengths: list[int | None] = field(default_factory=list)
 
+    @property
+    def times(self) -> list[Tensor]:
+        """Its arguments of one number, or one per row."""
+        return [x for x in self.call.leaves if isinstance(x, Tensor) and x.ndim <= 1]
+
 
 class Watch:
-    """One recording: hooks on the modules, and the tape between them."""
+    """One recording: hooks on the modules, and the tape between them.
 
-    def __init__(self, recorder: Any, chosen: list[int]):
-        self.recorder, self.chosen = recorder, chosen
+    Args:
+        chosen: indices of the steps that are recorded.
+        upcoming: called after each step with the index of the next one.
+    """
+
+    def __init__(self, recorder: Any, chosen: list[int], upcoming: Callable[[int], None] | None = None):
+        self.recorder, self.chosen, self.upcoming = recorder, chosen, upcoming
         self.name = recorder.name
         self.trajectory = Trajectory()
         self.transitions: list[Transition] = []
         self.replayed, self.others = modules_of(recorder)
+        for module in self.replayed:
+            # which some of diffusers' read with gradients and do not have
+            if not hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = False  # type: ignore[assignment]
         self.store = ArgumentStore()
         self.tape = Tape(self.name, {id(p) for module in self.replayed for p in module.parameters()})
         self._seen: list[_Seen] = []
         self._program: Program | None = None
         self._depth = 0
         self._around: dict[nn.Module, Surroundings] = {}
-        # calls before the first step, among them those before the loop
-        self._first: int | None = None
+        # times of the calls before the first step, among them those before the loop
+        self._times: list[list[Tensor]] | None = None
         # whether what happens belongs to a chosen step; of the first one nobody knows the number
         self._on = True
         # the recorder's own calls
         self._busy = False
+        # whether the schedule was set
+        self._looping = False
+        # the scheduler and its copies, and what they did in the present step
+        self.family: Sequence[Any] = ()
+        self._parts: list[tuple[int, Tensor, Transition | None]] = []
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -74,6 +93,8 @@ class Watch:
         if self._busy:
             return
         self.tape.stop()
+        if self._depth == 0 and self._parts:
+            self.close()
         self._depth += 1
         if self._depth > 1 or not self._follows(module):
             return
@@ -111,40 +132,94 @@ class Watch:
         # a copy of the scheduler is watched as well
         return self
 
+    def on_begin(self) -> None:
+        """A pass through the schedule begins; of its first step nobody knows the number."""
+        self.close()
+        self._looping = self._on = True
+        self.tape.start()
+
     def on_output(self, index: int, output: Tensor, negated: bool) -> None:
-        """The scheduler was given ``output`` for step ``index``."""
+        """A scheduler was given ``output`` for step ``index``."""
+        if self._parts and self._parts[0][0] != index:
+            self.close()
+        if self._parts:
+            # a copy of the scheduler moves another latent: the step is that of both
+            self.tape.start()
+            output = torch.cat([self._parts[-1][1].flatten(1), output.flatten(1)], dim=1)
         self.tape.stop()
         self._busy = True
-        self._first = len(self._seen) if self._first is None else self._first
+        self._times = [seen.times for seen in self._seen] if self._times is None else self._times
         self._program = self.tape.program(output, negated) if index in self.chosen else None
-
-    def _follows(self, module: nn.Module) -> bool:
-        """Whether a call of ``module`` is part of the replay: before the loop, one of other modules is not."""
-        own = self.recorder.modules.values()
-        steps = getattr(self.recorder.pipeline.scheduler, "num_inference_steps", None)
-        looping = steps is not None or any(module is x for x in own)
-        return self._on and looping and any(module is x for x in self.replayed)
+        self._parts.append((index, output, None))
 
     def on_step(self, index: int, transition: Transition | None) -> None:
-        # what is kept has gradients later, also where the pipeline runs without them for good
-        with torch.inference_mode(False), torch.no_grad():
-            self._keep(index, transition)
+        """A scheduler made step ``index``."""
+        self._parts[-1] = (*self._parts[-1][:2], transition)
+        if len(self.family) == 1:
+            self.close()
+            return
+        self._busy = False
+        if self._on:
+            self.tape.start()
+
+    def close(self) -> None:
+        """Records the step that was made, if one was."""
+        if not self._parts:
+            return
+        self.tape.stop()
+        self._busy = True
+        index, transitions = self._parts[0][0], [transition for *_, transition in self._parts]
+        if transitions[0] is not None:
+            # what is kept has gradients later, also where the pipeline runs without them for good
+            with torch.inference_mode(False), torch.no_grad():
+                transition = self._joined([t for t in transitions if t is not None])
+                self.trajectory.steps.append(self._record(transition))
+                self.transitions.append(transition)
+        self._parts.clear()
         self._seen.clear()
         self.tape.begin()
         self.store.next_step()
         self._on, self._busy, self._depth = index + 1 in self.chosen, False, 0
+        if self.upcoming is not None:
+            self.upcoming(index + 1)
         if self._on:
             self.tape.start()
 
-    def _keep(self, index: int, transition: Transition | None) -> None:
-        if transition is not None:
-            if self.transitions and self.transitions[-1].index == index:
+    def check_chosen(self) -> None:
+        """Whether every pass through the schedule made all chosen steps.
+
+        Raises:
+            ValueError: it did not.
+        """
+        for number in sorted({t.number for t in self.transitions} | {0}):
+            ran = [t.index for t in self.transitions if t.number == number]
+            if ran != self.chosen:
+                which = f" in pass {number} through the schedule" if number else ""
                 raise ValueError(
-                    f"pipeline: {self.name} took step {index} twice, with a scheduler of its own for a second "
-                    "latent such as sound; one latent per step can be trained"
+                    f"sde_steps: {self.name} ran the chosen steps {ran}{which}, expected {self.chosen} in one call of "
+                    "the pipeline, made by its scheduler or a copy of it"
                 )
-            self.trajectory.steps.append(self._record(transition))
-            self.transitions.append(transition)
+
+    def _follows(self, module: nn.Module) -> bool:
+        """Whether a call of ``module`` is part of the replay: before the loop, one of other modules is not."""
+        looping = self._looping or any(module is x for x in self.recorder.modules.values())
+        return self._on and looping and any(module is x for x in self.replayed)
+
+    def _joined(self, transitions: Sequence[Transition]) -> Transition:
+        """What a step did to all of its latents: one density, as they are drawn independently."""
+        first = transitions[0]
+        if len(transitions) == 1:
+            return first
+        if any(t.step != first.step or t.active is not None for t in transitions):
+            raise ValueError(
+                f"pipeline: {self.name}, step {first.index}: {len(transitions)} latents are at different noise levels, "
+                "expected one level per step"
+            )
+        # seeded noise of the first goes on into the others
+        noise = first.noise
+        if isinstance(noise, Tensor):
+            noise = torch.cat([torch.as_tensor(t.noise).flatten(1) for t in transitions], dim=1)
+        return replace(first, velocity=torch.cat([t.velocity.flatten(1) for t in transitions], dim=1), noise=noise)
 
     def _record(self, transition: Transition) -> RecordedStep:
         batch, index, program = len(transition.velocity), transition.index, self._program
@@ -158,9 +233,8 @@ class Watch:
                 f"{where}: the velocity {list(transition.velocity.shape)} does not descend from a transformer's output "
                 "by torch functions, so it cannot be replayed at other weights"
             )
-        used = [seen for seen in self._seen if any(seen.call is call for call in program.calls)]
-        oldest = self.tape.oldest(program)
-        if oldest is not None and self._first is not None and oldest < self._first - len(self._seen):
+        used = [seen for seen in self._seen if any(seen.call.leaves is call.leaves for call in program.calls)]
+        if self._precedes_the_loop(self.tape.oldest(program)):
             raise ValueError(
                 f"{where}: the velocity depends on what a transformer gave before the loop, which would stay as it was "
                 "while the weights move, expected calls within the step"
@@ -168,8 +242,8 @@ class Watch:
         try:
             for position, op in enumerate(program.ops):
                 if isinstance(op, Call):
-                    (seen,) = [seen for seen in used if seen.call is op]
-                    program.ops[position] = self._settle(seen, batch)
+                    (seen,) = [seen for seen in used if seen.call.leaves is op.leaves]
+                    program.ops[position] = self._settle(seen, op, batch)
                 else:
                     for leaf in op.leaves:
                         if isinstance(leaf, Const) and isinstance(leaf.value, Tensor):
@@ -180,9 +254,20 @@ class Watch:
             raise ValueError(f"{where}: {cause}") from None
         return RecordedStep(index, program, transition.active)
 
-    def _settle(self, seen: _Seen, batch: int) -> Call:
+    def _precedes_the_loop(self, number: int | None) -> bool:
+        """Whether a call before the first step is not one of it: the last one is, and has that step's time."""
+        if number is None or not self._times:
+            return False
+        own, last = self._times[number], self._times[-1]
+        if not own or not last:
+            return number < len(self._times) - len(self._seen)
+        # another module's may be among further numbers
+        agree = all if len(own) == len(last) else any
+        return not agree(x.shape == y.shape and torch.equal(x, y) for x, y in zip(own, last))
+
+    def _settle(self, seen: _Seen, call: Call, batch: int) -> Call:
         """The call with its arguments kept, and the places of rows in its arguments and outputs."""
-        call, known = seen.call, self.recorder._layouts
+        known = self.recorder._layouts
         value = tree_unflatten(call.leaves, call.spec)
         key = (id(call.module), batch, call.spec, tuple(map(_sort, call.leaves)), tuple(call.outputs))
         if key not in known:

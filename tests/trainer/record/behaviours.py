@@ -115,6 +115,15 @@ def momentum(p: Any, c: Tensor, u: Tensor, x: Tensor, t: Tensor, i: int) -> Tens
     return u + 3.0 * p.state
 
 
+def early_momentum(p: Any, c: Tensor, u: Tensor, x: Tensor, t: Tensor, i: int) -> Tensor:
+    """Guidance in the first step alone, whose momentum goes on."""
+    if i == 0:
+        p.state = c - u
+        return u + 3.0 * p.state
+    p.state = 0.5 * p.state
+    return c + p.state
+
+
 def apg(p: Any, c: Tensor, u: Tensor, x: Tensor, t: Tensor, i: int) -> Tensor:
     delta = (c - u).double()
     delta = delta * torch.minimum(torch.ones_like(norm(delta, 1, 2)), 2.0 / norm(delta, 1, 2))
@@ -261,6 +270,12 @@ def with_condition(change: Callable[[Tensor], Any]) -> Callable[..., Any]:
     return lambda p, x, t, c, u: [value_of(p.transformer(x, t, change(one))) for one in (c, u)]
 
 
+def one_call_later(p: Any, x: Tensor, t: Tensor, c: Tensor, u: Tensor) -> list[Tensor]:
+    """Two calls in the first step, and one in the others."""
+    first = value_of(p.transformer(x, t, c))
+    return [first, value_of(p.transformer(x, t, u)) if p.state is None else first]
+
+
 def reused(p: Any, x: Tensor, t: Tensor, c: Tensor, u: Tensor) -> list[Tensor]:
     buffer, outputs = torch.empty_like(c), []
     for one in (c, u):
@@ -307,6 +322,60 @@ def hooked(p: Any, x: Tensor, t: Tensor, c: Tensor, u: Tensor) -> list[Tensor]:
     del p.transformer.inp.forward
     return outputs
 
+
+LIMIT = 4.2
+
+
+def capped_in_a_list(c: Tensor, u: Tensor) -> Tensor:
+    return torch.stack([a * (LIMIT / a.norm()) if a.norm() > LIMIT else a for a in u + 3.0 * (c - u)])
+
+
+def capped(c: Tensor, u: Tensor) -> Tensor:
+    rows = []
+    for a, b in zip(c, u):
+        mixed, limit = b + 3.0 * (a - b), a.norm() * 0.3 + 3.7
+        size = mixed.norm()
+        if size > limit:
+            mixed = mixed * (limit / size)
+        rows.append(mixed * 2)
+    return torch.stack(rows)
+
+
+def capped_in_place(c: Tensor, u: Tensor) -> Tensor:
+    v = u + 3.0 * (c - u)
+    for row in v:
+        if row.abs().max() > 1.5:
+            row *= 1.5 / row.abs().max()
+    return v
+
+
+def capped_by_index(c: Tensor, u: Tensor) -> Tensor:
+    v = u + 3.0 * (c - u)
+    for i in range(len(v)):
+        if bool((v[i].norm() > LIMIT).item()):
+            v[i] = v[i] * (LIMIT / v[i].norm())
+    return v * 0.5
+
+
+def either(c: Tensor, u: Tensor) -> Tensor:
+    rows = []
+    for a, b in zip(c, u):
+        if (a - b).abs().max() > 0.55:
+            row = b + 3.0 * (a - b)
+        else:
+            row = a.clamp(-0.3, 0.3)
+        rows.append(row)
+    return torch.stack(rows)
+
+
+# branches on the output, of which other weights take the other side
+BRANCHES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "capped in a list": capped_in_a_list,
+    "capped": capped,
+    "capped in place": capped_in_place,
+    "capped by index": capped_by_index,
+    "either": either,
+}
 
 # combination, calls, what is odd about the net
 RIGHT: dict[str, tuple[Callable[..., Tensor], Callable[..., Any] | None, str]] = {
@@ -389,12 +458,10 @@ RIGHT: dict[str, tuple[Callable[..., Tensor], Callable[..., Any] | None, str]] =
     "forward called directly": (guided, directly, ""),
     "head called by the pipeline": (guided, part_of_it, "hidden"),
     "autocast": (guided, in_autocast, ""),
+    "momentum of an interval": (early_momentum, one_call_later, ""),
     "replaced layer": (guided, hooked, ""),
+    **{name: (of(function), None, "") for name, function in BRANCHES.items()},
 }  # fmt: skip
-
-
-def rows_capped(c: Tensor, u: Tensor) -> Tensor:
-    return torch.stack([a * (2.6 / a.norm()) if a.norm() > 2.6 else a + 0 * b for a, b in zip(c, u)])
 
 
 # what stops with these words

@@ -60,7 +60,18 @@ def test_without_noise_it_is_diffusers_euler(options, arguments):
     assert torch.equal(actual, expected)
 
 
-@pytest.mark.parametrize(("sampler", "eta"), [("flow_sde", 0.7), ("dance", 0.3), ("wan", 1.0), ("cps", 0.8)])
+@pytest.mark.parametrize(
+    ("sampler", "eta"),
+    [
+        ("flow_sde", 0.7),
+        ("dance", 0.3),
+        ("wan", 1.0),
+        ("flash", 0.5),
+        ("cps", 0.8),
+        ("precise", 1.5),
+        ("dance_precise", 0.6),
+    ],
+)
 def test_chosen_steps_follow_the_textbook(sampler, eta):
     seen = {}
     scheduler = FlowMatchSDEScheduler.from_config(
@@ -129,11 +140,8 @@ def test_of_multistep_schedulers_the_levels_are_taken_and_euler_steps_made(name)
     own.set_timesteps(6)
     ours = FlowMatchSDEScheduler.from_config(own, sde_steps=[2])
     states = run(ours, 6, velocity_of)
-    expected = own.sigmas.float()
-    assert torch.equal(ours.sigmas[1:], expected[1:])
-    # pure noise, where the solver stays away from it for its logarithms
-    assert float(ours.sigmas[0]) in (1.0, float(expected[0]))
-    assert float((ours.sigmas[0] - expected[0]).abs()) <= 2e-6
+    assert type(ours) is type(own)
+    assert torch.equal(ours.sigmas, own.sigmas)
     assert torch.equal(ours.timesteps, own.timesteps)
     for index in (0, 1, 3, 4):
         step = (ours.sigmas[index + 1] - ours.sigmas[index]) * velocity_of(index)
@@ -143,12 +151,17 @@ def test_of_multistep_schedulers_the_levels_are_taken_and_euler_steps_made(name)
 
 
 def test_uni_pc_starts_at_pure_noise_so_that_its_first_step_can_be_trained():
-    ours = FlowMatchSDEScheduler.from_config(MULTISTEP["wan"], sde_steps=[0])
-    ours.set_timesteps(10)
-    euler = FlowMatchSDEScheduler.from_config(FlowMatchEulerDiscreteScheduler(), sde_steps=[0])
-    euler.set_timesteps(sigmas=ours.sigmas[:-1].tolist())
-    assert ours._plan[0] == euler._plan[0]
-    assert 0 < ours._plan[0].std < 1
+    def first_of(source, *arguments, **options):
+        made = []
+        scheduler = FlowMatchSDEScheduler.from_config(source, sde_steps=[0], on_step=lambda _, t: made.append(t))
+        scheduler.set_timesteps(*arguments, **options)
+        scheduler.step(torch.zeros(SHAPE), scheduler.timesteps[0], torch.zeros(SHAPE))
+        return scheduler, made[0].step
+
+    ours, step = first_of(MULTISTEP["wan"], 10)
+    _, euler = first_of(FlowMatchEulerDiscreteScheduler(), sigmas=[1.0, *ours.sigmas[1:-1].tolist()])
+    assert step == euler
+    assert 0 < step.std < 1
 
 
 def test_a_config_without_its_scheduler_gives_the_same_levels():
@@ -236,7 +249,7 @@ def test_timesteps_per_token_must_be_of_this_step_and_of_tokens():
         ({"sde_steps": [1], "sampler": "ode"}, "draw no noise"),
         ({"sampler": "euler"}, "sampler: got 'euler'"),
         ({"noise": "none"}, "noise: got 'none'"),
-        ({"sampler": "cps", "eta": 1.5, "sde_steps": [0]}, "eta: got 1.5"),
+        ({"sampler": "cps", "eta": 2.5, "sde_steps": [0]}, "eta: got 2.5"),
         ({"eta": 3.0, "sde_steps": [0]}, "step 0 of 5 .* overshoots .* lower eta"),
     ],
 )
@@ -266,6 +279,48 @@ def test_settings_that_cannot_be_trained_are_errors(options, message):
 def test_schedulers_of_another_kind_are_errors(scheduler, message):
     with pytest.raises(ValueError, match=message):
         FlowMatchSDEScheduler.from_config(scheduler)
+
+
+class Stretched(FlowMatchEulerDiscreteScheduler):
+    """A scheduler of a user's own, with levels of its own."""
+
+    def set_timesteps(self, *args, **kwargs):
+        super().set_timesteps(*args, **kwargs)
+        self.sigmas = self.sigmas**0.5
+        self.timesteps = self.sigmas[:-1] * 1000
+
+
+class Counting(FlowMatchEulerDiscreteScheduler):
+    def step(self, *args, **kwargs):
+        return super().step(*args, **kwargs)
+
+
+def test_levels_of_a_subclass_and_edited_ones_are_those_of_the_steps():
+    made = []
+    own = Stretched(shift=3.0)
+    scheduler = FlowMatchSDEScheduler.from_config(own, sde_steps=[1, 3], on_step=lambda _, t: made.append(t))
+    assert isinstance(scheduler, Stretched)
+    own.set_timesteps(6)
+    scheduler.set_timesteps(6)
+    assert torch.equal(scheduler.sigmas, own.sigmas)
+    x = torch.zeros(SHAPE)
+    for index, t in enumerate(scheduler.timesteps):
+        if index == 3:
+            # as pipelines do that move the schedule on the way
+            scheduler.sigmas[3] -= 0.01
+        x = scheduler.step(velocity_of(index), t, x, return_dict=False)[0]
+    levels = own.sigmas.tolist()
+    assert [made[1].step.sigma, made[1].step.sigma_next] == levels[1:3]
+    assert made[3].step.sigma == pytest.approx(levels[3] - 0.01)
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_a_step_of_ones_own_is_refused_by_name(patched):
+    own = FlowMatchEulerDiscreteScheduler() if patched else Counting()
+    if patched:
+        own.step = lambda *args, **kwargs: None
+    with pytest.raises(ValueError, match=rf"config: {type(own).__name__} has a step\(\) of its own, expected Euler's"):
+        FlowMatchSDEScheduler.from_config(own)
 
 
 def test_levels_that_do_not_descend_are_an_error():
