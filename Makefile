@@ -6,12 +6,12 @@ PIP := $(PY) -m pip --disable-pip-version-check -q
 export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 0
 
-.PHONY: help demo demo-words test pytest test-cpus lint audit release-check check-tables docs bench bench-quick bench-train bench-learning bench-learning-quick ptx gpu gpu-matrix build clean
+.PHONY: help demo demo-digits test pytest test-cpus lint audit release-check check-tables docs bench bench-quick bench-train bench-learning bench-learning-quick ptx gpu gpu-matrix build clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo         fine-tune a small flow model with Flow-DPPO and look at the result (about a minute)"
-	@echo "make demo-words   teach another one to spell, with an OCR reader as reward (minutes)"
+	@echo "make demo         teach a small text-to-image flow model to spell with Flow-DPPO and look at the result (minutes)"
+	@echo "make demo-digits  fine-tune another one, digits become bold (about a minute)"
 	@echo "make test         lint, types and all tests"
 	@echo "make test-cpus    tests that compare bits or learn, on every x86 processor this one can play"
 	@echo "make docs         the documentation site, into build/site; warnings are errors"
@@ -45,10 +45,10 @@ build: .venv/.installed
 		FLOWDPPO_BUILD_CPU=1 $(PIP) install -c constraints.txt --no-build-isolation --no-deps -e . && touch .venv/.installed; fi
 
 demo: build
-	$(PY) examples/digits/demo.py
-
-demo-words: build
 	$(PY) examples/words/demo.py
+
+demo-digits: build
+	$(PY) examples/digits/demo.py
 
 lint: build
 	.venv/bin/ruff check .

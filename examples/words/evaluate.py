@@ -25,8 +25,6 @@ SPLITS = {
 }
 # rows that no drawn word reaches
 _PAPER_ROWS = 3
-# the second reader takes a faint texture for full stops
-_WHITE = 1 - 10 / 255
 
 
 def draw(
@@ -46,24 +44,17 @@ def draw(
     return torch.cat(parts)
 
 
-def whitened(images: torch.Tensor) -> torch.Tensor:
-    """Pages whose paper is white up to a texture of ten grey levels, as a scanner's white point makes it."""
-    return (images / _WHITE).clamp(max=1)
-
-
 def measure(images: torch.Tensor, prompts: list[str], seeds: int) -> dict[str, list]:
-    """Numbers of each image: what both readers make of it, whitened and as it is drawn; paper and variety."""
+    """Numbers of each image: what both readers make of it, paper and variety."""
     words = [parse(text)[0] for text in prompts for _ in range(seeds)]
     numbers: dict[str, list] = {"asked": words}
-    clean, metadata = whitened(images), [{"text": word} for word in words]
+    metadata = [{"text": word} for word in words]
     for name, reader in ((FIRST_NAME, first_reader()), (SECOND_NAME, second_reader())):
-        scores = reader(clean, [""] * len(words), metadata)
+        scores = reader(images, [""] * len(words), metadata)
         numbers[f"{name} exact"] = [float(score == 1) for score in scores["edit"].tolist()]
         numbers |= {f"{name} {kind}": scores[kind].tolist() for kind in ("edit", "likelihood")}
-        as_drawn = reader.read(images)
-        numbers[f"{name} exact as drawn"] = [float(read == word) for read, word in zip(as_drawn, words)]
         if name == SECOND_NAME:
-            numbers[f"{name} read"] = reader.read(clean)
+            numbers[f"{name} read"] = reader.read(images)
     # grey levels of 255 that clean paper is darker than white
     numbers["paper noise"] = (255 * (1 - images[:, :, :_PAPER_ROWS])).mean(dim=(1, 2, 3)).tolist()
     grouped = images.unflatten(0, (-1, seeds))

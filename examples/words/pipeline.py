@@ -20,6 +20,8 @@ LETTERS = 26
 TOKENS, TOKEN_WIDTH = LENGTHS[-1], LETTERS + 2 + LENGTHS[-1] + len(TYPEFACES)
 POOLED_WIDTH = len(LENGTHS) + len(TYPEFACES)
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+# what is this bright or brighter is white paper, as a scanner's white point makes it
+WHITE = 1 - 10 / 255
 _PROMPT = re.compile(r'"(?P<word>[a-z]+)" in (?P<typeface>[a-z]+)')
 
 
@@ -140,8 +142,8 @@ class WordsPipeline(DiffusionPipeline):
 
 
 def to_images(latents: torch.Tensor, output_type: str) -> torch.Tensor | np.ndarray | list[Image.Image]:
-    """Latents (1 = ink) as pages of dark ink on white paper, clamped to [0, 1]."""
-    pages = (0.5 - latents.float() / 2).clamp(0, 1)
+    """Latents (1 = ink) as pages of dark ink on white paper in [0, 1]; within 10 grey levels of white is white."""
+    pages = ((0.5 - latents.float() / 2) / WHITE).clamp(0, 1)
     if output_type == "pt":
         return pages
     if output_type == "np":
