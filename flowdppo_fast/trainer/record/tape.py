@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .arguments import Call, Ref
-from .branches import Branch
+from .branches import Branch, names_of
 from .program import Const, Live, Op, Place, Program, tensors_in, title
 
 # what is asked of a tensor besides its numbers
@@ -47,6 +47,13 @@ _AS = frozenset(
         "to", "type_as", "expand_as", "view_as", "reshape_as", "broadcast_to",
     ]
 )  # fmt: skip
+# results whose size follows from numbers, and what tells a size
+_CHOOSE = frozenset(
+    [
+        "nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount",
+    ]
+)  # fmt: skip
+_SIZES = frozenset(("shape", "size", "numel", "nelement", "__len__"))
 # cut a tensor off its gradient, which here is the policy's
 _CUT = frozenset(("detach", "detach_", "data", "requires_grad_"))
 
@@ -109,6 +116,9 @@ class Tape(TorchFunctionMode):
         # memory of constants that a noted function wrote to, with what it held
         self._buffers: dict[int, tuple[Tensor, Const]] = {}
         self._written: set[int] = set()
+        # names whose size follows from numbers, and those of them whose size was asked for
+        self._sized: set[Ref] = set()
+        self._asked: set[Ref] = set()
         # memory of tensors that stand for the value a branch chose
         self._chosen: set[int] = set()
         # how many functions the side of a branch still has, and what then has to be done with its result
@@ -167,6 +177,8 @@ class Tape(TorchFunctionMode):
         refs = [leaf for leaf in kept if isinstance(leaf, (Ref, Live))]
         only_asked = name in _ASKED or name == "requires_grad" or (name in _LIKE and refs == kept[:1])
         if only_asked or not refs or (name in _AS and not isinstance(kept[0], (Ref, Live))):
+            if name in _SIZES | _LIKE | _AS:
+                self._asked |= self._sized.intersection(x for x in refs if isinstance(x, Ref))
             result = function(*args, **kwargs)
             if self._earlier and not refs:
                 self._pass_on([x for x in leaves if isinstance(x, Tensor)], result)
@@ -197,6 +209,11 @@ class Tape(TorchFunctionMode):
             answer = result
         noted = Op(_alias if name in _CUT else function, kept, spec, results, tuple(writes), answer)
         self.ops.append(noted)
+        masked = name == "__getitem__" and any(isinstance(x, Tensor) and x.dtype is torch.bool for x in leaves[1:])
+        if masked or name in _CHOOSE or (name == "where" and len(refs) == 1) or self._sized.intersection(refs):
+            self._sized |= {x for x in results if x is not None}
+            if name in ("unbind", "split", "chunk"):
+                self._asked |= self._sized.intersection(refs)
         if answer is not None:
             self._pending = None
             if len(leaves) == 1 and isinstance(leaves[0], Tensor):
@@ -248,7 +265,7 @@ class Tape(TorchFunctionMode):
 
         if count + branch.extra[taken]:
             self._pending = count + branch.extra[taken], settle
-        elif held is not None or sum(x is own for x in frame.f_locals.values()) == 1:
+        elif held is not None or names_of(own, frame) == 1:
             # under two names it would be the choice under one and what it was under the other
             settle(own)
 
@@ -263,7 +280,7 @@ class Tape(TorchFunctionMode):
         ops: list[Op | Call] = []
         for op in reversed(self.ops):
             made = op.outputs.values() if isinstance(op, Call) else (*op.results, *op.writes)
-            guard = isinstance(op, Op) and op.expected is not None
+            guard = isinstance(op, Op) and (op.expected is not None or not self._asked.isdisjoint(op.results))
             if guard or any(ref is not None and memory[ref] in wanted for ref in made):
                 if isinstance(op, Call):
                     # another velocity of the step may need more of them
@@ -275,7 +292,8 @@ class Tape(TorchFunctionMode):
             if len({place.dtype for place in places.values() if place.memory == key}) > 1:
                 raise self._refusal("memory was written to in two dtypes that")
         memories = {key: held for key, (_, held) in self._buffers.items() if key in wanted}
-        return Program(ops[::-1], result, negated, places, memories)
+        sizes = {ref: self._places[ref].size for ref in self._asked}
+        return Program(ops[::-1], result, negated, places, memories, sizes)
 
     def _calls_behind(self) -> dict[Ref, int]:
         """The number of the first call that each name descends from."""

@@ -251,7 +251,7 @@ class Watch:
             if self.recorder.checks:
                 self._look(program, used, transition, batch)
         except ValueError as cause:
-            raise ValueError(f"{where}: {cause}") from None
+            raise ValueError(f"{where}: {str(cause).removeprefix('pipeline: ')}") from None
         return RecordedStep(index, program, transition.active)
 
     def _precedes_the_loop(self, number: int | None) -> bool:

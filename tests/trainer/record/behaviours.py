@@ -326,6 +326,10 @@ def hooked(p: Any, x: Tensor, t: Tensor, c: Tensor, u: Tensor) -> list[Tensor]:
 LIMIT = 4.2
 
 
+def by_their_mean(v: Tensor) -> Tensor:
+    return torch.stack([row / (1 + row[row.abs() > 0.5].abs().mean()) for row in v])
+
+
 def capped_in_a_list(c: Tensor, u: Tensor) -> Tensor:
     return torch.stack([a * (LIMIT / a.norm()) if a.norm() > LIMIT else a for a in u + 3.0 * (c - u)])
 
@@ -368,6 +372,28 @@ def either(c: Tensor, u: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
+def scaled_in_two(c: Tensor, u: Tensor) -> Tensor:
+    rows = []
+    for row in u + 3.0 * (c - u):
+        size = row.norm()
+        if size > LIMIT:
+            share = LIMIT / size
+            row = row * share
+        rows.append(row)
+    return torch.stack(rows)
+
+
+def returned(c: Tensor, u: Tensor) -> Tensor:
+    def cap(row: Tensor) -> Tensor:
+        size = row.norm()
+        if size > LIMIT:
+            return row * (LIMIT / size)
+        return row.clone()
+
+    v = u + 3.0 * (c - u)
+    return torch.stack([0.75 * cap(row) + 0.25 * row for row in v])
+
+
 # branches on the output, of which other weights take the other side
 BRANCHES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "capped in a list": capped_in_a_list,
@@ -375,6 +401,8 @@ BRANCHES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "capped in place": capped_in_place,
     "capped by index": capped_by_index,
     "either": either,
+    "scaled in two": scaled_in_two,
+    "returned": returned,
 }
 
 # combination, calls, what is odd about the net
@@ -403,6 +431,7 @@ RIGHT: dict[str, tuple[Callable[..., Tensor], Callable[..., Any] | None, str]] =
     "softmax": (after(lambda v: v.softmax(-1)), None, ""),
     "sorted": (after(lambda v: v.sort(dim=-1).values + v.topk(2, dim=-1)[0].sum(-1, keepdim=True)), None, ""),
     "mask": (after(masked), None, ""),
+    "mean of large ones": (after(by_their_mean), None, ""),
     "masked assignment": (after(assigned), None, ""),
     "part of the channels": (of(channels), None, ""),
     "part of the tokens": (of(lambda c, u: torch.cat([c[:, :2], (2 * c - u)[:, 2:]], 1)), None, ""),
@@ -464,6 +493,23 @@ RIGHT: dict[str, tuple[Callable[..., Tensor], Callable[..., Any] | None, str]] =
 }  # fmt: skip
 
 
+def chosen_rows(v: Tensor) -> Tensor:
+    v = v.clone()
+    v[v.norm(dim=(1, 2)) > LIMIT] *= 0.5
+    return v
+
+
+def rows_by_number(v: Tensor) -> Tensor:
+    v = v.clone()
+    for place in (v.norm(dim=(1, 2)) > LIMIT).nonzero().flatten():
+        v[place] *= 0.5
+    return v
+
+
+def by_their_count(v: Tensor) -> Tensor:
+    return torch.stack([row / (1 + len(row[row.abs() > 1.0])) for row in v])
+
+
 # what stops with these words
 REFUSED: dict[str, tuple[Callable[..., Tensor], Callable[..., Any] | None, str, str]] = {
     "numbers": (after(lambda v: v / float(v.float().std())), None, "", "__float__ took numbers out of a tensor"),
@@ -477,6 +523,9 @@ REFUSED: dict[str, tuple[Callable[..., Tensor], Callable[..., Any] | None, str, 
     "model mixes rows": (guided, None, "mixes rows", "none of the ways to take some of the rows"),
     "dropout": (after(lambda v: F.dropout(v, 0.3)), None, "", "give another velocity"),
     "noise on the output": (after(lambda v: v + v.clone().normal_()), None, "", "give another velocity"),
+    "chosen rows": (after(chosen_rows), None, "", "what it chose by numbers .* has size"),
+    "rows by number": (after(rows_by_number), None, "", "what it chose by numbers .* has size"),
+    "how many are large": (after(by_their_count), None, "", "what it chose by numbers .* has size"),
     "before the loop": (guided, before_the_loop, "", "before the loop"),
 }  # fmt: skip
 
