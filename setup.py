@@ -4,6 +4,8 @@ FLOWDPPO_BUILD_CPU and FLOWDPPO_BUILD_CUDA: 0 skips a backend, 1 makes a build t
 (auto) a build environment without torch, a C++ compiler or, for CUDA, nvcc gives an install without it and says so, and
 so does a build that fails: one backend never takes the other, or the install, down with it. No GPU is needed.
 FLOWDPPO_CUDA_ARCHS (default: 80;90a;100, those that nvcc knows) names the GPUs, the newest also as PTX.
+FLOWDPPO_SYSROOT (an older system's headers and libraries) makes a library that older systems load, and CXX may be a
+compiler for another processor. A wheel for it is named through _PYTHON_HOST_PLATFORM.
 Build with ``--no-build-isolation``: the extensions are compiled against the torch that is installed (any torch >= 2.10
 can then load them).
 """
@@ -48,6 +50,11 @@ COMMON_FLAGS = [
     f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
     "-DTORCH_STABLE_ONLY",
 ]
+# where operators are registered; a copy for a kernel hub has a namespace of its own (hub/layout.py)
+NAMESPACE = os.environ.get("FLOWDPPO_NAMESPACE", "flowdppo")
+if not NAMESPACE.isidentifier():
+    raise SystemExit(f"FLOWDPPO_NAMESPACE: got {NAMESPACE!r}, expected a name of letters, digits and underscores")
+COMMON_FLAGS.append(f"-DFLOWDPPO_NAMESPACE={NAMESPACE}")
 KERNEL_FLAGS = [
     "-ffp-contract=fast",
     "-fno-math-errno",
@@ -56,7 +63,26 @@ KERNEL_FLAGS = [
     "-Wno-uninitialized",
     "-Wno-maybe-uninitialized",
 ]
-IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+
+def compiler_command() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "c++"))
+
+
+def target_machine() -> str:
+    """The processor that the compiler makes code for, which may be another than this machine's."""
+    try:
+        said = subprocess.run([*compiler_command(), "-dumpmachine"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return platform.machine().lower()
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(said.partition("-")[0].strip(), said.partition("-")[0].strip())
+
+
+MACHINE = target_machine()
+IS_X86 = MACHINE == "x86_64"
+IS_CROSS = {"amd64": "x86_64", "arm64": "aarch64"}.get(
+    platform.machine().lower(), platform.machine().lower()
+) != MACHINE
 ISA_FLAGS = {"baseline": []}
 if IS_X86:
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
@@ -74,10 +100,6 @@ NVCC_FLAGS = [
     "-Xcompiler=-fPIC,-fvisibility=hidden",
     "-Xfatbin=-compress-all",
 ]
-
-
-def compiler_command() -> list[str]:
-    return shlex.split(os.environ.get("CXX", "c++"))
 
 
 def why_no_extension() -> str | None:
@@ -188,6 +210,37 @@ class PlatformWheel(bdist_wheel):
         return tag if self.root_is_pure else ("py310", "none", tag[2])
 
 
+def portable() -> tuple[list[str], list[str]]:
+    """Flags to compile and to link with that keep a library loadable on the systems of FLOWDPPO_SYSROOT and later."""
+    folder = os.environ.get("FLOWDPPO_SYSROOT")
+    if folder is None:
+        return [], []
+    if not Path(folder, "usr", "include", "features.h").exists():
+        raise SystemExit(
+            f"FLOWDPPO_SYSROOT: got {folder!r}, expected a folder with an older system's usr/include and lib"
+        )
+    places = [Path(folder, part, f"{MACHINE}-linux-gnu") for part in ("usr/lib", "lib")]
+    compile_flags = [f"--sysroot={folder}", "-include", str(Path("csrc/portable.h").absolute())]
+    # the compiler's own folders hold the newer system's libraries beside its own
+    # streams that are compiled in are nobody else's
+    hide = f"-Wl,--version-script={Path('csrc/exports.map').absolute()}"
+    return compile_flags, [f"--sysroot={folder}", *(f"-L{place}" for place in places), hide]
+
+
+def torch_libraries(folders: list[str], scratch: Path) -> list[str]:
+    """Where ``libtorch_cpu.so`` is to link with: torch's own, or for another processor an empty one of that name."""
+    if not IS_CROSS:
+        return folders
+    scratch.mkdir(parents=True, exist_ok=True)
+    made = scratch / "libtorch_cpu.so"
+    empty = [*compiler_command(), "-shared", "-nostdlib", "-x", "c", os.devnull, "-Wl,-soname,libtorch_cpu.so"]
+    subprocess.run([*empty, "-o", str(made)], check=True)
+    return [str(scratch)]
+
+
+PORTABLE_COMPILE, PORTABLE_LINK = portable()
+
+
 def cpu_extension() -> Extension:
     from torch.utils.cpp_extension import include_paths, library_paths
 
@@ -196,14 +249,17 @@ def cpu_extension() -> Extension:
         [str(SOURCES / name) for name in ("bindings.cpp", "isa.cpp", "rows.cpp")],
         depends=[str(path) for path in sorted([*SOURCES.parent.glob("*.h"), *SOURCES.glob("*")])],
         include_dirs=include_paths(),
-        library_dirs=library_paths(),
+        library_dirs=torch_libraries(library_paths(), Path("build", f"stub-{MACHINE}")),
         libraries=["torch_cpu"],
         # messages name files inside the project wherever it was built
         extra_compile_args=[
             *COMMON_FLAGS,
+            *PORTABLE_COMPILE,
             f"-ffile-prefix-map={Path.cwd()}/=",
             *(["-DFLOWDPPO_X86"] if IS_X86 else []),
         ],
+        # the stand-in for another processor defines nothing that is needed
+        extra_link_args=[*PORTABLE_LINK, *(["-Wl,--no-as-needed", "-ltorch_cpu", "-lm"] if IS_CROSS else [])],
         language="c++",
     )
 
@@ -223,11 +279,12 @@ def cuda_extension() -> Extension:
         libraries=["torch_cpu", "cudart_static", "dl", "rt", "pthread"],
         extra_compile_args=[
             *COMMON_FLAGS,
+            *PORTABLE_COMPILE,
             f"-ffile-prefix-map={Path.cwd()}/=",
             f'-DFLOWDPPO_CUDA_ARCHS="{";".join(cuda_architectures())}"',
         ],
         # nobody outside needs the static runtime's symbols
-        extra_link_args=["-Wl,--exclude-libs,ALL"],
+        extra_link_args=[*PORTABLE_LINK, "-Wl,--exclude-libs,ALL"],
         language="c++",
     )
 
@@ -329,6 +386,7 @@ def extension_builder() -> type[build_ext]:
             info = {
                 "torch": torch.__version__,
                 "torch_target": TORCH_TARGET,
+                "namespace": NAMESPACE,
                 "compiler": version.stdout.splitlines()[0],
                 "flags": [*COMMON_FLAGS, *KERNEL_FLAGS],
                 "isas": {} if "_C_cpu" in missing else ISA_FLAGS,

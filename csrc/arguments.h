@@ -151,10 +151,13 @@ struct SourceArguments {
     out.old = latents_of(old, out.shape, is_double(), "old");
     out.noise = latents_of(drawn, out.shape, is_double(), "drawn");
     out.reference = latents_of(reference, out.shape, is_double(), "reference");
-    STD_TORCH_CHECK(form == 0 || form == 1, "form: got ", form, ", expected 0 (velocities) or 1 (means)");
+    STD_TORCH_CHECK(
+        form >= 0 && form <= 2, "form: got ", form, ", expected 0 (velocities), 1 (means) or 2 (matching)");
     out.form = static_cast<Form>(form);
     STD_TORCH_CHECK(
-        drawn.has_value() || out.form == Form::kVelocity, "drawn: got None, expected the next states that means need");
+        reference.has_value() || out.form != Form::kMatching, "reference: got None, expected the samples without noise");
+    STD_TORCH_CHECK(
+        drawn.has_value() || out.form != Form::kMean, "drawn: got None, expected the next states that means need");
     out.streams = streams_of(streams, rows, seed, first_stream);
     out.step = step_table<T>(step, step_values, rows, out.form == Form::kMean);
     return out;
@@ -170,9 +173,12 @@ struct ObjectiveArguments {
 
   template <class T>
   ObjectiveInputs<T> unpack(int64_t rows) const {
-    return {
-        row_values<T>(advantages, rows, "advantages"), row_values<T>(row_weights, rows, "row_weights"),
-        row_values<T>(old_log_prob, rows, "old_log_prob")};
+    ObjectiveInputs<T> out;
+    out.advantages = row_values<T>(advantages, rows, "advantages");
+    out.all_weights = row_weights.has_value() && row_weights->dim() == 2;
+    out.row_weights = row_values<T>(row_weights, out.all_weights ? 4 * rows : rows, "row_weights");
+    out.old_log_prob = row_values<T>(old_log_prob, rows, "old_log_prob");
+    return out;
   }
 
   EpilogueOptions options() const {

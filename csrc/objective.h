@@ -1,5 +1,5 @@
-// Objectives: small epilogues over a row's statistics, their hand-written gradients, and the batch summary. Twin of
-// flowdppo_fast/objectives.py, which says what every line means; framework-free, host and device. Row arithmetic is in
+// The epilogue: from a row's statistics to its loss and gradient coefficients, and the batch summary. Twin of
+// flowdppo_fast/epilogue.py, which says what every line means; framework-free, host and device. Row arithmetic is in
 // T in the same order as there, so that decisions at a threshold agree; batch sums are in double.
 #pragma once
 
@@ -8,14 +8,11 @@
 
 #include "macros.h"
 #include "row_math.h"
+#include "rules.h"
 
 namespace flowdppo {
 
-// What Python has under the same names, each list once and in Python's order: backend.py compares them when it loads a
-// library. X(enumerator, name), X(type, name).
-#define FLOWDPPO_RULES(X)                                                                     \
-  X(kDppo, dppo) X(kDppoSymmetric, dppo_symmetric) X(kRatioClip, ratio_clip)                  \
-  X(kGrpoGuard, grpo_guard) X(kUnclipped, unclipped)
+// What Python has under the same names, as in rules.h.
 #define FLOWDPPO_TRUST_REGIONS(X) X(kKl, kl) X(kMeanDrift, mean_drift) X(kVelocityDrift, velocity_drift)
 // lines of the row results
 #define FLOWDPPO_ROW_FIELDS(X)                                                                \
@@ -37,14 +34,12 @@ namespace flowdppo {
   X(bool, unnormalized_log_prob) X(bool, batch_bias) X(bool, reference_without_dt)
 #define FLOWDPPO_NUMBERS(X)                                                                   \
   X(double, threshold) X(double, clip_low) X(double, clip_high)                               \
-  X(double, advantage_clip) X(double, kl_weight)
+  X(double, advantage_clip) X(double, kl_weight) X(double, strength)
 
-#define FLOWDPPO_ENUMERATOR(enumerator, name) enumerator,
 #define FLOWDPPO_MEMBER(type, name) type name;
 #define FLOWDPPO_SPELLED(first, name) #name " "
 #define FLOWDPPO_ONE(first, name) +1
 
-enum class Rule : int64_t { FLOWDPPO_RULES(FLOWDPPO_ENUMERATOR) };
 enum class TrustRegion : int64_t { FLOWDPPO_TRUST_REGIONS(FLOWDPPO_ENUMERATOR) };
 enum RowField { FLOWDPPO_ROW_FIELDS(FLOWDPPO_ENUMERATOR) kRowFields };
 enum SummaryField { FLOWDPPO_SUMMARY(FLOWDPPO_ENUMERATOR) kSummaryFields };
@@ -84,7 +79,7 @@ FLOWDPPO_HD RowResult<T> evaluate_row(
     const RowStats<T>& stats,
     const RowNumbers<T>& row,
     T advantage,
-    T weight,
+    const RowWeights<T>& weights,
     // null: the log-ratio comes from P and Q alone
     const T* old_log_prob,
     // null: it is not given; else P, E and old_log_prob are not looked at, and GRAD_P is dl/dL, GRAD_Q at fixed L
@@ -113,9 +108,14 @@ FLOWDPPO_HD RowResult<T> evaluate_row(
     const T normalizer = o.unnormalized_log_prob ? T(0) : count * (log(std) + T(kLogSqrt2Pi));
     log_ratio = T(-0.5) * slope * (stats.e - T(2) * p + q) - normalizer - count * *old_log_prob;
   }
-  T kl = half_count * q;
-  if (o.trust_region == TrustRegion::kMeanDrift) kl = half_count * (std * std) * q;
-  if (o.trust_region == TrustRegion::kVelocityDrift) kl = count * q / (row.scale * row.scale);
+  T kl = half_count * q, slope_kl = half_count;
+  if (o.trust_region == TrustRegion::kMeanDrift) {
+    slope_kl = half_count * (std * std);
+    kl = slope_kl * q;
+  } else if (o.trust_region == TrustRegion::kVelocityDrift) {
+    slope_kl = count / (row.scale * row.scale);
+    kl = count * q / (row.scale * row.scale);
+  }
 
   T exponent = log_ratio, gain = T(1);
   if (o.rule == Rule::kGrpoGuard) {
@@ -128,36 +128,40 @@ FLOWDPPO_HD RowResult<T> evaluate_row(
   const T ratio = exp(exponent);
   // decisions use r - 1 and the sign of the exponent: exp() rounds what differs from 1 by less than an ulp to 1
   const T excess = expm1(exponent);
-  const bool clips = o.rule == Rule::kRatioClip || o.rule == Rule::kGrpoGuard;
+  RowValues<T> values;
+  values.advantage = adv;
+  values.size = adv < T(0) ? -adv : adv;
+  values.exponent = exponent;
+  values.ratio = ratio;
+  values.excess = excess;
+  values.kl = kl;
+  values.threshold = static_cast<T>(o.threshold) * weights.threshold;
+  values.high = static_cast<T>(o.clip_high);
+  values.strength = static_cast<T>(o.strength) * weights.penalty;
+  values.limit = static_cast<T>(adv > T(0) ? 1.0 + o.clip_high : 1.0 - o.clip_low);
   RowResult<T> out;
-  out.far = kl >= static_cast<T>(o.threshold);
-  out.above = excess > static_cast<T>(o.clip_high);
-  out.below = -excess > static_cast<T>(o.clip_low);
+  out.far = values.far = kl >= values.threshold;
+  out.above = values.above = excess > values.high;
+  out.below = values.below = -excess > static_cast<T>(o.clip_low);
   out.advantage_positive = adv > T(0);
   out.advantage_negative = adv < T(0);
-  out.dropped = false;
-  if (o.rule == Rule::kDppo) {
-    const bool away =
-        (out.advantage_positive && exponent > T(0)) || (out.advantage_negative && exponent < T(0));
-    out.dropped = out.far && away;
-  } else if (o.rule == Rule::kDppoSymmetric) {
-    out.dropped = out.far;
-  } else if (clips) {
-    out.dropped = (out.advantage_positive && out.above) || (out.advantage_negative && out.below);
-  }
+  const Decision<T> made = decide(o.rule, values);
+  out.dropped = made.dropped;
 
-  const T surrogate = -adv * ratio;
-  T bound = T(0);
-  if (clips) bound = -adv * static_cast<T>(out.advantage_positive ? 1.0 + o.clip_high : 1.0 - o.clip_low);
-  const T outer = weight * gain;
-  out.policy = outer * (out.dropped ? bound : surrogate);
-  // dl/dX equals the surrogate itself; the choice keeps an overflowed ratio out of dropped rows
-  const T slope_x = outer * (out.dropped ? T(0) : surrogate);
+  const T outer = weights.loss * gain;
+  out.policy = outer * (made.dropped ? made.bound : made.surrogate);
+  // the choice keeps an overflowed ratio out of dropped rows
+  const T slope_x = outer * (made.dropped ? T(0) : made.slope);
+  T grad_q = made.dropped ? T(0) : slope_x * slope_q;
+  if (made.slope_penalty != T(0)) {
+    out.policy += outer * made.penalty;
+    grad_q += outer * made.slope_penalty * slope_kl;
+  }
   const T slope_dt = o.reference_without_dt ? row.neg_dt : T(1);
   out.reference = half_count * stats.r * slope_dt;
   T loss = out.policy, grad_r = T(0);
   if (o.kl_weight > 0.0) {
-    const T kl_weight = weight * static_cast<T>(o.kl_weight);
+    const T kl_weight = weights.loss * (static_cast<T>(o.kl_weight) * weights.reference);
     loss = out.policy + kl_weight * out.reference;
     grad_r = kl_weight * half_count * slope_dt;
   }
@@ -167,7 +171,7 @@ FLOWDPPO_HD RowResult<T> evaluate_row(
   out.fields[kKept] = out.dropped ? T(0) : T(1);
   out.fields[kLoss] = loss;
   out.fields[kGradP] = out.dropped ? T(0) : slope_x * slope_p;
-  out.fields[kGradQ] = out.dropped ? T(0) : slope_x * slope_q;
+  out.fields[kGradQ] = grad_q;
   out.fields[kGradR] = grad_r;
   out.excess = excess;
   out.drift = std * std * q;

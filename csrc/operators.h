@@ -11,6 +11,11 @@
 
 #include "arguments.h"
 
+// Where operators are registered; ops.py says when a copy of the package has another namespace.
+#ifndef FLOWDPPO_NAMESPACE
+#define FLOWDPPO_NAMESPACE flowdppo
+#endif
+
 namespace flowdppo::binding {
 
 // loss, row results, summary

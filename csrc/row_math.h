@@ -17,6 +17,9 @@ enum class Form : int64_t {
   kVelocity = 0,
   // step means; what was drawn is the next state x', e = k*(x' - old)
   kMean = 1,
+  // velocities at a noised sample; what was drawn is the noise, and the sample itself is in the reference's place:
+  // e = (noise - sample) - old
+  kMatching = 2,
 };
 
 template <class T>
@@ -50,7 +53,7 @@ FLOWDPPO_HD RowStats<T> finish_sums(const RawSums& sums, T scale, int64_t numel,
       static_cast<T>((mean ? k_squared : k) * sums.nd / count),
       static_cast<T>(k_squared * sums.dd / count),
       static_cast<T>((mean ? k_squared : 1.0) * sums.nn / count),
-      static_cast<T>(k_squared * sums.ww / count),
+      static_cast<T>(form == Form::kMatching ? 0.0 : k_squared * sums.ww / count),
   };
 }
 

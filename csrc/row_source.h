@@ -7,6 +7,7 @@
 #include "macros.h"
 #include "philox.h"
 #include "row_math.h"
+#include "rules.h"
 
 namespace flowdppo {
 
@@ -74,11 +75,24 @@ template <class T>
 struct ObjectiveInputs {
   const T* advantages = nullptr;
   const T* row_weights = nullptr;
+  // whether row_weights has all four lines of RowWeights, each of as many rows; else the first
+  bool all_weights = false;
   const T* old_log_prob = nullptr;
   // of a trainer that has log-probs and mean squared drifts in place of latents
   const T* log_prob = nullptr;
   const T* drift = nullptr;
   const T* reference_drift = nullptr;
+
+  FLOWDPPO_HD_MEMBER RowWeights<T> weights(int64_t row, int64_t rows) const {
+    RowWeights<T> out = {T(1), T(1), T(1), T(1)};
+    if (row_weights != nullptr) out.loss = row_weights[row];
+    if (all_weights) {
+      out.threshold = row_weights[rows + row];
+      out.penalty = row_weights[2 * rows + row];
+      out.reference = row_weights[3 * rows + row];
+    }
+    return out;
+  }
 
   FLOWDPPO_HD_MEMBER T given_log_ratio(int64_t row) const { return log_prob[row] - old_log_prob[row]; }
 

@@ -14,8 +14,9 @@ from .losses import (
     fused_policy_velocity_loss,
     row_statistics,
 )
+from .matching import matching_loss, matching_statistics
 from .noise import PhiloxNoise
-from .objectives import DPPO, GRPOGuard, RatioClip, Unclipped
+from .objectives import DPPO, DRPO, GRPOGuard, KLPenalty, LogHinge, RatioClip, Unclipped
 from .results import LossMetrics, LossOutput, RowResults
 from .samplers import SAMPLERS, ScheduleLevels, SDEStep, sde_schedule
 from .sampling import sde_step, sde_step_with_logprob
@@ -25,9 +26,12 @@ __version__ = "0.1.0"
 __all__ = [
     "BACKENDS",
     "DPPO",
+    "DRPO",
     "SAMPLERS",
     "FlowDPPOLoss",
     "GRPOGuard",
+    "KLPenalty",
+    "LogHinge",
     "LossMetrics",
     "LossOutput",
     "PhiloxNoise",
@@ -41,6 +45,8 @@ __all__ = [
     "fused_dppo_velocity_loss",
     "fused_policy_loss",
     "fused_policy_velocity_loss",
+    "matching_loss",
+    "matching_statistics",
     "resolve_backend",
     "row_statistics",
     "sde_schedule",

@@ -104,18 +104,20 @@ def policy_loss(new: Tensor, call: LossCall) -> tuple[Tensor, Tensor, Tensor, Te
     """
     inputs: list[Any]
     rows, plan, backend, geometry, *inputs, reduction, in_forward, wanted = call
+    # by how many are kept is known when the loss is
+    at_once = in_forward and reduction != "kept"
     # autograd sees the loss alone, which is what a call costs it
     grad = None
-    if in_forward:
+    if at_once:
         count = call.advantages.shape[0]
         inputs.append(1.0 / count if reduction == "mean" and count > 0 else 1.0)
     if geometry is not None:
         kernels = triton_kernels()
-        if in_forward:
+        if at_once:
             loss, results, summary, grad = kernels.launch_policy_loss_and_grad(rows, geometry, plan.shape, *inputs)
         else:
             loss, results, summary = kernels.launch_policy_loss(rows, geometry, *inputs)
-    elif in_forward:
+    elif at_once:
         one_pass = operator("policy_loss_and_grad", backend, plan.device.type)
         loss, results, summary, grad = one_pass(*rows, *inputs)
         grad = plan.gradient(grad)
@@ -125,6 +127,13 @@ def policy_loss(new: Tensor, call: LossCall) -> tuple[Tensor, Tensor, Tensor, Te
         loss = results[RowField.LOSS].clone()
     elif reduction == "sum":
         loss = results[RowField.LOSS].sum()
+    elif reduction == "kept":
+        share = _share_of_kept(results)
+        loss = results[RowField.LOSS].sum() * share
+        if in_forward and geometry is not None:
+            grad = kernels.launch_gradient(rows, geometry, results, share, 1.0, plan.shape)
+        elif in_forward:
+            grad = _row_grad(call, rows, results, share, 1.0)
     if new.requires_grad and torch.is_grad_enabled():
         loss = PolicyLoss.apply(new, call, _Made(loss, results, grad))
     return loss, results, summary, grad if wanted else None
@@ -162,7 +171,9 @@ class PolicyLoss(torch.autograd.Function):
         saved = _saved(ctx)
         results, factor = saved[-1], 1.0
         count = results.shape[1]
-        if call.reduction == "mean" and count > 0:
+        if call.reduction == "kept":
+            grad_loss = grad_loss * _share_of_kept(results)
+        elif call.reduction == "mean" and count > 0:
             if torch.compiler.is_compiling():
                 # an operator's float argument would make the number of rows a constant of the graph
                 grad_loss = grad_loss / count
@@ -178,6 +189,11 @@ class PolicyLoss(torch.autograd.Function):
             # not kept as rows: that may be a copy
             rows = rows._replace(new=plan.to_rows(rows.new))
         return _row_grad(call, rows, results, grad_loss, factor), None, None
+
+
+def _share_of_kept(results: Tensor) -> Tensor:
+    """One over the number of kept rows, or 1 if there are none."""
+    return 1.0 / results[RowField.KEPT].sum().clamp_min(1.0)
 
 
 def _scaled(grad: Tensor, upstream: Tensor, kept: bool) -> Tensor:

@@ -40,8 +40,21 @@ _LIBRARY = _PACKAGE / "_C_cpu.so"
 _CUDA_LIBRARY = _PACKAGE / "_C_cuda.so"
 
 
+def _namespace_problem(library: Path) -> str | None:
+    """Whether a library that is there would register its operators where another copy of the package has its own."""
+    theirs = build_info().get("namespace", "flowdppo")
+    if not library.exists() or theirs == ops.NAMESPACE:
+        return None
+    return (
+        f"{library.name} has its operators in {theirs!r} and this copy of the package has them in {ops.NAMESPACE!r}; "
+        "hub/layout.py --cpu compiles one for a copy"
+    )
+
+
 def _load_cpu_library() -> str | None:
     """Loads the C++ library; returns why it cannot be used, or None."""
+    if (other := _namespace_problem(_LIBRARY)) is not None:
+        return other
     if not _LIBRARY.exists():
         return (
             "the C++ library is not built; install with a C++ compiler present "
@@ -54,7 +67,7 @@ def _load_cpu_library() -> str | None:
         built = build_info().get("torch", "an unknown version")
         return f"the C++ library built for torch {built} cannot be loaded under torch {torch.__version__}: {error}"
     try:
-        torch.ops.flowdppo.cpu_isa()
+        ops.registered().cpu_isa()
     except RuntimeError as error:
         # FLOWDPPO_CPU_ISA asks for what is not there
         return str(error).splitlines()[0]
@@ -63,6 +76,8 @@ def _load_cpu_library() -> str | None:
 
 def _load_cuda_library() -> str | None:
     """Loads the CUDA library; returns why it cannot be used, or None."""
+    if (other := _namespace_problem(_CUDA_LIBRARY)) is not None:
+        return other
     if torch.version.cuda is None:
         return f"torch {torch.__version__} was built without CUDA; install a torch that has it"
     if not _CUDA_LIBRARY.exists():
@@ -108,7 +123,7 @@ def build_info() -> dict[str, Any]:
 
 def _kernels_problem() -> str | None:
     """Why Triton's kernels cannot be used, or None: they are installed from another folder than the package."""
-    found = importlib.util.find_spec("flowdppo_fast.kernels")
+    found = importlib.util.find_spec(".kernels", __package__)
     if found is None or found.origin is None:
         return f"its kernels are not installed; pip install -e {_PACKAGE.parent} (or a wheel) brings them"
     # links are followed, those of single files too: bench/gpu.sh puts the package together of them
@@ -162,7 +177,9 @@ def problem(name: str, device_type: str) -> str | None:
     raise ValueError(f"backend: got {name!r}, expected 'auto' or one of {', '.join(map(repr, BACKENDS))}")
 
 
-def resolve_backend(name: str, device_type: str, dtype: torch.dtype = torch.float32, *, own_rule: bool = False) -> str:
+def resolve_backend(
+    name: str, device_type: str, dtype: torch.dtype = torch.float32, *, own_rule: bool = False, matching: bool = False
+) -> str:
     """The backend that will run: ``name`` itself, or the best one for the device if ``name`` is ``"auto"``.
 
     Args:
@@ -170,6 +187,7 @@ def resolve_backend(name: str, device_type: str, dtype: torch.dtype = torch.floa
         device_type: of the latents.
         dtype: accumulation dtype: ``torch.float64`` for float64 latents, which ``cuda`` does not compute in.
         own_rule: for an objective of the caller's own, which ``cpu`` and ``cuda`` do not have.
+        matching: for the forward process, which ``cuda`` has no kernel for.
 
     Raises:
         ValueError: unknown backend. RuntimeError: a backend asked for by name cannot run here; the message says why.
@@ -178,6 +196,8 @@ def resolve_backend(name: str, device_type: str, dtype: torch.dtype = torch.floa
         reason = problem(name, device_type)
         if reason is None and name == "cuda" and dtype == torch.float64:
             reason = "it computes in float32 and the latents are float64; backend='reference' and 'triton' take them"
+        if reason is None and name == "cuda" and matching:
+            reason = "it has no kernel for the forward process; backend='triton' has one"
         if reason is None and own_rule and name in _COMPILED:
             reason = "C++ has no rule of one's own; backend='triton' runs it fused on a GPU, 'reference' anywhere"
         if reason is not None:
@@ -188,7 +208,7 @@ def resolve_backend(name: str, device_type: str, dtype: torch.dtype = torch.floa
         return "reference"
     reasons = {}
     for candidate in preferred:
-        if candidate == "cuda" and dtype == torch.float64:
+        if candidate == "cuda" and (dtype == torch.float64 or matching):
             continue
         if own_rule and candidate in _COMPILED:
             if device_type == "cpu":
@@ -227,8 +247,10 @@ def operator(op: str, backend: str, device_type: str) -> Callable:
     return _CUDA_OPERATORS[op] if backend == "cuda" else _OPERATORS[op]
 
 
-_OPERATORS: dict[str, Callable] = {op: getattr(torch.ops.flowdppo, op).default for op in ops.SCHEMAS}
-_CUDA_OPERATORS: dict[str, Callable] = {op: getattr(torch.ops.flowdppo_cuda, op).default for op in ops.SCHEMAS}
+_OPERATORS: dict[str, Callable] = {op: getattr(ops.registered(), op).default for op in ops.SCHEMAS}
+_CUDA_OPERATORS: dict[str, Callable] = {
+    op: getattr(ops.registered(ops.CUDA_NAMESPACE), op).default for op in ops.SCHEMAS
+}
 
 
 def is_traced() -> bool:
@@ -245,7 +267,7 @@ def launches_itself(backend: str, device_type: str) -> bool:
 @functools.cache
 def triton_kernels() -> Any:
     """The module, imported at the first call, so that importing the package stays light."""
-    return importlib.import_module("flowdppo_fast.kernels")
+    return importlib.import_module(".kernels", __package__)
 
 
 def _register_triton() -> None:

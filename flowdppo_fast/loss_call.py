@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -13,12 +14,14 @@ from . import layout
 from .autograd import LossCall, policy_loss
 from .backend import is_traced, launches_itself, resolve_backend, triton_kernels
 from .noise import PhiloxNoise
-from .objectives import DPPO, EpilogueOptions, GRPOGuard, Objective, as_objective
+from .objectives import DPPO, EpilogueOptions, GRPOGuard, Objective, TrustRegion, as_objective
+from .reference import row_numbers
 from .results import LossOutput
-from .rows import RowPlan, RowSource, plan_of
+from .rows import Form, RowPlan, RowSource, plan_of
 from .rules import BUILT_IN, RowValues
 
 _T = TypeVar("_T")
+_UNSCALED = ("mean_mse", "velocity_mse")
 
 
 def _kept(function: Callable[..., _T]) -> Callable[..., _T]:
@@ -64,6 +67,42 @@ def check_call(objective: object, named: dict[str, Tensor], advantages: Tensor) 
     return plan_of(named, advantages.shape, next(iter(named)))
 
 
+# what users say of single rows: row_weights, threshold_weights, kl_weight, reference_kl
+RowWeights = tuple[Tensor | None, Tensor | None, float | Tensor, str]
+
+
+def shared_kl(kl_weight: float | Tensor) -> float:
+    """What all rows' KL to the reference is multiplied by, where rows have weights of their own 1."""
+    return 1.0 if isinstance(kl_weight, torch.Tensor) else kl_weight
+
+
+def _lines(
+    weights: RowWeights, source: RowSource, rows: tuple[int, ...], device: torch.device, dtype: torch.dtype
+) -> Tensor | None:
+    """Weights as the operators take them: ``[R]``, or ``[4, R]`` where there is more than ``row_weights``."""
+    row_weights, threshold_weights, kl_weight, reference_kl = weights
+    given = {
+        "row_weights": row_weights,
+        "threshold_weights": threshold_weights,
+        "kl_weight": kl_weight if isinstance(kl_weight, torch.Tensor) else None,
+    }
+    of_loss, of_threshold, of_reference = (
+        None if x is None else layout.row_vector(x, name, rows, device, dtype) for name, x in given.items()
+    )
+    unscaled = reference_kl in _UNSCALED and source.reference is not None
+    if of_threshold is of_reference is None and not unscaled:
+        return of_loss
+    of_penalty = None if of_threshold is None else 1.0 / of_threshold
+    one = torch.ones((math.prod(rows),), dtype=dtype, device=device)
+    if unscaled:
+        # mean((mu-mu_ref)**2) is 2*S**2 times the KL
+        std, scale, _ = row_numbers(source.step, source.step_values, source.form, len(one), one)
+        factor = 2.0 * std**2 if reference_kl == "mean_mse" else 2.0 / scale**2
+        of_reference = factor if of_reference is None else factor * of_reference
+    lines = (of_loss, of_threshold, of_penalty, of_reference)
+    return torch.stack([one if line is None else line for line in lines])
+
+
 class Settings(NamedTuple):
     """What an objective and the options come to."""
 
@@ -77,6 +116,7 @@ class Settings(NamedTuple):
 @_kept
 def settings_of(
     objective: Objective | Callable[[RowValues], tuple],
+    numel: int,
     velocities: bool,
     with_reference: bool,
     with_dt: bool,
@@ -91,20 +131,23 @@ def settings_of(
     objective = as_objective(objective)
     options = EpilogueOptions.make(
         objective,
+        numel=numel,
         latent_reduction=latent_reduction,
         log_prob=log_prob,
         advantage_clip=advantage_clip,
         kl_weight=kl_weight,
         reference_kl=reference_kl,
     )
-    if not velocities and isinstance(objective, DPPO) and objective.trust_region == "velocity_drift":
+    if not velocities and options.trust_region == TrustRegion.VELOCITY_DRIFT:
         raise ValueError(
             "objective: trust_region='velocity_drift' needs velocities; use the velocity form, or 'mean_drift' here"
         )
     if not with_dt and (isinstance(objective, GRPOGuard) or (reference_kl == "without_dt" and with_reference)):
         raise ValueError("dt: got None, expected sigma_next - sigma; GRPO-Guard and reference_kl='without_dt' need it")
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction: got {reduction!r}, expected 'mean', 'sum' or 'none'")
+    if not velocities and reference_kl == "velocity_mse":
+        raise ValueError("reference_kl: 'velocity_mse' needs velocities; use the velocity form, or 'mean_mse' here")
+    if reduction not in ("mean", "kept", "sum", "none"):
+        raise ValueError(f"reduction: got {reduction!r}, expected 'mean', 'kept', 'sum' or 'none'")
     if options.batch_bias and reduction == "none":
         raise ValueError("reduction: bias='batch' couples all rows, so 'none' has no per-row gradient; use 'mean'")
     if options.kl_weight > 0.0 and not with_reference:
@@ -126,7 +169,7 @@ def run(
     plan: RowPlan,
     settings: Settings,
     advantages: Tensor,
-    row_weights: Tensor | None,
+    weights: RowWeights,
     old_log_prob: Tensor | None,
     reduction: str,
     single_pass: bool | None,
@@ -134,10 +177,14 @@ def run(
 ) -> LossOutput:
     """What both forms share: row tensors, backend, autograd, which sees ``new``; the source has it detached."""
     ints, floats, metrics, one_pass = settings
-    name = resolve_backend(backend, plan.device.type, plan.dtype, own_rule=ints[0] >= BUILT_IN)
+    own_rule, matching = ints[0] >= BUILT_IN, source.form == Form.MATCHING
+    name = resolve_backend(backend, plan.device.type, plan.dtype, own_rule=own_rule, matching=matching)
     kind = (plan.rows, plan.device, plan.dtype)
     if one_pass and single_pass is None:
         one_pass = _is_quicker_in_one_pass(new, name)
+    # most calls have none of them, and on a GPU's host every call of Python counts
+    of_rows = weights[0] is not None or weights[1] is not None or weights[2].__class__ is not float
+    of_rows = of_rows or weights[3] in _UNSCALED
     geometry = _geometry(source, plan, name)
     call = LossCall(
         plan.in_rows(source) if geometry is None else source,
@@ -145,7 +192,7 @@ def run(
         name,
         geometry,
         layout.row_vector(advantages, "advantages", *kind),
-        None if row_weights is None else layout.row_vector(row_weights, "row_weights", *kind),
+        _lines(weights, source, *kind) if of_rows else None,
         None if old_log_prob is None else layout.row_vector(old_log_prob, "old_log_prob", *kind),
         ints,
         floats,

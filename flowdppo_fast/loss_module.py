@@ -11,7 +11,7 @@ from .backend import BackendName
 from .loss_call import settings_of
 from .losses import fused_policy_velocity_loss
 from .noise import PhiloxNoise
-from .objectives import DPPO, LogProbKind, ReferenceKL, TrustRegionName
+from .objectives import DPPO, LogProbKind, Reduction, ReferenceKL, TrustRegionName
 from .results import LossOutput
 from .samplers import SDEStep
 
@@ -27,11 +27,14 @@ class FlowDPPOLoss(torch.nn.Module):
             ``"mean_drift"`` (``mean((mu-mu_old)**2)/2``) or
             ``"velocity_drift"`` (``mean((v-v_old)**2)``).
         kl_weight: weight of the KL to the reference policy, >= 0; needs a reference. Default 0.
-        reference_kl: ``"gaussian"`` (default), or ``"without_dt"`` for flow_grpo's ``(mu-mu_ref)**2 /
-            (2*std_dev_t**2)`` of the SDE samplers, where ``S = std_dev_t * sqrt(-dt)``.
+        reference_kl: ``"gaussian"`` (default), ``"without_dt"`` for flow_grpo's ``(mu-mu_ref)**2 /
+            (2*std_dev_t**2)`` of the SDE samplers, where ``S = std_dev_t * sqrt(-dt)``, or without a scale
+            ``"mean_mse"`` for ``mean((mu-mu_ref)**2)`` and ``"velocity_mse"`` for ``mean((v-v_ref)**2)`` (velocities
+            only). The metric stays a KL.
         advantage_clip: clamp advantages to ``[-c, c]`` first (Flow-Factory, DanceGRPO: 5), > 0. Default None: as they
             are.
-        reduction: over rows: ``"mean"`` (default; dropped rows stay in the denominator), ``"sum"`` or ``"none"``.
+        reduction: over rows: ``"mean"`` (default; dropped rows stay in the denominator), ``"kept"`` (the sum over the
+            number of kept rows; metrics stay means of all), ``"sum"`` or ``"none"``.
         latent_reduction: over latent elements: ``"mean"`` (default), or ``"sum"`` to multiply log-ratio and KL by N.
         log_prob: ``"gaussian"`` (default), or ``"unnormalized"`` for trainers whose CPS log-prob drops ``1/(2*S**2)``
             and the normaliser.
@@ -54,7 +57,7 @@ class FlowDPPOLoss(torch.nn.Module):
         kl_weight: float = 0.0,
         reference_kl: ReferenceKL = "gaussian",
         advantage_clip: float | None = None,
-        reduction: Literal["mean", "sum", "none"] = "mean",
+        reduction: Reduction = "mean",
         latent_reduction: Literal["mean", "sum"] = "mean",
         log_prob: LogProbKind = "gaussian",
         single_pass: bool | None = None,
@@ -64,13 +67,13 @@ class FlowDPPOLoss(torch.nn.Module):
         self.objective = DPPO(threshold, symmetric, trust_region)
         # what is wrong is said here, not at the first call
         settings_of(
-            self.objective, True, True, True, single_pass, reduction,
+            self.objective, 1, True, True, True, single_pass, reduction,
             latent_reduction, log_prob, advantage_clip, kl_weight, reference_kl,
         )  # fmt: skip
         self.kl_weight = kl_weight
         self.reference_kl: ReferenceKL = reference_kl
         self.advantage_clip = advantage_clip
-        self.reduction: Literal["mean", "sum", "none"] = reduction
+        self.reduction: Reduction = reduction
         self.latent_reduction: Literal["mean", "sum"] = latent_reduction
         self.log_prob: LogProbKind = log_prob
         self.single_pass = single_pass
@@ -87,6 +90,7 @@ class FlowDPPOLoss(torch.nn.Module):
         reference_velocity: Tensor | None = None,
         old_log_prob: Tensor | None = None,
         row_weights: Tensor | None = None,
+        threshold_weights: Tensor | None = None,
     ) -> LossOutput:
         """Arguments, result and errors are those of :func:`fused_dppo_velocity_loss`."""
         return fused_policy_velocity_loss(
@@ -99,6 +103,7 @@ class FlowDPPOLoss(torch.nn.Module):
             reference_velocity=reference_velocity,
             old_log_prob=old_log_prob,
             row_weights=row_weights,
+            threshold_weights=threshold_weights,
             kl_weight=self.kl_weight,
             reference_kl=self.reference_kl,
             advantage_clip=self.advantage_clip,

@@ -20,9 +20,9 @@ from torch import Tensor
 from . import layout
 from .autograd import RowCall, RowStatistics
 from .backend import BackendName, resolve_backend
-from .loss_call import check_call, check_seeded, dppo, run, settings_of, streams_of
+from .loss_call import check_call, check_seeded, dppo, run, settings_of, shared_kl, streams_of
 from .noise import PhiloxNoise
-from .objectives import LogProbKind, Objective, ReferenceKL, TrustRegionName
+from .objectives import LogProbKind, Objective, Reduction, ReferenceKL, TrustRegionName
 from .results import LossOutput
 from .rows import Form, RowSource, plan_of
 from .rules import RowValues
@@ -41,12 +41,13 @@ def fused_policy_velocity_loss(
     *,
     objective: Objective | Callable[[RowValues], tuple],
     reference_velocity: Tensor | None = None,
-    kl_weight: float = 0.0,
+    kl_weight: float | Tensor = 0.0,
     reference_kl: ReferenceKL = "gaussian",
     advantage_clip: float | None = None,
     old_log_prob: Tensor | None = None,
     row_weights: Tensor | None = None,
-    reduction: Literal["mean", "sum", "none"] = "mean",
+    threshold_weights: Tensor | None = None,
+    reduction: Reduction = "mean",
     latent_reduction: Literal["mean", "sum"] = "mean",
     log_prob: LogProbKind = "gaussian",
     single_pass: bool | None = None,
@@ -61,19 +62,26 @@ def fused_policy_velocity_loss(
         noise: same shape, the standard normal noise that was drawn, or :class:`PhiloxNoise` to regenerate it.
         step: the :class:`SDEStep` of the rows: one for all, or stacked to broadcast against the rows.
         advantages: ``[B]`` or ``[B, S]``, floating point: one per row, and what says which leading dims are rows.
-        objective: :class:`DPPO`, :class:`RatioClip`, :class:`GRPOGuard` or :class:`Unclipped`; or a rule of your own, a
-            function of :class:`~flowdppo_fast.rules.RowValues`.
+        objective: :class:`DPPO`, :class:`RatioClip`, :class:`GRPOGuard`, :class:`KLPenalty`, :class:`DRPO`,
+            :class:`LogHinge` or :class:`Unclipped`; or a rule of your own, a function of
+            :class:`~flowdppo_fast.rules.RowValues`.
         reference_velocity: same shape, the reference policy's output, for a KL term and its metric. Default None.
-        kl_weight: weight of the KL to the reference policy, >= 0; needs a reference. Default 0.
-        reference_kl: ``"gaussian"`` (default), or ``"without_dt"`` for flow_grpo's ``(mu-mu_ref)**2 /
-            (2*std_dev_t**2)`` of the SDE samplers, where ``S = std_dev_t * sqrt(-dt)``.
+        kl_weight: weight of the KL to the reference policy, >= 0, or one of any sign per row (a tensor as
+            ``row_weights``); needs a reference. Default 0.
+        reference_kl: ``"gaussian"`` (default), ``"without_dt"`` for flow_grpo's ``(mu-mu_ref)**2 /
+            (2*std_dev_t**2)`` of the SDE samplers, where ``S = std_dev_t * sqrt(-dt)``, or without a scale
+            ``"mean_mse"`` for ``mean((mu-mu_ref)**2)`` and ``"velocity_mse"`` for ``mean((v-v_ref)**2)`` (velocities
+            only). The metric stays a KL.
         advantage_clip: clamp advantages to ``[-c, c]`` first (Flow-Factory, DanceGRPO: 5), > 0. Default None: as they
             are.
         old_log_prob: ``[rows]`` rollout log-probs in nats, mean-reduced, with normaliser: ``L = logp_new -
             old_log_prob`` instead of ``P - Q/2``. For trainers that have nothing else; loses precision (two numbers of
             order 1 are subtracted). Default None.
         row_weights: ``[rows]`` weights on row losses (rollout correction). Default None: 1.
-        reduction: over rows: ``"mean"`` (default; dropped rows stay in the denominator), ``"sum"`` or ``"none"``.
+        threshold_weights: ``[rows]`` what the objective's threshold is multiplied by, and the strength of its penalty
+            divided by, > 0: a bound per step. Default None: 1.
+        reduction: over rows: ``"mean"`` (default; dropped rows stay in the denominator), ``"kept"`` (the sum over the
+            number of kept rows; metrics stay means of all), ``"sum"`` or ``"none"``.
         latent_reduction: over latent elements: ``"mean"`` (default), or ``"sum"`` to multiply log-ratio and KL by N.
         log_prob: ``"gaussian"`` (default), or ``"unnormalized"`` for trainers whose CPS log-prob drops ``1/(2*S**2)``
             and the normaliser.
@@ -99,9 +107,11 @@ def fused_policy_velocity_loss(
     if reference_velocity is not None:
         named["reference_velocity"] = reference_velocity
     plan = check_call(objective, named, advantages)
+    weights = (row_weights, threshold_weights, kl_weight, reference_kl)
+    shared = kl_weight if kl_weight.__class__ is float else shared_kl(kl_weight)
     settings = settings_of(
-        objective, True, reference_velocity is not None, True, single_pass, reduction,
-        latent_reduction, log_prob, advantage_clip, kl_weight, reference_kl,
+        objective, plan.numel, True, reference_velocity is not None, True, single_pass, reduction,
+        latent_reduction, log_prob, advantage_clip, shared, reference_kl,
     )  # fmt: skip
     table, values = velocity_step(step, plan.rows, plan.device, plan.dtype)
     streams, seed, first_stream = (None, 0, 0) if stored is not None else streams_of(noise, plan)
@@ -109,7 +119,7 @@ def fused_policy_velocity_loss(
         velocity.detach(), old_velocity, stored, reference_velocity, streams, table, values,
         seed, first_stream, _VELOCITY,
     )  # fmt: skip
-    return run(velocity, source, plan, settings, advantages, row_weights, old_log_prob, reduction, single_pass, backend)
+    return run(velocity, source, plan, settings, advantages, weights, old_log_prob, reduction, single_pass, backend)
 
 
 def fused_policy_loss(
@@ -122,12 +132,13 @@ def fused_policy_loss(
     objective: Objective | Callable[[RowValues], tuple],
     dt: float | Tensor | None = None,
     reference_prev_sample_mean: Tensor | None = None,
-    kl_weight: float = 0.0,
+    kl_weight: float | Tensor = 0.0,
     reference_kl: ReferenceKL = "gaussian",
     advantage_clip: float | None = None,
     old_log_prob: Tensor | None = None,
     row_weights: Tensor | None = None,
-    reduction: Literal["mean", "sum", "none"] = "mean",
+    threshold_weights: Tensor | None = None,
+    reduction: Reduction = "mean",
     latent_reduction: Literal["mean", "sum"] = "mean",
     log_prob: LogProbKind = "gaussian",
     single_pass: bool | None = None,
@@ -143,21 +154,28 @@ def fused_policy_loss(
         std: standard deviation ``S`` of the step in latent units (``std_dev_t * sqrt(-dt)`` for Flow-SDE), > 0: a
             number, or a tensor that broadcasts to the rows, trailing dims of size 1 allowed (``[B, 1, 1, 1]``).
         advantages: ``[B]`` or ``[B, S]``, floating point: one per row, and what says which leading dims are rows.
-        objective: :class:`DPPO`, :class:`RatioClip`, :class:`GRPOGuard` or :class:`Unclipped`; or a rule of your own, a
-            function of :class:`~flowdppo_fast.rules.RowValues`.
+        objective: :class:`DPPO`, :class:`RatioClip`, :class:`GRPOGuard`, :class:`KLPenalty`, :class:`DRPO`,
+            :class:`LogHinge` or :class:`Unclipped`; or a rule of your own, a function of
+            :class:`~flowdppo_fast.rules.RowValues`.
         dt: ``sigma_next - sigma``, negative, a number or a tensor like ``std``; GRPO-Guard and
             ``reference_kl="without_dt"`` need it. Default None.
         reference_prev_sample_mean: same shape, the reference policy's mean, for a KL term and its metric. Default None.
-        kl_weight: weight of the KL to the reference policy, >= 0; needs a reference. Default 0.
-        reference_kl: ``"gaussian"`` (default), or ``"without_dt"`` for flow_grpo's ``(mu-mu_ref)**2 /
-            (2*std_dev_t**2)`` of the SDE samplers, where ``S = std_dev_t * sqrt(-dt)``.
+        kl_weight: weight of the KL to the reference policy, >= 0, or one of any sign per row (a tensor as
+            ``row_weights``); needs a reference. Default 0.
+        reference_kl: ``"gaussian"`` (default), ``"without_dt"`` for flow_grpo's ``(mu-mu_ref)**2 /
+            (2*std_dev_t**2)`` of the SDE samplers, where ``S = std_dev_t * sqrt(-dt)``, or without a scale
+            ``"mean_mse"`` for ``mean((mu-mu_ref)**2)`` and ``"velocity_mse"`` for ``mean((v-v_ref)**2)`` (velocities
+            only). The metric stays a KL.
         advantage_clip: clamp advantages to ``[-c, c]`` first (Flow-Factory, DanceGRPO: 5), > 0. Default None: as they
             are.
         old_log_prob: ``[rows]`` rollout log-probs in nats, mean-reduced, with normaliser: ``L = logp_new -
             old_log_prob`` instead of ``P - Q/2``. For trainers that have nothing else; loses precision (two numbers of
             order 1 are subtracted). Default None.
         row_weights: ``[rows]`` weights on row losses (rollout correction). Default None: 1.
-        reduction: over rows: ``"mean"`` (default; dropped rows stay in the denominator), ``"sum"`` or ``"none"``.
+        threshold_weights: ``[rows]`` what the objective's threshold is multiplied by, and the strength of its penalty
+            divided by, > 0: a bound per step. Default None: 1.
+        reduction: over rows: ``"mean"`` (default; dropped rows stay in the denominator), ``"kept"`` (the sum over the
+            number of kept rows; metrics stay means of all), ``"sum"`` or ``"none"``.
         latent_reduction: over latent elements: ``"mean"`` (default), or ``"sum"`` to multiply log-ratio and KL by N.
         log_prob: ``"gaussian"`` (default), or ``"unnormalized"`` for trainers whose CPS log-prob drops ``1/(2*S**2)``
             and the normaliser.
@@ -182,9 +200,11 @@ def fused_policy_loss(
     if reference_prev_sample_mean is not None:
         named["reference_prev_sample_mean"] = reference_prev_sample_mean
     plan = check_call(objective, named, advantages)
+    weights = (row_weights, threshold_weights, kl_weight, reference_kl)
+    shared = kl_weight if kl_weight.__class__ is float else shared_kl(kl_weight)
     settings = settings_of(
-        objective, False, reference_prev_sample_mean is not None, dt is not None, single_pass, reduction,
-        latent_reduction, log_prob, advantage_clip, kl_weight, reference_kl,
+        objective, plan.numel, False, reference_prev_sample_mean is not None, dt is not None, single_pass, reduction,
+        latent_reduction, log_prob, advantage_clip, shared, reference_kl,
     )  # fmt: skip
     table, values = mean_step(std, dt, plan.rows, plan.device, plan.dtype)
     source = RowSource(
@@ -192,7 +212,7 @@ def fused_policy_loss(
         None, table, values, 0, 0, _MEAN,
     )  # fmt: skip
     return run(
-        prev_sample_mean, source, plan, settings, advantages, row_weights, old_log_prob, reduction, single_pass, backend
+        prev_sample_mean, source, plan, settings, advantages, weights, old_log_prob, reduction, single_pass, backend
     )
 
 
@@ -207,12 +227,13 @@ def fused_dppo_velocity_loss(
     symmetric: bool = False,
     trust_region: TrustRegionName = "kl",
     reference_velocity: Tensor | None = None,
-    kl_weight: float = 0.0,
+    kl_weight: float | Tensor = 0.0,
     reference_kl: ReferenceKL = "gaussian",
     advantage_clip: float | None = None,
     old_log_prob: Tensor | None = None,
     row_weights: Tensor | None = None,
-    reduction: Literal["mean", "sum", "none"] = "mean",
+    threshold_weights: Tensor | None = None,
+    reduction: Reduction = "mean",
     latent_reduction: Literal["mean", "sum"] = "mean",
     log_prob: LogProbKind = "gaussian",
     single_pass: bool | None = None,
@@ -234,16 +255,22 @@ def fused_dppo_velocity_loss(
             ``"mean_drift"`` (``mean((mu-mu_old)**2)/2``) or
             ``"velocity_drift"`` (``mean((v-v_old)**2)``).
         reference_velocity: same shape, the reference policy's output, for a KL term and its metric. Default None.
-        kl_weight: weight of the KL to the reference policy, >= 0; needs a reference. Default 0.
-        reference_kl: ``"gaussian"`` (default), or ``"without_dt"`` for flow_grpo's ``(mu-mu_ref)**2 /
-            (2*std_dev_t**2)`` of the SDE samplers, where ``S = std_dev_t * sqrt(-dt)``.
+        kl_weight: weight of the KL to the reference policy, >= 0, or one of any sign per row (a tensor as
+            ``row_weights``); needs a reference. Default 0.
+        reference_kl: ``"gaussian"`` (default), ``"without_dt"`` for flow_grpo's ``(mu-mu_ref)**2 /
+            (2*std_dev_t**2)`` of the SDE samplers, where ``S = std_dev_t * sqrt(-dt)``, or without a scale
+            ``"mean_mse"`` for ``mean((mu-mu_ref)**2)`` and ``"velocity_mse"`` for ``mean((v-v_ref)**2)`` (velocities
+            only). The metric stays a KL.
         advantage_clip: clamp advantages to ``[-c, c]`` first (Flow-Factory, DanceGRPO: 5), > 0. Default None: as they
             are.
         old_log_prob: ``[rows]`` rollout log-probs in nats, mean-reduced, with normaliser: ``L = logp_new -
             old_log_prob`` instead of ``P - Q/2``. For trainers that have nothing else; loses precision (two numbers of
             order 1 are subtracted). Default None.
         row_weights: ``[rows]`` weights on row losses (rollout correction). Default None: 1.
-        reduction: over rows: ``"mean"`` (default; dropped rows stay in the denominator), ``"sum"`` or ``"none"``.
+        threshold_weights: ``[rows]`` what the objective's threshold is multiplied by, and the strength of its penalty
+            divided by, > 0: a bound per step. Default None: 1.
+        reduction: over rows: ``"mean"`` (default; dropped rows stay in the denominator), ``"kept"`` (the sum over the
+            number of kept rows; metrics stay means of all), ``"sum"`` or ``"none"``.
         latent_reduction: over latent elements: ``"mean"`` (default), or ``"sum"`` to multiply log-ratio and KL by N.
         log_prob: ``"gaussian"`` (default), or ``"unnormalized"`` for trainers whose CPS log-prob drops ``1/(2*S**2)``
             and the normaliser.
@@ -273,6 +300,7 @@ def fused_dppo_velocity_loss(
         advantage_clip=advantage_clip,
         old_log_prob=old_log_prob,
         row_weights=row_weights,
+        threshold_weights=threshold_weights,
         reduction=reduction,
         latent_reduction=latent_reduction,
         log_prob=log_prob,
@@ -293,12 +321,13 @@ def fused_dppo_loss(
     trust_region: Literal["kl", "mean_drift"] = "kl",
     dt: float | Tensor | None = None,
     reference_prev_sample_mean: Tensor | None = None,
-    kl_weight: float = 0.0,
+    kl_weight: float | Tensor = 0.0,
     reference_kl: ReferenceKL = "gaussian",
     advantage_clip: float | None = None,
     old_log_prob: Tensor | None = None,
     row_weights: Tensor | None = None,
-    reduction: Literal["mean", "sum", "none"] = "mean",
+    threshold_weights: Tensor | None = None,
+    reduction: Reduction = "mean",
     latent_reduction: Literal["mean", "sum"] = "mean",
     log_prob: LogProbKind = "gaussian",
     single_pass: bool | None = None,
@@ -322,16 +351,22 @@ def fused_dppo_loss(
         dt: ``sigma_next - sigma``, negative, a number or a tensor like ``std``; ``reference_kl="without_dt"`` needs it.
             Default None.
         reference_prev_sample_mean: same shape, the reference policy's mean, for a KL term and its metric. Default None.
-        kl_weight: weight of the KL to the reference policy, >= 0; needs a reference. Default 0.
-        reference_kl: ``"gaussian"`` (default), or ``"without_dt"`` for flow_grpo's ``(mu-mu_ref)**2 /
-            (2*std_dev_t**2)`` of the SDE samplers, where ``S = std_dev_t * sqrt(-dt)``.
+        kl_weight: weight of the KL to the reference policy, >= 0, or one of any sign per row (a tensor as
+            ``row_weights``); needs a reference. Default 0.
+        reference_kl: ``"gaussian"`` (default), ``"without_dt"`` for flow_grpo's ``(mu-mu_ref)**2 /
+            (2*std_dev_t**2)`` of the SDE samplers, where ``S = std_dev_t * sqrt(-dt)``, or without a scale
+            ``"mean_mse"`` for ``mean((mu-mu_ref)**2)`` and ``"velocity_mse"`` for ``mean((v-v_ref)**2)`` (velocities
+            only). The metric stays a KL.
         advantage_clip: clamp advantages to ``[-c, c]`` first (Flow-Factory, DanceGRPO: 5), > 0. Default None: as they
             are.
         old_log_prob: ``[rows]`` rollout log-probs in nats, mean-reduced, with normaliser: ``L = logp_new -
             old_log_prob`` instead of ``P - Q/2``. For trainers that have nothing else; loses precision (two numbers of
             order 1 are subtracted). Default None.
         row_weights: ``[rows]`` weights on row losses (rollout correction). Default None: 1.
-        reduction: over rows: ``"mean"`` (default; dropped rows stay in the denominator), ``"sum"`` or ``"none"``.
+        threshold_weights: ``[rows]`` what the objective's threshold is multiplied by, and the strength of its penalty
+            divided by, > 0: a bound per step. Default None: 1.
+        reduction: over rows: ``"mean"`` (default; dropped rows stay in the denominator), ``"kept"`` (the sum over the
+            number of kept rows; metrics stay means of all), ``"sum"`` or ``"none"``.
         latent_reduction: over latent elements: ``"mean"`` (default), or ``"sum"`` to multiply log-ratio and KL by N.
         log_prob: ``"gaussian"`` (default), or ``"unnormalized"`` for trainers whose CPS log-prob drops ``1/(2*S**2)``
             and the normaliser.
@@ -362,6 +397,7 @@ def fused_dppo_loss(
         advantage_clip=advantage_clip,
         old_log_prob=old_log_prob,
         row_weights=row_weights,
+        threshold_weights=threshold_weights,
         reduction=reduction,
         latent_reduction=latent_reduction,
         log_prob=log_prob,

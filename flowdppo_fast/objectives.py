@@ -1,10 +1,6 @@
-"""Objectives: small epilogues over the row statistics (P, Q), with their hand-written gradients.
+"""Objectives as users name them, and as operators carry them: a rule's number, a few choices and a few numbers.
 
-A *row* is one sample at one denoising step. With ``u = k*(new-old)`` and the drawn noise ``e``, the kernels deliver per
-row ``P = mean(e*u)``, ``Q = mean(u*u)`` and, where asked, ``E = mean(e*e)`` and ``R = mean((k*(new-ref))**2)``.
-Everything below is O(rows): log-ratio, divergence, which rows are kept, the loss, and ``dl/dP, dl/dQ, dl/dR`` for the
-backward kernel. This file is the oracle; ``csrc/objective.h`` and ``kernels/triton/epilogue.py`` are its twins. What
-an objective does with a row is in ``rules.py``, for torch and Triton alike.
+What an objective does with a row is in ``rules.py``, what is made of that in ``epilogue.py``.
 """
 
 from __future__ import annotations
@@ -13,21 +9,16 @@ import enum
 import math
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Literal, NamedTuple
 
-import torch
-from torch import Tensor
-
-from .rules import RULES, RowRule, RowValues, register
-
-LOG_SQRT_2PI = 0.5 * math.log(2.0 * math.pi)
-
+from .rules import RowValues, register
 
 TrustRegionName = Literal["kl", "mean_drift", "velocity_drift"]
 LogProbKind = Literal["gaussian", "unnormalized"]
-ReferenceKL = Literal["gaussian", "without_dt"]
+ReferenceKL = Literal["gaussian", "without_dt", "velocity_mse", "mean_mse"]
+Reduction = Literal["mean", "kept", "sum", "none"]
 
 
 class Rule(enum.IntEnum):
@@ -38,6 +29,12 @@ class Rule(enum.IntEnum):
     RATIO_CLIP = 2
     GRPO_GUARD = 3
     UNCLIPPED = 4
+    DPPO_CLIPPED = 5
+    DPPO_PULLED = 6
+    KL_PENALTY = 7
+    DRPO = 8
+    DRPO_RATIO = 9
+    LOG_HINGE = 10
 
 
 class TrustRegion(enum.IntEnum):
@@ -99,6 +96,7 @@ _COMMON = (
     "nonfinite_rows",
 )
 _MASK_METRICS = ("kl_mask_fraction", "pos_rm_fraction", "neg_rm_fraction")
+_REGIONS = ("kl", "mean_drift", "velocity_drift")
 _CLIP_METRICS = ("clipfrac", "clipfrac_gt_one", "clipfrac_lt_one")
 
 
@@ -112,18 +110,37 @@ class DPPO:
         symmetric: ablation, drop every far row.
         trust_region: ``"kl"`` (exact Gaussian KL), ``"mean_drift"`` (``mean((mu-mu_old)**2)/2``) or
             ``"velocity_drift"`` (``mean((v-v_old)**2)``, velocities only).
+        threshold_nats: in place of ``threshold`` and summed over latents, so that it means the same at every size; > 0.
+        low, high: clip ranges as of :class:`RatioClip`; rows that clipping would drop are dropped too. None: no clip.
+        pull: of a pull back, > 0: far rows, dropped or not, add ``pull * |A| * (D/threshold - 1)``. None: none.
     """
 
     threshold: float = 1e-5
     symmetric: bool = False
     trust_region: TrustRegionName = "kl"
+    threshold_nats: float | None = field(default=None, kw_only=True)
+    low: float | None = field(default=None, kw_only=True)
+    high: float | None = field(default=None, kw_only=True)
+    pull: float | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        check_positive("threshold", self.threshold)
-        _check_choice("trust_region", self.trust_region, ("kl", "mean_drift", "velocity_drift"))
+        _check_threshold(self)
+        if self.low is not None or self.high is not None:
+            _check_clip(self)
+            object.__setattr__(self, "metrics", self.metrics + _CLIP_METRICS)
+        if self.pull is not None:
+            check_positive("pull", self.pull)
+        asked = {"symmetric": self.symmetric, "low": self.low is not None, "pull": self.pull is not None}
+        together = [name for name, is_asked in asked.items() if is_asked]
+        if len(together) > 1:
+            raise ValueError(f"{', '.join(together)}: got them together, expected one of them; leave out the others")
 
     @property
     def rule(self) -> Rule:
+        if self.low is not None:
+            return Rule.DPPO_CLIPPED
+        if self.pull is not None:
+            return Rule.DPPO_PULLED
         return Rule.DPPO_SYMMETRIC if self.symmetric else Rule.DPPO
 
     metrics = _COMMON + _MASK_METRICS
@@ -178,6 +195,73 @@ class Unclipped:
 
 
 @dataclass(frozen=True)
+class KLPenalty:
+    """PPO's other form (arXiv 1707.06347, Sec. 4), with the divergence as a penalty: ``-A*r + c*D``.
+
+    Args:
+        weight: ``c``, > 0. The trainer's ``objective.kl_target`` adapts it.
+        trust_region: as of :class:`DPPO`.
+    """
+
+    weight: float
+    trust_region: TrustRegionName = "kl"
+
+    def __post_init__(self) -> None:
+        check_positive("weight", self.weight)
+        _check_choice("trust_region", self.trust_region, _REGIONS)
+
+    rule = Rule.KL_PENALTY
+    metrics = _COMMON
+
+
+@dataclass(frozen=True)
+class DRPO:
+    """DRPO (arXiv 2606.09821) for Gaussians: a smooth bound in place of a mask, ``-A*r + |A|*D/threshold``.
+
+    Near the old policy a row comes to rest ``threshold/(1 + threshold)`` of its natural gradient away, whatever the
+    scale of its advantage. So the threshold is a length of step and no number of nats.
+
+    Args:
+        threshold: > 0; mean-reduced over latents.
+        on: ``"kl"`` (the above), or ``"ratio"`` for the square that DRPO has: ``-A*r + |A|*(r - 1)**2/(2*threshold)``.
+        trust_region: as of :class:`DPPO`.
+        threshold_nats: as of :class:`DPPO`.
+    """
+
+    threshold: float = 0.2
+    on: Literal["kl", "ratio"] = "kl"
+    trust_region: TrustRegionName = "kl"
+    threshold_nats: float | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        _check_threshold(self)
+        _check_choice("on", self.on, ("kl", "ratio"))
+
+    @property
+    def rule(self) -> Rule:
+        return Rule.DRPO if self.on == "kl" else Rule.DRPO_RATIO
+
+    metrics = (*_COMMON, "kl_mask_fraction")
+
+
+@dataclass(frozen=True)
+class LogHinge:
+    """PCPO's hinge (arXiv 2509.25774) on the log-ratio: ``max(0, |A|*margin - A*L)``.
+
+    Args:
+        margin: > 0; a row counts until ``L`` is that far in its advantage's direction. Mean-reduced like ``L``.
+    """
+
+    margin: float = 1e-4
+
+    def __post_init__(self) -> None:
+        check_positive("margin", self.margin)
+
+    rule = Rule.LOG_HINGE
+    metrics = _COMMON
+
+
+@dataclass(frozen=True)
 class OwnRule:
     """An objective of one's own: a rule, which torch and Triton run fused. A function alone stands for ``OwnRule(it)``.
 
@@ -185,6 +269,7 @@ class OwnRule:
         decide: the rule, a function of a :class:`~flowdppo_fast.rules.RowValues`.
         penalty: what is added to every row's loss, and its derivative by the divergence; None for nothing.
         threshold, low, high: numbers that the row's comparisons use; the default of each is beyond everything.
+        strength: a number for the penalty.
         trust_region: as of :class:`DPPO`.
     """
 
@@ -194,10 +279,11 @@ class OwnRule:
     low: float = math.inf
     high: float = math.inf
     trust_region: str = "kl"
+    strength: float = 0.0
 
     def __post_init__(self) -> None:
         register(self.decide, self.penalty)
-        _check_choice("trust_region", self.trust_region, ("kl", "mean_drift", "velocity_drift"))
+        _check_choice("trust_region", self.trust_region, _REGIONS)
 
     @property
     def rule(self) -> int:
@@ -206,7 +292,34 @@ class OwnRule:
     metrics = _COMMON + _MASK_METRICS + _CLIP_METRICS
 
 
-Objective = DPPO | RatioClip | GRPOGuard | Unclipped | OwnRule
+Objective = DPPO | RatioClip | GRPOGuard | Unclipped | KLPenalty | DRPO | LogHinge | OwnRule
+# whose loss or mask sees how far a row is from the old policy
+SEES_DRIFT = (DPPO, GRPOGuard, KLPenalty, DRPO)
+
+
+def threshold_of(objective: Objective, numel: int | None) -> float:
+    """The bound on the divergence of rows of ``numel`` elements, mean-reduced; infinite where there is none.
+
+    Raises:
+        ValueError: a threshold in nats, and nobody knows the number of elements.
+    """
+    nats = getattr(objective, "threshold_nats", None)
+    if nats is None:
+        return getattr(objective, "threshold", math.inf)
+    if numel is None:
+        raise ValueError(
+            f"threshold_nats: got {nats!r} for rows of unknown size, expected threshold, the mean over latent elements"
+        )
+    return nats / numel
+
+
+def strength_of(objective: Objective, threshold: float) -> float:
+    """What the objective's penalty is multiplied by."""
+    if isinstance(objective, DPPO):
+        return 0.0 if objective.pull is None else objective.pull / threshold
+    if isinstance(objective, DRPO):
+        return 1.0 / threshold
+    return getattr(objective, "strength", getattr(objective, "weight", 0.0))
 
 
 def as_objective(value: object) -> Objective:
@@ -221,7 +334,8 @@ def as_objective(value: object) -> Objective:
         got = value.__name__ if isinstance(value, type) else type(value).__name__
         raise TypeError(
             f"objective: got {'the type ' if isinstance(value, type) else ''}{got}, expected an instance of DPPO, "
-            "RatioClip, GRPOGuard or Unclipped, for example DPPO(threshold=1e-5), or a function of a row's values"
+            "RatioClip, GRPOGuard, KLPenalty, DRPO, LogHinge or Unclipped, for example DPPO(threshold=1e-5), or a "
+            "function of a row's values"
         )
     return value
 
@@ -240,12 +354,14 @@ class EpilogueOptions(NamedTuple):
     clip_high: float
     advantage_clip: float
     kl_weight: float
+    strength: float
 
     @classmethod
     def make(
         cls,
         objective: Objective,
         *,
+        numel: int | None = None,
         latent_reduction: str = "mean",
         log_prob: str = "gaussian",
         advantage_clip: float | None = None,
@@ -254,17 +370,24 @@ class EpilogueOptions(NamedTuple):
     ) -> EpilogueOptions:
         """Checks the options that all objectives share and packs them.
 
+        Args:
+            numel: latent elements per row, which a threshold in nats needs.
+
         Raises:
-            ValueError: an unknown choice, a non-positive ``advantage_clip`` or a negative ``kl_weight``.
+            ValueError: an unknown choice, a non-positive ``advantage_clip`` or a negative ``kl_weight``; a threshold in
+                nats for rows of unknown size.
         """
         _check_choice("latent_reduction", latent_reduction, ("mean", "sum"))
         _check_choice("log_prob", log_prob, ("gaussian", "unnormalized"))
-        _check_choice("reference_kl", reference_kl, ("gaussian", "without_dt"))
+        _check_choice("reference_kl", reference_kl, ("gaussian", "without_dt", "velocity_mse", "mean_mse"))
         if advantage_clip is not None:
             check_positive("advantage_clip", advantage_clip)
         if not is_number(kl_weight) or not 0.0 <= kl_weight < math.inf:
             raise ValueError(f"kl_weight: got {kl_weight!r}, expected a number >= 0")
         region = getattr(objective, "trust_region", "kl")
+        # summed, divergences are in nats themselves
+        threshold = threshold_of(objective, 1 if latent_reduction == "sum" else numel)
+        low, high = (getattr(objective, name, None) for name in ("low", "high"))
         return cls(
             rule=int(objective.rule),
             trust_region=int(TrustRegion[region.upper()]),
@@ -273,11 +396,12 @@ class EpilogueOptions(NamedTuple):
             batch_bias=int(getattr(objective, "bias", "row") == "batch"),
             reference_without_dt=int(reference_kl == "without_dt"),
             # infinities are identities here: nothing is beyond them
-            threshold=getattr(objective, "threshold", math.inf),
-            clip_low=getattr(objective, "low", math.inf),
-            clip_high=getattr(objective, "high", math.inf),
+            threshold=threshold,
+            clip_low=math.inf if low is None else low,
+            clip_high=getattr(objective, "margin", math.inf) if high is None else high,
             advantage_clip=math.inf if advantage_clip is None else float(advantage_clip),
             kl_weight=float(kl_weight),
+            strength=strength_of(objective, threshold),
         )
 
     @property
@@ -306,130 +430,6 @@ def names() -> str:
     return "".join(f"{title}: " + "".join(f"{name} " for name in listed) for title, listed in lists.items())
 
 
-def epilogue(
-    stats: Tensor,
-    std: Tensor,
-    scale: Tensor,
-    neg_dt: Tensor,
-    advantages: Tensor,
-    row_weights: Tensor | None,
-    old_log_prob: Tensor | None,
-    numel: int,
-    options: EpilogueOptions,
-    log_ratio: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Row results and summary of one objective, in plain torch.
-
-    Args:
-        stats: ``[4, R]`` rows of ``P, Q, E, R``.
-        std, scale, neg_dt: ``[R]`` ``S``, ``k`` and ``-dt``.
-        advantages, row_weights, old_log_prob: ``[R]``.
-        numel: N, latent elements per row.
-        log_ratio: ``[R]`` where the trainer has computed it: ``P``, ``E`` and ``old_log_prob`` are not looked at.
-
-    Returns:
-        ``[8, R]`` lines of :class:`RowField` and the :data:`SUMMARY` vector, both in ``stats``' dtype. The gradient
-        lines are of each row's own loss; the mean's 1/R is applied by the backward. With a given ``log_ratio`` line
-        ``GRAD_P`` is ``dl/dL`` and ``GRAD_Q`` is at fixed ``L``.
-    """
-    o = options
-    p, q, e, r = stats.unbind(0)
-    count = float(numel) if o.sum_reduce else 1.0
-    weight = torch.ones_like(p) if row_weights is None else row_weights
-    adv = advantages.clamp(-o.advantage_clip, o.advantage_clip)
-
-    # log-ratio L and its slopes against P and Q
-    slope = count * 2.0 * std**2 if o.unnormalized_log_prob else torch.full_like(p, count)
-    slope_p, slope_q = slope, -0.5 * slope
-    if log_ratio is not None:
-        slope_p, slope_q = torch.ones_like(p), torch.zeros_like(p)
-    elif old_log_prob is None:
-        log_ratio = slope * (p - 0.5 * q)
-    else:
-        normalizer = 0.0 if o.unnormalized_log_prob else count * (torch.log(std) + LOG_SQRT_2PI)
-        log_ratio = -0.5 * slope * (e - 2.0 * p + q) - normalizer - count * old_log_prob
-    half_kl = 0.5 * count
-    if o.trust_region == TrustRegion.MEAN_DRIFT:
-        kl, slope_kl = half_kl * std**2 * q, half_kl * std**2
-    elif o.trust_region == TrustRegion.VELOCITY_DRIFT:
-        kl, slope_kl = count * q / scale**2, count / scale**2
-    else:
-        kl, slope_kl = half_kl * q, torch.full_like(q, half_kl)
-
-    # exponent X of the ratio, its slopes, and the divisor of the loss
-    rule: RowRule = RULES[o.rule]
-    exponent, gain = log_ratio, torch.ones_like(p)
-    if rule.normalized:
-        divergence = half_kl * q
-        bias = divergence.mean().expand_as(q) if o.batch_bias else divergence
-        exponent, slope_p = (log_ratio + bias) * std, slope_p * std
-        slope_q = (slope_q + (0.0 if o.batch_bias else half_kl)) * std
-        gain = 1.0 / neg_dt
-
-    ratio = torch.exp(exponent)
-    # decisions use r - 1 and the sign of the exponent: exp() rounds what differs from 1 by less than an ulp to 1
-    excess = torch.expm1(exponent)
-    far = kl >= o.threshold
-    above, below = excess > o.clip_high, -excess > o.clip_low
-    limit = torch.where(adv > 0, p.new_full(p.shape, 1.0 + o.clip_high), 1.0 - o.clip_low)
-    row = RowValues(p, q, std, adv, exponent, ratio, kl, far, above, below, limit, o.threshold)
-    dropped, bound, surrogate, slope = rule.decide(row)
-    policy = weight * gain * torch.where(dropped, bound, surrogate)
-    # where() keeps an overflowed ratio out of dropped rows
-    slope_x = weight * gain * torch.where(dropped, 0.0, slope)
-    grad_p = torch.where(dropped, 0.0, slope_x * slope_p)
-    grad_q = torch.where(dropped, 0.0, slope_x * slope_q)
-    if rule.penalty is not None:
-        penalty, slope_penalty = rule.penalty(row)
-        policy = policy + weight * gain * penalty
-        grad_q = grad_q + weight * gain * slope_penalty * slope_kl
-    if rule.normalized and o.batch_bias:
-        # the shared bias moves with every row's Q
-        grad_q = grad_q + half_kl * (slope_x * std).sum() / max(p.numel(), 1)
-
-    reference = count * 0.5 * r * (neg_dt if o.reference_without_dt else 1.0)
-    loss, grad_r = policy, torch.zeros_like(p)
-    if o.kl_weight > 0.0:
-        loss = policy + weight * o.kl_weight * reference
-        grad_r = weight * o.kl_weight * count * 0.5 * (neg_dt if o.reference_without_dt else torch.ones_like(p))
-
-    rows = torch.stack((log_ratio, ratio, kl, (~dropped).to(p.dtype), loss, grad_p, grad_q, grad_r))
-    nonfinite = ~(torch.isfinite(log_ratio) & torch.isfinite(ratio) & torch.isfinite(kl) & torch.isfinite(loss))
-    if p.numel() == 0:
-        # no rows: no loss, nothing to count, and no statistics to report
-        summary = p.new_full((len(SUMMARY),), math.nan)
-        for name in ("loss", "policy_loss", "nonfinite_rows"):
-            summary[SUMMARY.index(name)] = 0.0
-        return rows, summary
-
-    def fraction(flags: Tensor) -> Tensor:
-        return flags.to(p.dtype).mean()
-
-    values = (
-        loss.mean(),
-        policy.mean(),
-        1.0 + excess.mean(),
-        excess.std() if p.numel() > 1 else torch.zeros_like(p[0]),
-        ratio.min(),
-        ratio.max(),
-        0.5 * log_ratio.square().mean(),
-        kl.mean(),
-        kl.max(),
-        fraction(far),
-        fraction(dropped & (adv > 0)),
-        fraction(dropped & (adv < 0)),
-        fraction(dropped),
-        fraction(~dropped),
-        (std**2 * q).mean(),
-        nonfinite.to(p.dtype).sum(),
-        fraction(above | below),
-        fraction(above),
-        fraction(below),
-        reference.mean(),
-    )
-    return rows, torch.stack(values)
-
-
 def is_number(value: object) -> bool:
     """A number of Python or numpy: tensors would have to be read back from their device to be checked or passed on."""
     return isinstance(value, Real) and not isinstance(value, bool)
@@ -441,12 +441,20 @@ def check_positive(name: str, value: float, why: str = "") -> None:
         raise ValueError(f"{name}: got {value!r}, expected a number > 0{why}")
 
 
-def _check_clip(objective: RatioClip | GRPOGuard) -> None:
+def _check_threshold(objective: DPPO | DRPO) -> None:
+    check_positive("threshold", objective.threshold)
+    if objective.threshold_nats is not None:
+        check_positive("threshold_nats", objective.threshold_nats)
+    _check_choice("trust_region", objective.trust_region, _REGIONS)
+
+
+def _check_clip(objective: RatioClip | GRPOGuard | DPPO) -> None:
     low = objective.low
-    if not is_number(low) or not 0.0 < low < 1.0:
+    if low is None or not is_number(low) or not 0.0 < low < 1.0:
         raise ValueError(f"low: got {low!r}, expected a number in (0, 1)")
     if objective.high is None:
         object.__setattr__(objective, "high", low)
+    assert objective.high is not None
     check_positive("high", objective.high)
 
 

@@ -2,8 +2,8 @@
 
 In ``flowdppo`` the reference is the ``CompositeExplicitAutograd`` implementation (any device); the C++ library
 overrides ``CPU`` when it is loaded, Triton overrides ``CUDA``. The CUDA library fills a namespace of its own,
-``flowdppo_cuda``, with the same schemas, so that both GPU backends can be asked for by name in one process. Autograd
-sits outside (``autograd.py``).
+``flowdppo_cuda``, with the same schemas, so that both GPU backends can be asked for by name in one process. A copy of
+the package under another name has two namespaces of its own. Autograd sits outside (``autograd.py``).
 
 Canonical tensors (made by ``layout.py``): latents ``[R0, R1, N]`` with last stride 1, any row strides, ``R = R0*R1``;
 ``step`` a contiguous ``[R, 3]`` table (``S, k, -dt`` for training rows, ``a, b, S`` for the sampler; ``[R, 1]``
@@ -14,7 +14,9 @@ holding ``S`` is enough for means and log-probs) in the accumulation dtype, or N
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +24,10 @@ from torch import Tensor
 from . import reference
 from .objectives import SUMMARY, RowField
 from .rows import stats_dtype
+
+# A copy under another name, from a kernel hub, has operators of its own beside the installed package's.
+NAMESPACE = "flowdppo" if __package__ == "flowdppo_fast" else "flowdppo_" + re.sub(r"\W", "_", str(__package__))
+CUDA_NAMESPACE = f"{NAMESPACE}_cuda"
 
 _SOURCE = (
     "Tensor new, Tensor old, Tensor? drawn, Tensor? reference, Tensor? streams, Tensor? step, "
@@ -97,10 +103,15 @@ _FAKES: dict[str, Callable] = {
     "sde_step": _sde_step_fake,
 }
 
-library = torch.library.Library("flowdppo", "DEF")
-cuda_library = torch.library.Library("flowdppo_cuda", "DEF")
+library = torch.library.Library(NAMESPACE, "DEF")
+cuda_library = torch.library.Library(CUDA_NAMESPACE, "DEF")
 for _name, _schema in SCHEMAS.items():
     for _library in (library, cuda_library):
         _library.define(_name + _schema)
         torch.library.register_fake(f"{_library.ns}::{_name}", _FAKES[_name], lib=_library)
     library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+
+
+def registered(namespace: str = NAMESPACE) -> Any:
+    """What is registered in :data:`NAMESPACE` or :data:`CUDA_NAMESPACE`, as ``torch.ops.<namespace>``."""
+    return getattr(torch.ops, namespace)

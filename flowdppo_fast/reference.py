@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .epilogue import LOG_SQRT_2PI, epilogue
 from .noise import philox_normal
-from .objectives import LOG_SQRT_2PI, EpilogueOptions, RowField, epilogue
+from .objectives import EpilogueOptions, RowField
 from .rows import Form, RowSource, stats_dtype, takes_rows
 
 
@@ -55,6 +56,9 @@ def _differences(source: RowSource) -> tuple[Tensor, Tensor, Tensor | None, Tens
         e = philox_normal(seed, row_streams(streams, first_stream, rows, new), numel).to(dtype)
     else:
         e = k * (flat(drawn) - flat(old)) if form == Form.MEAN else flat(drawn)
+    if form == Form.MATCHING:
+        assert reference is not None
+        return u, (e - flat(reference)) - flat(old), None, k
     w = None if reference is None else k * (flat(new) - flat(reference))
     return u, e, w, k
 

@@ -20,11 +20,14 @@ class Form(enum.IntEnum):
 
     VELOCITY: ``new``/``old`` are velocities, ``drawn`` is the noise ``e`` (or None: regenerated from seed and streams),
         ``k = b/S``.
+    MATCHING: ``new``/``old`` are velocities at a noised sample, ``drawn`` is the noise and ``reference`` the sample
+        itself, ``e = (drawn - reference) - old`` and ``k`` is the step's.
     MEAN: ``new``/``old`` are step means, ``drawn`` is the next state ``x'``, ``k = 1/S`` and ``e = k*(x'-old)``.
     """
 
     VELOCITY = 0
     MEAN = 1
+    MATCHING = 2
 
 
 def stats_dtype(latents: Tensor) -> torch.dtype:
@@ -36,7 +39,7 @@ class RowSource(NamedTuple):
     """The rows of a training operator, in the order of the schemas (``ops.py``); ``csrc/arguments.h`` has its twin.
 
     Attributes:
-        new, old, drawn, reference: latents; ``drawn`` is what the sampler drew (:class:`Form`).
+        new, old, drawn, reference: latents; what the last two are says :class:`Form`.
         streams: ``[R]`` Philox streams of seeded noise, or None for consecutive ones from ``first_stream``.
         step: ``[R, 3]`` table of ``S, k, -dt``, or None where ``step_values`` has three numbers that serve all rows.
         seed: of seeded noise.
@@ -71,6 +74,7 @@ class RowPlan(NamedTuple):
 
     Attributes:
         shape: of all latents; the first ``row_dims`` dims are rows, ``rows`` is their shape.
+        numel: latent elements per row.
         dtype: accumulation dtype.
         whole: the shape as which all latents can be viewed; None where one of them has to be permuted or copied.
         memory_order: of the latent dims of the tensor that gets the gradient, None where it is the logical one.
@@ -81,6 +85,7 @@ class RowPlan(NamedTuple):
     shape: torch.Size
     row_dims: int
     rows: tuple[int, ...]
+    numel: int
     dtype: torch.dtype
     device: torch.device
     whole: tuple[int, int, int] | None
@@ -164,6 +169,7 @@ def _plan(named: Mapping[str, Tensor], rows: torch.Size | tuple[int, ...], diffe
         lead.shape,
         dims,
         tuple(rows),
+        shape[2],
         stats_dtype(lead),
         lead.device,
         shape if seen and all(_is_viewed(x, shape, dims) for x in named.values()) else None,

@@ -32,6 +32,10 @@ class RowValues(NamedTuple):
         above, below: ``r - 1 > high`` and ``1 - r > low``.
         limit: the ratio at which clipping sets in: ``1 + high`` for a positive advantage, else ``1 - low``.
         threshold: the objective's number.
+        size: ``|A|``.
+        excess: ``r - 1``, with all its digits.
+        high: the objective's number.
+        strength: what penalties are multiplied by.
     """
 
     p: Any
@@ -46,6 +50,10 @@ class RowValues(NamedTuple):
     below: Any
     limit: Any
     threshold: Any
+    size: Any
+    excess: Any
+    high: Any
+    strength: Any
 
 
 def dppo(row: RowValues):
@@ -75,6 +83,46 @@ def unclipped(row: RowValues):
     return row.above & row.below, 0.0, surrogate, surrogate
 
 
+def masked_and_clipped(row: RowValues):
+    """Drops what the mask drops and what clipping drops."""
+    away = ((row.advantage > 0) & (row.exponent > 0)) | ((row.advantage < 0) & (row.exponent < 0))
+    beyond = ((row.advantage > 0) & row.above) | ((row.advantage < 0) & row.below)
+    surrogate = -row.advantage * row.ratio
+    return (row.far & away) | beyond, 0.0, surrogate, surrogate
+
+
+def quadratic(row: RowValues):
+    """DRPO on the ratio: drops no row, and the square of ``r - 1`` pulls every ratio back to 1."""
+    surrogate = -row.advantage * row.ratio
+    pull = row.size * row.strength * row.excess
+    # no ratio is on both sides of 1
+    return row.above & row.below, 0.0, surrogate + 0.5 * pull * row.excess, surrogate + pull * row.ratio
+
+
+def log_hinge(row: RowValues):
+    """PCPO's hinge on the log-ratio: a row counts until it has moved by the margin in its advantage's direction."""
+    beyond = ((row.advantage > 0) & (row.exponent >= row.high)) | ((row.advantage < 0) & (-row.exponent >= row.high))
+    return beyond, 0.0, row.size * row.high - row.advantage * row.exponent, -row.advantage
+
+
+def pull(row: RowValues):
+    """The divergence, as a penalty on every row."""
+    return row.strength * row.kl, row.strength
+
+
+def pull_by_advantage(row: RowValues):
+    """DRPO: the divergence as a penalty in proportion to ``|A|``, so that where a row comes to rest depends on no
+    scale."""
+    strength = row.size * row.strength
+    return strength * row.kl, strength
+
+
+def pull_beyond(row: RowValues):
+    """What of the divergence is beyond the threshold, in proportion to ``|A|``."""
+    strength = row.far * (row.size * row.strength)
+    return strength * (row.kl - row.threshold), strength
+
+
 class RowRule(NamedTuple):
     """An objective's row functions.
 
@@ -96,6 +144,12 @@ RULES: dict[int, RowRule] = {
     2: RowRule(clipped),
     3: RowRule(clipped, normalized=True),
     4: RowRule(unclipped),
+    5: RowRule(masked_and_clipped),
+    6: RowRule(dppo, pull_beyond),
+    7: RowRule(unclipped, pull),
+    8: RowRule(unclipped, pull_by_advantage),
+    9: RowRule(quadratic),
+    10: RowRule(log_hinge),
 }
 BUILT_IN = len(RULES)
 

@@ -21,6 +21,8 @@ from torch import Tensor
 from .layout import expand_to_rows
 
 Level = float | Tensor
+# a level that stands in for 0 in a denominator
+_TINY = 1e-30
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,10 @@ def _sqrt(x: Level) -> Level:
     return torch.sqrt(x) if isinstance(x, Tensor) else math.sqrt(x)
 
 
+def _exp(x: Level) -> Level:
+    return torch.exp(x) if isinstance(x, Tensor) else math.exp(x)
+
+
 def _flow_sde_diffusion(sigma: Level, sigma_next: Level, eta: float, schedule: ScheduleLevels) -> Level:
     if isinstance(sigma, Tensor):
         guarded: Level = torch.where(sigma == 1.0, schedule.sigma_max, sigma)
@@ -72,8 +78,23 @@ def _linear_diffusion(sigma: Level, sigma_next: Level, eta: float, schedule: Sch
     return on * (schedule.last + (schedule.first - schedule.last) * sigma)
 
 
+def _scaled_linear_diffusion(sigma: Level, sigma_next: Level, eta: float, schedule: ScheduleLevels) -> Level:
+    return eta * _linear_diffusion(sigma, sigma_next, 1.0, schedule)
+
+
 def _preserving_diffusion(sigma: Level, sigma_next: Level, eta: float, schedule: ScheduleLevels) -> Level:
     return sigma_next * math.sin(eta * math.pi / 2.0)
+
+
+def _precise_diffusion(sigma: Level, sigma_next: Level, eta: float, schedule: ScheduleLevels) -> Level:
+    left = (sigma_next * (1.0 - sigma) / (sigma * (1.0 - sigma_next))) ** (eta**2)
+    return sigma_next * _sqrt(1.0 - left)
+
+
+def _dance_precise_diffusion(sigma: Level, sigma_next: Level, eta: float, schedule: ScheduleLevels) -> Level:
+    # at sigma' = 0 nothing is left, and no noise is needed
+    low = sigma_next.clamp_min(_TINY) if isinstance(sigma_next, Tensor) else max(sigma_next, _TINY)
+    return sigma_next * _sqrt(1.0 - _exp(-(eta**2) * (1.0 / low - 1.0 / sigma)))
 
 
 def _no_diffusion(sigma: Level, sigma_next: Level, eta: float, schedule: ScheduleLevels) -> Level:
@@ -114,6 +135,12 @@ SAMPLERS: dict[str, Sampler] = {
     "wan": Sampler(_linear_diffusion, _reverse_sde),
     # Flow-CPS: S = sigma' * sin(eta*pi/2), none at sigma' = 0
     "cps": Sampler(_preserving_diffusion, _preserving_step),
+    # Flash-GRPO: wan's, times eta
+    "flash": Sampler(_scaled_linear_diffusion, _reverse_sde),
+    # Precise: CPS's step, and what of the noise is redrawn depends on no size of step
+    "precise": Sampler(_precise_diffusion, _preserving_step),
+    # the same with DanceGRPO's diffusion
+    "dance_precise": Sampler(_dance_precise_diffusion, _preserving_step),
     # the probability-flow Euler step: no noise, so no density and no training row
     "ode": Sampler(_no_diffusion, _reverse_sde),
 }
@@ -179,7 +206,7 @@ class SDEStep:
 
     Numbers are python floats (one step for all rows) or float64 tensors whose shape broadcasts against the rows
     (``[S]`` for stacked steps, ``[B]`` for a step per row); see :meth:`stack` and :meth:`from_levels`. Sources:
-    Flow-GRPO 2505.05470, DanceGRPO, Flow-CPS 2509.05952.
+    Flow-GRPO 2505.05470, DanceGRPO, Flow-CPS 2509.05952, Flash-GRPO 2605.15980, Precise 2605.23522.
     """
 
     sample_coef: Level
@@ -201,8 +228,8 @@ class SDEStep:
         """The step of ``sampler`` from ``sigma`` down to ``sigma_next`` (levels in (0, 1] and [0, 1)).
 
         Args:
-            eta: noise level, >= 0 (for ``cps`` at most 1).
-            schedule: needed by ``flow_sde`` at ``sigma == 1`` and by ``wan``.
+            eta: noise level, >= 0 (for ``cps`` below 2, and from 1 on less noise again, as its sine has it).
+            schedule: needed by ``flow_sde`` at ``sigma == 1``, by ``wan`` and by ``flash``.
 
         Raises:
             ValueError: unknown sampler, levels out of order or range, negative ``eta``, or a schedule that is needed
@@ -215,10 +242,10 @@ class SDEStep:
             raise ValueError(
                 f"sigma, sigma_next: got {sigma:g} -> {sigma_next:g}, expected 0 <= sigma_next < sigma <= 1"
             )
-        if not eta >= 0.0 or (sampler == "cps" and eta > 1.0):
-            raise ValueError(f"eta: got {eta:g}, expected a noise level >= 0 (and <= 1 for 'cps')")
+        if not eta >= 0.0 or (sampler == "cps" and eta >= 2.0):
+            raise ValueError(f"eta: got {eta:g}, expected a noise level >= 0 (and below 2 for 'cps')")
         if schedule is None:
-            if sampler == "wan" or (sampler == "flow_sde" and sigma == 1.0):
+            if sampler in ("wan", "flash") or (sampler == "flow_sde" and sigma == 1.0):
                 raise ValueError(
                     f"schedule: sampler {sampler!r} at sigma={sigma:g} needs the whole schedule; "
                     "pass schedule=ScheduleLevels.from_sigmas(sigmas)"
@@ -227,6 +254,29 @@ class SDEStep:
         levels = (schedule.sigma_max, schedule.first, schedule.last)
         std_dev = formulas.diffusion(sigma, sigma_next, eta, ScheduleLevels(*map(float, levels)))
         return cls(*formulas.step(std_dev, sigma, sigma_next), sigma_next - sigma, sampler, sigma, sigma_next)
+
+    @classmethod
+    def from_alphas(cls, alpha: float, alpha_next: float, *, eta: float = 1.0) -> SDEStep:
+        """DDIM's step (arXiv 2010.02502, Eq. 12 and 16) of a model that predicts the noise, for SD1.5 and SDXL.
+
+        It is affine in that prediction, which losses then take in the place of a velocity.
+
+        Args:
+            alpha, alpha_next: cumulative products of the schedule, ``alphas_cumprod``, in (0, 1) and rising.
+            eta: noise level in [0, 1]; 1 is DDPM's.
+
+        Raises:
+            ValueError: products out of order or range, or such an ``eta``.
+        """
+        alpha, alpha_next, eta = float(alpha), float(alpha_next), float(eta)
+        if not 0.0 < alpha < alpha_next < 1.0:
+            raise ValueError(f"alpha, alpha_next: got {alpha:g} -> {alpha_next:g}, expected 0 < alpha < alpha_next < 1")
+        if not 0.0 <= eta <= 1.0:
+            raise ValueError(f"eta: got {eta:g}, expected a number in [0, 1]")
+        std = eta * math.sqrt((1.0 - alpha_next) / (1.0 - alpha) * (1.0 - alpha / alpha_next))
+        scale, sigma, sigma_next = math.sqrt(alpha_next / alpha), math.sqrt(1.0 - alpha), math.sqrt(1.0 - alpha_next)
+        velocity_coef = math.sqrt(1.0 - alpha_next - std**2) - scale * sigma
+        return cls(scale, velocity_coef, std, sigma_next - sigma, "ddim", sigma, sigma_next)
 
     def __getitem__(self, part: slice) -> SDEStep:
         """Some of the steps stacked to ``[S]``; asked again, the same object with what it keeps on devices."""

@@ -42,6 +42,22 @@ def mean_step(
     return torch.stack((column, 1.0 / column, -layout.row_vector(dt, "dt", rows, device, dtype)), dim=1), []
 
 
+def matching_step(
+    weight: float | Tensor, rows: tuple[int, ...], device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor | None, list[float]]:
+    """``(table, values)`` of the forward process: ``k = 1``, and ``S**2`` is the weight of the log-ratio.
+
+    Raises:
+        TypeError, ValueError: a weight that is no number > 0 or tensor, or of wrong shape or device.
+    """
+    if isinstance(weight, torch.Tensor):
+        root = layout.row_vector(weight, "weight", rows, device, dtype).sqrt()
+        one = torch.ones_like(root)
+        return torch.stack((root, one, torch.full_like(root, math.nan)), dim=1), []
+    check_positive("weight", weight)
+    return None, [math.sqrt(weight), 1.0, math.nan]
+
+
 def velocity_step(
     step: SDEStep, rows: tuple[int, ...], device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor | None, list[float]]:

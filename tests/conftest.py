@@ -19,6 +19,9 @@ from support.limits import pytest_handlecrashitem  # noqa: F401
 # cuBLAS is only deterministic with a fixed workspace; has to be set before the first CUDA call
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+# read when huggingface_hub is imported: a name that is nowhere is an error at once, without five questions to the hub
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 # threads cost more than they bring on tensors this small; thread-count invariance has its own tests
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
@@ -105,6 +108,9 @@ def pytest_collection_modifyitems(config, items):
         kept = [item for item in items if (gpu_report.backend_of(item.nodeid) or "others") == wanted]
         config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
         items[:] = kept
+    # files with slow tests first: none is left to run alone at the end
+    slow = {item.path for item in items if "slow" in item.keywords}
+    items.sort(key=lambda item: item.path not in slow)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device and torch.cuda.is_available() is False")

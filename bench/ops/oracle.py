@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from flowdppo_fast import DPPO, RatioClip, reference
-from flowdppo_fast.objectives import EpilogueOptions, Objective, RowField, epilogue
+from flowdppo_fast.epilogue import epilogue
+from flowdppo_fast.objectives import EpilogueOptions, Objective, RowField
 from flowdppo_fast.rows import Form, RowSource
 
 from .inputs import CLIP_RANGE, THRESHOLD, Rollout

@@ -122,15 +122,15 @@ std::string cpu_isa_op() { return kernels().isa; }
 }  // namespace cpu
 }  // namespace flowdppo
 
-STABLE_TORCH_LIBRARY_FRAGMENT(flowdppo, library) {
+STABLE_TORCH_LIBRARY_FRAGMENT(FLOWDPPO_NAMESPACE, library) {
   library.def("cpu_isa() -> str");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(flowdppo, CompositeExplicitAutograd, library) {
+STABLE_TORCH_LIBRARY_IMPL(FLOWDPPO_NAMESPACE, CompositeExplicitAutograd, library) {
   library.impl("cpu_isa", TORCH_BOX(&flowdppo::cpu::cpu_isa_op));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(flowdppo, CPU, library) {
+STABLE_TORCH_LIBRARY_IMPL(FLOWDPPO_NAMESPACE, CPU, library) {
   flowdppo::binding::register_operators<flowdppo::cpu::Cpu>(library);
 }
 

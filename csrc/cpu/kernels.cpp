@@ -207,10 +207,23 @@ FLOWDPPO_HD int block_size(int64_t count, int64_t offset) {
   return static_cast<int>(count - offset < kBlock ? count - offset : kBlock);
 }
 
-template <bool kMean, bool kMoment, bool kRef, class Latent, class Noise>
+// What n of RawSums is made of, and what the reference's place holds.
+enum class Reads { kNoise, kNoiseRef, kState, kStateRef, kMatching };
+constexpr bool is_mean(Reads reads) { return reads == Reads::kState || reads == Reads::kStateRef; }
+constexpr bool has_ref(Reads reads) { return reads == Reads::kNoiseRef || reads == Reads::kStateRef; }
+
+Reads reads_of(const RowChunk& chunk) {
+  if (chunk.form == Form::kMatching) return Reads::kMatching;
+  const bool with_reference = chunk.reference.data != nullptr;
+  if (chunk.form == Form::kMean) return with_reference ? Reads::kStateRef : Reads::kState;
+  return with_reference ? Reads::kNoiseRef : Reads::kNoise;
+}
+
+template <Reads kReads, bool kMoment, class Latent, class Noise>
 RawSums chunk_sums(const RowChunk& chunk) {
   using Compute = typename Traits<Latent>::Compute;
   constexpr int step = kStep<Compute>;
+  constexpr bool kMean = is_mean(kReads), kRef = has_ref(kReads), kMatching = kReads == Reads::kMatching;
   alignas(64) Latent current_buffer[kBlock], old_buffer[kBlock], reference_buffer[kBlock];
   alignas(64) Noise noise_buffer[kBlock];
   Total nd, dd, nn, ww;
@@ -220,7 +233,7 @@ RawSums chunk_sums(const RowChunk& chunk) {
     const Latent* old = stage(chunk.old, offset, count, old_buffer);
     Noise* generated = chunk.noise_out != nullptr ? static_cast<Noise*>(chunk.noise_out) + offset : noise_buffer;
     const Noise* noise = stage_noise(chunk, offset, count, generated);
-    const Latent* reference = kRef ? stage(chunk.reference, offset, count, reference_buffer) : nullptr;
+    const Latent* reference = kRef || kMatching ? stage(chunk.reference, offset, count, reference_buffer) : nullptr;
     for (int i = 0; i < end;) {
       const int stop = end - i < kDepth * step ? end : i + kDepth * step;
       Vector<Compute> nd_run[kUnroll] = {}, dd_run[kUnroll] = {}, nn_run[kUnroll] = {}, ww_run[kUnroll] = {};
@@ -230,7 +243,8 @@ RawSums chunk_sums(const RowChunk& chunk) {
           const int at = i + k * kLanes<Compute>;
           const Vector<Compute> x = load(current + at), y = load(old + at), d = x - y;
           Vector<Compute> n = load(noise + at);
-          if constexpr (kMean) n -= y;
+          if constexpr (kMatching) n -= load(reference + at);
+          if constexpr (kMean || kMatching) n -= y;
           nd_run[k] += n * d;
           dd_run[k] += d * d;
           if constexpr (kMoment) nn_run[k] += n * n;
@@ -249,9 +263,10 @@ RawSums chunk_sums(const RowChunk& chunk) {
   return {nd.value(), dd.value(), nn.value(), ww.value()};
 }
 
-template <bool kMean, bool kRef, class Latent, class Noise>
+template <Reads kReads, class Latent, class Noise>
 void chunk_gradient(const RowChunk& chunk, const GradFactors& factors, void* out, bool bypass_cache) {
   using Compute = typename Traits<Latent>::Compute;
+  constexpr bool kMean = is_mean(kReads), kRef = has_ref(kReads), kMatching = kReads == Reads::kMatching;
   alignas(64) Latent current_buffer[kBlock], old_buffer[kBlock], reference_buffer[kBlock], out_buffer[kBlock];
   alignas(64) Noise noise_buffer[kBlock];
   const Compute on_noise = static_cast<Compute>(factors.noise), on_diff = static_cast<Compute>(factors.diff);
@@ -265,13 +280,14 @@ void chunk_gradient(const RowChunk& chunk, const GradFactors& factors, void* out
     const Latent* current = stage(chunk.current, offset, count, current_buffer);
     const Latent* old = stage(chunk.old, offset, count, old_buffer);
     const Noise* noise = stage_noise(chunk, offset, count, noise_buffer);
-    const Latent* reference = kRef ? stage(chunk.reference, offset, count, reference_buffer) : nullptr;
+    const Latent* reference = kRef || kMatching ? stage(chunk.reference, offset, count, reference_buffer) : nullptr;
     const bool direct = count == kBlock && !converts;
     Latent* to = direct ? static_cast<Latent*>(out) + offset : out_buffer;
     const auto gradient_at = [&](int i) __attribute__((always_inline)) {
       const Vector<Compute> x = load(current + i), y = load(old + i);
       Vector<Compute> n = load(noise + i);
-      if constexpr (kMean) n -= y;
+      if constexpr (kMatching) n -= load(reference + i);
+      if constexpr (kMean || kMatching) n -= y;
       Vector<Compute> value = on_noise * n + on_diff * (x - y);
       if constexpr (kRef) value += on_ref * (x - load(reference + i));
       return value;
@@ -314,14 +330,15 @@ RawSums sums(const RowChunk& chunk, bool second_moment) {
   return with_path(chunk, [&](auto latent, auto noise) {
     using Latent = decltype(latent);
     using Noise = decltype(noise);
-    constexpr RawSums (*functions[8])(const RowChunk&) = {
-        chunk_sums<false, false, false, Latent, Noise>, chunk_sums<false, false, true, Latent, Noise>,
-        chunk_sums<false, true, false, Latent, Noise>,  chunk_sums<false, true, true, Latent, Noise>,
-        chunk_sums<true, false, false, Latent, Noise>,  chunk_sums<true, false, true, Latent, Noise>,
-        chunk_sums<true, true, false, Latent, Noise>,   chunk_sums<true, true, true, Latent, Noise>,
+    // in the order of Reads
+    constexpr RawSums (*functions[5][2])(const RowChunk&) = {
+        {chunk_sums<Reads::kNoise, false, Latent, Noise>, chunk_sums<Reads::kNoise, true, Latent, Noise>},
+        {chunk_sums<Reads::kNoiseRef, false, Latent, Noise>, chunk_sums<Reads::kNoiseRef, true, Latent, Noise>},
+        {chunk_sums<Reads::kState, false, Latent, Noise>, chunk_sums<Reads::kState, true, Latent, Noise>},
+        {chunk_sums<Reads::kStateRef, false, Latent, Noise>, chunk_sums<Reads::kStateRef, true, Latent, Noise>},
+        {chunk_sums<Reads::kMatching, false, Latent, Noise>, chunk_sums<Reads::kMatching, true, Latent, Noise>},
     };
-    const bool mean = chunk.form == Form::kMean, with_reference = chunk.reference.data != nullptr;
-    return functions[4 * mean + 2 * second_moment + with_reference](chunk);
+    return functions[static_cast<int>(reads_of(chunk))][second_moment](chunk);
   });
 }
 
@@ -329,14 +346,12 @@ void gradient(const RowChunk& chunk, const GradFactors& factors, void* out, bool
   with_path(chunk, [&](auto latent, auto noise) {
     using Latent = decltype(latent);
     using Noise = decltype(noise);
-    constexpr void (*functions[4])(const RowChunk&, const GradFactors&, void*, bool) = {
-        chunk_gradient<false, false, Latent, Noise>,
-        chunk_gradient<false, true, Latent, Noise>,
-        chunk_gradient<true, false, Latent, Noise>,
-        chunk_gradient<true, true, Latent, Noise>,
+    constexpr void (*functions[5])(const RowChunk&, const GradFactors&, void*, bool) = {
+        chunk_gradient<Reads::kNoise, Latent, Noise>,    chunk_gradient<Reads::kNoiseRef, Latent, Noise>,
+        chunk_gradient<Reads::kState, Latent, Noise>,    chunk_gradient<Reads::kStateRef, Latent, Noise>,
+        chunk_gradient<Reads::kMatching, Latent, Noise>,
     };
-    const bool mean = chunk.form == Form::kMean, with_reference = chunk.reference.data != nullptr;
-    functions[2 * mean + with_reference](chunk, factors, out, bypass_cache);
+    functions[static_cast<int>(reads_of(chunk))](chunk, factors, out, bypass_cache);
   });
 }
 

@@ -195,12 +195,12 @@ class Epilogue {
       : source_(source), inputs_(inputs), options_(options), results_(source.shape.rows()) {}
 
   const RowResult<T>& evaluate(int64_t row, const RowStats<T>& stats, T guard_bias) {
-    const T weight = inputs_.row_weights != nullptr ? inputs_.row_weights[row] : T(1);
+    const RowWeights<T> weights = inputs_.weights(row, source_.shape.rows());
     const T* old_log_prob = inputs_.old_log_prob != nullptr ? inputs_.old_log_prob + row : nullptr;
     const bool given = inputs_.log_prob != nullptr;
     const T log_ratio = given ? inputs_.given_log_ratio(row) : T(0);
     results_[row] = evaluate_row<T>(
-        stats, numbers_of(source_.step, source_.form, row), inputs_.advantages[row], weight, old_log_prob,
+        stats, numbers_of(source_.step, source_.form, row), inputs_.advantages[row], weights, old_log_prob,
         given ? &log_ratio : nullptr, guard_bias, source_.shape.numel, options_);
     return results_[row];
   }

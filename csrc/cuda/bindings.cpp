@@ -18,6 +18,8 @@
 #include "../../kernels/cuda/launchers.h"
 #include "../operators.h"
 
+#define FLOWDPPO_CUDA_NAMESPACE C10_CONCATENATE(FLOWDPPO_NAMESPACE, _cuda)
+
 namespace flowdppo {
 
 void binding::check_device(const Tensor& tensor, const char* name) {
@@ -166,6 +168,13 @@ void refuse_double(bool is_double, const char* name) {
       "backend='triton', for float64");
 }
 
+// Its loops have no registers left for a third operand in the residual.
+void refuse_matching(const SourceArguments& arguments) {
+  STD_TORCH_CHECK(
+      arguments.form != static_cast<int64_t>(Form::kMatching),
+      "form: got 2 (matching), but the cuda backend has no kernel for it; use backend='triton'");
+}
+
 // The summary of no rows, and the loss that it begins with.
 void write_nothing(const gpu::ObjectiveResults& results, cudaStream_t stream) {
   static const std::vector<float>& summary = *[] {
@@ -202,6 +211,7 @@ struct Results {
 struct Cuda {
   static Tensor row_stats(const SourceArguments& arguments, bool second_moment) {
     refuse_double(arguments.is_double(), "new");
+    refuse_matching(arguments);
     RowSource<float> source = arguments.unpack<float>();
     const int64_t rows = source.shape.rows();
     Tensor stats = torch::stable::new_empty(arguments.current, {4, rows}, ScalarType::Float);
@@ -220,6 +230,7 @@ struct Cuda {
   static Tensor row_grad(
       const SourceArguments& arguments, const Tensor& coefficients, const Tensor& upstream, double factor) {
     refuse_double(arguments.is_double(), "new");
+    refuse_matching(arguments);
     RowSource<float> source = arguments.unpack<float>();
     const int64_t rows = source.shape.rows();
     const float* slopes = row_values<float>(coefficients, 3 * rows, "coefficients");
@@ -234,6 +245,7 @@ struct Cuda {
   static LossTensors policy_loss(
       const SourceArguments& arguments, const ObjectiveArguments& objective, double factor, Tensor* grad) {
     refuse_double(arguments.is_double(), "new");
+    refuse_matching(arguments);
     RowSource<float> source = arguments.unpack<float>();
     const int64_t count = source.shape.rows();
     const ObjectiveInputs<float> inputs = objective.unpack<float>(count);
@@ -333,15 +345,15 @@ std::string architectures_op() { return FLOWDPPO_CUDA_ARCHS; }
 }  // namespace cuda
 }  // namespace flowdppo
 
-STABLE_TORCH_LIBRARY_FRAGMENT(flowdppo_cuda, library) {
+STABLE_TORCH_LIBRARY_FRAGMENT(FLOWDPPO_CUDA_NAMESPACE, library) {
   library.def("architectures() -> str");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(flowdppo_cuda, CompositeExplicitAutograd, library) {
+STABLE_TORCH_LIBRARY_IMPL(FLOWDPPO_CUDA_NAMESPACE, CompositeExplicitAutograd, library) {
   library.impl("architectures", TORCH_BOX(&flowdppo::cuda::architectures_op));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(flowdppo_cuda, CUDA, library) {
+STABLE_TORCH_LIBRARY_IMPL(FLOWDPPO_CUDA_NAMESPACE, CUDA, library) {
   flowdppo::binding::register_operators<flowdppo::cuda::Cuda>(library);
 }
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .. import backend, evidence
+from .. import backend, evidence, ops
 
 # what is known of kernels that no GPU has run
 _EMULATED = {
@@ -37,7 +37,7 @@ def doctor_report() -> dict[str, Any]:
         "versions": versions,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
-        "cpu_isa": torch.ops.flowdppo.cpu_isa() if backend.problem("cpu", "cpu") is None else None,
+        "cpu_isa": ops.registered().cpu_isa() if backend.problem("cpu", "cpu") is None else None,
         "cuda_kernels": _cuda_kernels(),
         "build": backend.build_info(),
         "backends": backends,
@@ -56,7 +56,7 @@ def _cuda_kernels() -> str | None:
     """For which GPUs the CUDA library was compiled, and what the GPU here is; None where it cannot be loaded."""
     if backend.problem("cuda", "cuda") is not None:
         return None
-    built = f"compiled for sm_{torch.ops.flowdppo_cuda.architectures().replace(';', ', sm_')}"
+    built = f"compiled for sm_{ops.registered(ops.CUDA_NAMESPACE).architectures().replace(';', ', sm_')}"
     if not torch.cuda.is_available():
         return built
     major, minor = torch.cuda.get_device_capability()

@@ -14,7 +14,7 @@ from .. import layout
 from ..autograd import LogProbCall, LogProbLoss
 from ..backend import BackendName, resolve_backend
 from ..losses import row_statistics
-from ..objectives import DPPO, EpilogueOptions, GRPOGuard, LogProbKind, Objective, ReferenceKL, is_number
+from ..objectives import DPPO, SEES_DRIFT, EpilogueOptions, GRPOGuard, LogProbKind, Objective, ReferenceKL, is_number
 from ..results import LossOutput
 from ..samplers import SDEStep
 from ..step_arguments import mean_step
@@ -82,7 +82,7 @@ def log_prob_policy_loss(
         ValueError, TypeError: shapes that do not match, or something an objective needs and did not get.
         RuntimeError: the named backend cannot run here.
     """
-    if drift is None and isinstance(objective, (DPPO, GRPOGuard)):
+    if drift is None and isinstance(objective, SEES_DRIFT):
         raise ValueError(f"drift: got None, expected mean((mu-mu_old)**2) per row; {type(objective).__name__} needs it")
     if kl_weight > 0.0 and reference_drift is None:
         raise ValueError("kl_weight: got a positive weight without a reference, expected reference_drift")

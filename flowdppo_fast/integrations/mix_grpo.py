@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..backend import BackendName
-from ..objectives import LOG_SQRT_2PI, RatioClip
+from ..epilogue import LOG_SQRT_2PI
+from ..objectives import RatioClip
 from ..results import LossOutput
 from ..samplers import ScheduleLevels, SDEStep
 from ..sampling import sde_step

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from ..backend import BackendName
+from ..epilogue import LOG_SQRT_2PI
 from ..losses import fused_policy_loss
-from ..objectives import DPPO, LOG_SQRT_2PI, GRPOGuard, RatioClip
+from ..objectives import DPPO, GRPOGuard, RatioClip
 from ..results import LossOutput
 from ..samplers import on_host
 from ..sampling import sde_step

@@ -101,9 +101,13 @@ def _bf16_means(folder: RunFolder) -> Iterator[str]:
         )
 
 
+# a penalty bounds without dropping
+_DROPS_NOTHING = ("unclipped", "kl_penalty", "drpo", "drpo_ratio")
+
+
 def _never_fires(folder: RunFolder) -> Iterator[str]:
     moved = folder.rows.moved
-    if folder.objective == "unclipped" or not len(moved) or not moved.kept.all():
+    if folder.objective in _DROPS_NOTHING or not len(moved) or not moved.kept.all():
         return
     if folder.threshold is not None:
         share = float((moved.kl / (folder.threshold * moved.elements)).max())
@@ -112,9 +116,8 @@ def _never_fires(folder: RunFolder) -> Iterator[str]:
             f"{'at most ' if len(moved.sizes) > 1 else ''}{share:.1%} of the threshold; what trained is the unbounded "
             "objective"
         )
-    else:
+    elif bound := folder.clip or folder.guard_clip or folder.margin:
         largest = float(np.abs(moved.log_ratio).max())
-        bound = folder.clip or folder.guard_clip or 0.0
         yield (
             f"the clip dropped none of {len(moved)} rows: the largest log-ratio was {largest:.2g} nats, the clip range "
             f"is {folder.nats(lambda n: bound * n)}; what trained is the unbounded objective"

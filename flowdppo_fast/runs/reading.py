@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..objectives import DPPO, GRPOGuard, RatioClip
+from ..objectives import DPPO, GRPOGuard, LogHinge, RatioClip
 from ..samplers import sde_schedule
 from .logs import from_json
 from .row_log import LoggedRows, read_rows
@@ -61,10 +61,18 @@ class RunFolder:
 
     @property
     def threshold(self) -> float | None:
-        """Threshold of the mask, nats per element; None where the objective has no mask."""
-        if not self.objective.startswith("dppo"):
+        """Threshold of the mask, nats per element; None where the objective has no mask, or rows differ in it."""
+        if not self.objective.startswith("dppo") or self.setting("objective", "threshold_per", "step") != "step":
             return None
+        nats = self.setting("objective", "threshold_nats")
+        if nats is not None:
+            return nats / self.rows.sizes[0] if len(self.rows.sizes) == 1 else None
         return self.setting("objective", "threshold", DPPO().threshold)
+
+    @property
+    def margin(self) -> float | None:
+        """Of the log-hinge, nats per element; None for others."""
+        return self.setting("objective", "clip_high", LogHinge().margin) if self.objective == "log_hinge" else None
 
     @property
     def clip(self) -> float | None:

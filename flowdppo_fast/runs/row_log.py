@@ -31,6 +31,7 @@ class RowPart:
     Attributes:
         update: number of the optimizer step in its iteration.
         steps: indices in the schedule, S of them.
+        first: place of the first one among all steps of its rollout.
         rows: numbers in the rollout, b of them.
         elements: latent elements of each row.
         numbers: ``[3, b, S]`` log-ratio, mean-reduced KL, and 1 where the row was kept; on the device. None where they
@@ -39,6 +40,7 @@ class RowPart:
 
     update: int
     steps: tuple[int, ...]
+    first: int
     rows: tuple[int, ...]
     elements: int
     numbers: Tensor | None
@@ -47,29 +49,34 @@ class RowPart:
         return dataclasses.replace(self, numbers=None)
 
 
-def row_part(out: LossOutput, update: int, steps: Sequence[int], rows: Sequence[int], elements: int) -> RowPart:
+def row_part(
+    out: LossOutput, update: int, steps: Sequence[int], first: int, rows: Sequence[int], elements: int
+) -> RowPart:
     """The rows of a loss call on ``[b, S]``; no host sync."""
     numbers = torch.stack([out.rows.log_ratio, out.rows.kl, out.rows.kept.to(out.rows.kl.dtype)])
-    return RowPart(update, tuple(steps), tuple(rows), elements, numbers.float())
+    return RowPart(update, tuple(steps), first, tuple(rows), elements, numbers.float())
 
 
 def row_lines(
-    iteration: int, parts: Sequence[RowPart], numbers: Sequence[float], advantages: Sequence[float]
+    iteration: int, parts: Sequence[RowPart], numbers: Sequence[float], advantages: Sequence[Sequence[float]]
 ) -> Iterator[str]:
     """JSON lines, one per update, set of steps and size: ``iteration``, ``update``, ``steps`` [S], ``elements`` N per
-    row, ``rows`` [b], ``advantage`` [b], and ``log_ratio``, ``kl`` (mean-reduced), ``kept`` [b][S].
+    row, ``rows`` [b], ``advantage`` [b], or [b][S] where steps have their own, and ``log_ratio``, ``kl``
+    (mean-reduced), ``kept`` [b][S].
 
     Args:
         numbers: those of all ``parts`` in order, as they were read from the device.
-        advantages: of all rows of the rollout.
+        advantages: of all images of the rollout, one for all steps or one for each.
     """
     lines: dict[tuple, dict] = {}
     start = 0
     for part in parts:
         key = (part.update, part.steps, part.elements)
-        line = lines.setdefault(key, {"rows": [], **{name: [] for name in _FIELDS}})
+        line = lines.setdefault(key, {"rows": [], "advantage": [], **{name: [] for name in _FIELDS}})
         line["rows"] += part.rows
         count, width = len(part.rows), len(part.steps)
+        for own in (advantages[row] for row in part.rows):
+            line["advantage"].append(own[0] if len(own) == 1 else list(own[part.first : part.first + width]))
         for name in _FIELDS:
             for _ in range(count):
                 values = numbers[start : start + width]
@@ -78,7 +85,7 @@ def row_lines(
     # processes are gathered one after the other
     for (update, steps, elements), line in sorted(lines.items(), key=lambda item: item[0][0]):
         head = {"iteration": iteration, "update": update, "steps": list(steps), "elements": elements}
-        yield to_json({**head, "advantage": [advantages[row] for row in line["rows"]], **line})
+        yield to_json({**head, **line})
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,7 @@ class LoggedRows:
 
     Attributes:
         iteration, update, step: integers; ``update`` counts the optimizer steps since the rollout.
-        advantage: of the sample.
+        advantage: of the sample, or of its step.
         log_ratio, kl: in nats over the whole latent (the logged means times N).
         kept: False where the bound removed the gradient.
         elements: N, latent elements of the row.
@@ -151,7 +158,7 @@ def read_rows(path: Path) -> LoggedRows:
                 np.full(shape, line["iteration"]),
                 np.full(shape, line["update"]),
                 np.broadcast_to(steps, shape),
-                np.broadcast_to(np.asarray(line["advantage"], float)[:, None], shape),
+                np.broadcast_to(np.asarray(line["advantage"], float).reshape(samples, -1), shape),
                 np.asarray(line["log_ratio"], float).reshape(shape) * elements,
                 np.asarray(line["kl"], float).reshape(shape) * elements,
                 np.asarray(line["kept"], bool).reshape(shape),

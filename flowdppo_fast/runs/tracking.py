@@ -19,7 +19,7 @@ from .logs import METRICS_FILE, append_lines, to_json, writing
 
 logger = get_logger(__name__)
 
-PLOT_FILE, IMAGES_FOLDER, WANDB_ID_FILE = "metrics.png", "images", "wandb_id.txt"
+PLOT_FILE, IMAGES_FOLDER, RUN_ID_FILE = "metrics.png", "images", "tracker_id.txt"
 # metric: how the progress bar writes it
 _POSTFIX = {
     "reward": ("reward", "{:.3f}"),
@@ -33,12 +33,14 @@ class RunLog:
     """Writes what happens in a run. Only the main process writes; on the others every method returns at once.
 
     In ``folder``: ``metrics.jsonl`` (a line per iteration), ``metrics.png``, ``images/KIND-ITERATION.png``,
-    ``tensorboard/`` and ``wandb/`` where those trackers are on.
+    ``tensorboard/``, ``wandb/`` and ``swanlab/`` where those trackers are on. trackio keeps its runs in a place of its
+    own (``TRACKIO_DIR``). Images reach all four with their captions, videos as videos.
 
     Args:
         accelerator: whose trackers are started, and which knows the main process.
         folder: of the run; made if absent.
-        trackers: ``"tensorboard"``, ``"wandb"``, or trackers of accelerate's ``GeneralTracker`` class.
+        trackers: ``"tensorboard"``, ``"wandb"``, ``"trackio"``, ``"swanlab"``, or trackers of accelerate's
+            ``GeneralTracker`` class.
         project: name of the project for trackers.
         config: settings of the run for trackers; nested keys are joined by dots.
         total: iterations of the whole run, for the progress bar.
@@ -138,9 +140,8 @@ class RunLog:
         """
         if not self.accelerator.is_main_process:
             return None
-        import numpy as np
-
         from .grids import image_grid
+        from .media import send
 
         page = image_grid(images, captions)
         folder = self.folder / IMAGES_FOLDER
@@ -151,10 +152,7 @@ class RunLog:
             page.save(temporary, format="PNG")
             os.replace(temporary, path)
         for tracker in self.accelerator.trackers if self._trackers else ():
-            if hasattr(tracker, "log_images"):
-                # TensorBoard's images are [N, C, H, W] unless it is told otherwise
-                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({kind: np.asarray(page)[None]}, step=iteration, **layout)
+            send(tracker, kind, iteration, images, captions, page)
         return path
 
     def close(self) -> None:
@@ -189,16 +187,18 @@ class RunLog:
         options = {
             # drops what a killed run logged beyond its checkpoint
             "tensorboard": {"purge_step": done + 1} if done else {},
-            "wandb": {"dir": str(self.folder), "id": self._wandb_id(), "resume": "allow"},
+            "wandb": {"dir": str(self.folder), "id": self._run_id(), "resume": "allow"},
+            "trackio": {"name": f"{self.folder.resolve().name}-{self._run_id()}", "resume": "allow"},
+            "swanlab": {"log_dir": str(self.folder / "swanlab"), "id": self._run_id(), "resume": "allow"},
         }
         config = None if done else _flat(self.config)
         self.accelerator.init_trackers(self.project, config=config, init_kwargs=options)
 
-    def _wandb_id(self) -> str | None:
-        """The run's id at W&B, kept in the folder so that a continued run is the same one there."""
-        if "wandb" not in self._trackers or not self.accelerator.is_main_process:
+    def _run_id(self) -> str | None:
+        """The run's id at trackers, kept in the folder so that a continued run is the same one there."""
+        if not {"wandb", "trackio", "swanlab"} & set(map(str, self._trackers)) or not self.accelerator.is_main_process:
             return None
-        path = self.folder / WANDB_ID_FILE
+        path = self.folder / RUN_ID_FILE
         if not path.exists():
             path.write_text(uuid.uuid4().hex[:8] + "\n")
         return path.read_text().strip()

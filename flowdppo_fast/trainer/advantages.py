@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,6 +110,27 @@ def advantages_of(
         return weighted_reward(normalised, weights)
     total = weighted_reward(rewards, weights)
     return group_advantages(total, group_size, std=std, eps=eps, past=weighted_reward(past, weights) if past else None)
+
+
+StepAdvantages = Callable[[Tensor, Mapping[str, Tensor], Sequence[int]], Tensor]
+
+
+def per_step(
+    function: StepAdvantages | None, advantages: Tensor, rewards: Mapping[str, Tensor], steps: Sequence[Any]
+) -> Tensor:
+    """``[R, S]`` advantages of the trained ``steps``, as ``function`` makes them; ``advantages`` without one.
+
+    Raises:
+        ValueError: it returns something else.
+    """
+    if function is None:
+        return advantages
+    given = function(advantages, rewards, [step.index for step in steps])
+    shape = (len(advantages), len(steps))
+    if not isinstance(given, Tensor) or tuple(given.shape) != shape:
+        got = list(given.shape) if isinstance(given, Tensor) else type(given).__name__
+        raise ValueError(f"step_advantages: returned {got}, expected a tensor [images, trained steps], {list(shape)}")
+    return given.to(advantages)
 
 
 class RewardHistory:

@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FunctionType
 from typing import Annotated, Any, Literal
 
 import torch
 import yaml
-from pydantic import BeforeValidator, ConfigDict, Field, Strict, StrictBool, StrictInt
+from pydantic import BeforeValidator, Field, Strict, StrictBool, StrictInt
 
-from ..objectives import DPPO, GRPOGuard, Objective, OwnRule, RatioClip, Unclipped, as_objective
 from ..samplers import SAMPLERS
-from .callables import load_callable
-from .settings import NUMBER, Count, NotNegative, Number, Positive, build, check, check_known, plain, read_yaml, require
+from .objective import ObjectiveConfig
+from .settings import (
+    NUMBER,
+    OF_MODULE,
+    SECTION,
+    BetweenZeroAndOne,
+    Count,
+    Decay,
+    NotNegative,
+    Number,
+    Positive,
+    build,
+    check,
+    check_known,
+    plain,
+    read_yaml,
+    require,
+)
 
 # sections of a recipe beside those of the trainer
 RECIPE_SECTIONS = ("pipeline", "prompts", "rewards")
@@ -35,13 +48,7 @@ _RESERVED_ARGUMENTS = (
     "return_dict",
 )
 
-# what a section does not know is refused, and sections in sections are checked again
-SECTION = ConfigDict(extra="forbid", revalidate_instances="always")
-_BetweenZeroAndOne = Annotated[float, Field(gt=0, lt=1), NUMBER]
-# package.module:attribute, imported when it is used
-_OF_MODULE = re.compile(r"\w+(\.\w+)*:\w+(\.\w+)*")
 _SAMPLERS = tuple(name for name in SAMPLERS if name != "ode")
-_Beta = Annotated[float, Field(ge=0, lt=1), NUMBER]
 # YAML reads a bare no as False
 _Precision = Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)]
 
@@ -80,7 +87,7 @@ class ModelConfig:
     gradient_checkpointing: StrictBool = False
     mixed_precision: _Precision = "no"
     compile: StrictBool = False
-    ema_decay: _BetweenZeroAndOne | None = None
+    ema_decay: BetweenZeroAndOne | None = None
     offload_idle: StrictBool = False
 
     @property
@@ -105,8 +112,9 @@ class SamplingConfig:
 
     Args:
         num_steps: denoising steps T, of which the last is never trained.
-        sampler: stochastic sampler: ``"flow_sde"``, ``"dance"``, ``"wan"``, ``"cps"``, or one of your own as
-            ``package.module:attribute``, a ``Sampler`` or the diffusion of a reverse-time SDE.
+        sampler: stochastic sampler: ``"flow_sde"``, ``"dance"``, ``"wan"``, ``"flash"``, ``"cps"``, ``"precise"``,
+            ``"dance_precise"``, or one of your own as ``package.module:attribute``, a ``Sampler`` or the diffusion of a
+            reverse-time SDE.
         eta: noise level of the sampler, > 0.
         sde_steps: indices of the steps that may draw noise and be trained, in 0..T-2; None means the first
             ``sde_fraction`` of all steps.
@@ -192,66 +200,6 @@ class AdvantageConfig:
 
 
 @dataclass
-class ObjectiveConfig:
-    """> Parameters that control the bound on each update.
-
-    Args:
-        name: ``"dppo"``, ``"dppo_symmetric"``, ``"ratio_clip"``, ``"grpo_guard"`` or ``"unclipped"``.
-        callable: one of your own in place of ``name``, ``package.module:attribute``: a function of a row's values
-            (``flowdppo_fast.rules``), or an objective.
-        threshold: bound of the mean-reduced KL for the two DPPO objectives, None means 1e-5; or a function's number.
-        clip_low, clip_high: clip range for the two clipping objectives, None means theirs (1e-4; GRPO-Guard 2e-6); or
-            a function's.
-        kl_weight: weight of the KL to the model as it was at the start, >= 0.
-        reference_kl: ``"gaussian"``, or ``"without_dt"`` for flow_grpo's convention.
-        drift_budget: the run ends once the KL to the model at the start, in nats per denoising step, exceeds this.
-        allow_idle: accept settings with which the bound cannot act, that is one update per rollout.
-    """
-
-    __pydantic_config__ = SECTION
-
-    name: Literal["dppo", "dppo_symmetric", "ratio_clip", "grpo_guard", "unclipped"] = "dppo"
-    callable: str | None = None
-    threshold: Positive | None = None
-    clip_low: _BetweenZeroAndOne | None = None
-    clip_high: Positive | None = None
-    kl_weight: NotNegative = 0.0
-    reference_kl: Literal["gaussian", "without_dt"] = "gaussian"
-    drift_budget: Positive | None = None
-    allow_idle: StrictBool = False
-
-    @property
-    def needs_reference(self) -> bool:
-        return self.kl_weight > 0 or self.drift_budget is not None
-
-    def build(self) -> Objective:
-        """The objective of this section.
-
-        Raises:
-            ValueError, TypeError: ``callable`` names nothing, or something else.
-        """
-        if self.callable is not None:
-            return self._own(self.callable)
-        if self.name.startswith("dppo"):
-            threshold = DPPO().threshold if self.threshold is None else self.threshold
-            return DPPO(threshold, symmetric=self.name == "dppo_symmetric")
-        if self.name == "unclipped":
-            return Unclipped()
-        kind = RatioClip if self.name == "ratio_clip" else GRPOGuard
-        low, high = self.clip_low, self.clip_high
-        return kind(kind.low if low is None else low, kind.high if high is None else high)
-
-    def _own(self, name: str) -> Objective:
-        found = load_callable(name, "objective.callable")
-        if not isinstance(found, FunctionType):
-            return as_objective(found)
-        threshold, low, high = (
-            math.inf if value is None else value for value in (self.threshold, self.clip_low, self.clip_high)
-        )
-        return OwnRule(found, threshold=threshold, low=low, high=high)
-
-
-@dataclass
 class OptimizerConfig:
     """> Parameters that control the updates.
 
@@ -272,7 +220,7 @@ class OptimizerConfig:
     __pydantic_config__ = SECTION
 
     learning_rate: Positive = 3e-4
-    betas: tuple[_Beta, _Beta] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     eps: Positive = 1e-8
     weight_decay: NotNegative = 1e-4
     max_grad_norm: Positive | None = 1.0
@@ -316,7 +264,8 @@ class RunConfig:
         keep_checkpoints: older checkpoints are removed.
         device: ``"auto"`` or ``"cpu"``.
         progress: show a progress bar.
-        trackers: where metrics go besides the output folder: ``"tensorboard"``, ``"wandb"`` or others of accelerate.
+        trackers: where metrics go besides the output folder: ``"tensorboard"``, ``"wandb"``, ``"trackio"``,
+            ``"swanlab"`` or others of accelerate.
         project: name under which trackers file the run.
         plot_every: iterations between plots and pages of rollouts in the output folder; None means one plot at the
             end, 0 none. Evaluations leave their pages in any case.
@@ -413,15 +362,16 @@ class FlowDPPOConfig:
         for section in dataclasses.fields(self):
             check(getattr(self, section.name), section.name)
         self._check_sampling()
-        self._check_objective()
+        self.objective.check(self.optimizer.updates_per_rollout, self.optimizer.inner_epochs)
+        self._check_model()
 
     def _check_sampling(self) -> None:
         s, o = self.sampling, self.optimizer
         require(
-            s.sampler in _SAMPLERS or _OF_MODULE.fullmatch(s.sampler) is not None, "sampling.sampler", s.sampler,
+            s.sampler in _SAMPLERS or OF_MODULE.fullmatch(s.sampler) is not None, "sampling.sampler", s.sampler,
             f"{', '.join(map(repr, _SAMPLERS))}, or package.module:attribute",
         )  # fmt: skip
-        require(s.sampler != "cps" or s.eta <= 1, "sampling.eta", s.eta, "at most 1 for 'cps'")
+        require(s.sampler != "cps" or s.eta < 2, "sampling.eta", s.eta, "less than 2 for 'cps'")
         require(
             s.sde_fraction is None or s.sde_steps is None, "sampling.sde_fraction", s.sde_fraction,
             "none where sampling.sde_steps names the steps",
@@ -464,26 +414,7 @@ class FlowDPPOConfig:
         if self.advantage.std == "group" or s.group_size == 1:
             require(s.group_size > 1, "sampling.group_size", s.group_size, "at least 2, or all advantages are 0")
 
-    def _check_objective(self) -> None:
-        o = self.objective
-        if o.callable is not None:
-            named = _OF_MODULE.fullmatch(o.callable) is not None
-            require(named, "objective.callable", o.callable, "package.module:attribute")
-            require(o.name == "dppo", "objective.name", o.name, "none beside objective.callable")
-        elif not o.name.startswith("dppo"):
-            require(o.threshold is None, "objective.threshold", o.threshold, f"none: {o.name!r} has no KL mask")
-        if o.callable is None and o.name not in ("ratio_clip", "grpo_guard"):
-            for name in ("clip_low", "clip_high"):
-                value = getattr(o, name)
-                require(value is None, f"objective.{name}", value, f"none: {o.name!r} does not clip")
-        updates = self.optimizer.updates_per_rollout * self.optimizer.inner_epochs
-        require(
-            updates > 1 or o.name == "unclipped" or o.allow_idle,
-            "optimizer.updates_per_rollout",
-            self.optimizer.updates_per_rollout,
-            "2 or more, or optimizer.inner_epochs of 2 or more: in the only update of a rollout every ratio is 1, so "
-            f"{o.callable or o.name} bounds nothing; objective.allow_idle=true accepts that",
-        )
+    def _check_model(self) -> None:
         targets = self.model.lora_targets
         require(
             not isinstance(targets, str) or _compiles(targets), "model.lora_targets", targets, "a regular expression"

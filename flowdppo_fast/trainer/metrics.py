@@ -105,6 +105,7 @@ def read_iteration(
         "zero_std_fraction": flat.float().mean(),
         "abstained_fraction": total.isnan().float().mean(),
         "grad_norm": steps["grad_norm"].mean(),
+        "kl_last_update": steps["kl"][-1],
         "skipped_updates": steps["skipped"].sum(),
         "stopped_updates": steps["stopped"].sum(),
     }
@@ -113,11 +114,13 @@ def read_iteration(
     scalars = torch.stack([value.float() for value in values.values()])
     parts = results["parts"] if config.run.row_log else []
     numbers = workers.gather(torch.cat([part.numbers.flatten() for part in parts])) if parts else scalars[:0]
-    read = torch.cat([scalars, rollout.advantages, numbers]).tolist()
+    read = torch.cat([scalars, rollout.advantages.flatten(), numbers]).tolist()
     metrics = dict(zip(values, read))
     first = rollout.trajectories[0]
     rows = len(total) * len(first.steps) * config.optimizer.inner_epochs
     everywhere = workers.gather_objects([part.without_numbers() for part in parts])
-    advantages, numbers_read = read[len(values) :][: len(total)], read[len(values) + len(total) :]
-    lines = list(row_lines(iteration, everywhere, numbers_read, advantages))
+    width = rollout.advantages.numel() // len(total)
+    advantages, numbers_read = read[len(values) :], read[len(values) + len(total) * width :]
+    of_rows = [advantages[row * width : (row + 1) * width] for row in range(len(total))]
+    lines = list(row_lines(iteration, everywhere, numbers_read, of_rows))
     return {"iteration": iteration, **metrics, "rows": rows}, lines

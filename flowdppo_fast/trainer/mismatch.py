@@ -14,7 +14,7 @@ import torch
 from accelerate.logging import get_logger
 from torch import Tensor
 
-from ..objectives import Objective, RatioClip
+from ..objectives import DRPO, Objective, RatioClip, threshold_of
 from ..results import LossOutput
 from .weights.distributed import Workers
 
@@ -33,9 +33,12 @@ def kl_bound(objective: Objective, elements: int) -> float | None:
     A threshold is that KL. A clip range ``c`` begins to act where it is one standard deviation of the mean-reduced
     log-ratio, ``sqrt(2*D/N) = c`` (Flow-DPPO, arXiv 2606.11025, Sec. 3.2). GRPO-Guard's depends on the step.
     """
+    if isinstance(objective, DRPO):
+        # a length of step
+        return None
     if isinstance(objective, RatioClip):
         return min(objective.low, objective.high) ** 2 * elements / 2
-    threshold = getattr(objective, "threshold", math.inf)
+    threshold = threshold_of(objective, elements)
     named = getattr(objective, "trust_region", "kl") == "kl" and math.isfinite(threshold)
     return float(threshold) if named else None
 

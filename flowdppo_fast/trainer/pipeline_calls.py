@@ -13,6 +13,7 @@ import torch
 from accelerate.logging import get_logger
 from torch import Tensor
 
+from ..objectives import threshold_of
 from .ambient import autocast
 from .config import FlowDPPOConfig
 from .prompts import PromptSource, text_of
@@ -87,7 +88,7 @@ class PipelineCalls:
         self, recorder: TrajectoryRecorder, trajectory: Trajectory, rows: Sequence[int], objective: Any
     ) -> ReplayCheck:
         """The checks of a replay with the bounds of the run; that at moved weights once, of what was drawn last."""
-        strict, threshold = self.config.run.strict_replay, getattr(objective, "threshold", None)
+        strict, threshold = self.config.run.strict_replay, threshold_of(objective, trajectory.elements)
         bounds: dict[str, Any] = {"strict": strict, "threshold": threshold}
         check = self.run(functools.partial(recorder.verify, trajectory, rows, **bounds))
         if self._drawn is not None:

@@ -21,7 +21,7 @@ class Rollout:
         trajectories: recorded pipeline calls of this process.
         rows: numbers of each trajectory's rows in the rollout.
         rewards: by name, ``[R]`` each, of all processes.
-        advantages: ``[R]``.
+        advantages: ``[R]``, or ``[R, S]`` where steps have their own.
         page: images to show, with their captions; None in most iterations.
     """
 
@@ -30,6 +30,11 @@ class Rollout:
     rewards: dict[str, Tensor]
     advantages: Tensor
     page: tuple[Any, list[str]] | None = None
+
+    def advantages_of(self, places: Tensor, steps: range) -> Tensor:
+        """``[b, s]`` of the rows at ``places``, at positions ``steps`` of their trajectories."""
+        own = self.advantages[places]
+        return own[:, None].expand(-1, len(steps)) if own.ndim == 1 else own[:, steps.start : steps.stop]
 
     def locate(self, rows: range) -> Iterator[tuple[Trajectory, list[int], list[int]]]:
         """Trajectories that hold some of ``rows``, with those rows numbered in the trajectory and in the rollout."""

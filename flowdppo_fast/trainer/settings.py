@@ -12,13 +12,14 @@ import difflib
 import functools
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import yaml
-from pydantic import BeforeValidator, Field, Strict, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, Strict, TypeAdapter, ValidationError
 from pydantic_core import PydanticKnownError
 
 Section = TypeVar("Section")
@@ -35,7 +36,13 @@ NUMBER = BeforeValidator(_no_truth_value)
 Number = Annotated[float, NUMBER]
 Positive = Annotated[float, Field(gt=0), NUMBER]
 NotNegative = Annotated[float, Field(ge=0), NUMBER]
+BetweenZeroAndOne = Annotated[float, Field(gt=0, lt=1), NUMBER]
+Decay = Annotated[float, Field(ge=0, lt=1), NUMBER]
 Count = Annotated[int, Field(ge=1), Strict()]
+# what a section does not know is refused, and sections in sections are checked again
+SECTION = ConfigDict(extra="forbid", revalidate_instances="always")
+# package.module:attribute, imported when it is used
+OF_MODULE = re.compile(r"\w+(\.\w+)*:\w+(\.\w+)*")
 
 
 def read_yaml(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:

@@ -24,13 +24,14 @@ from ..rules import RowValues
 from ..runs.logs import ROWS_FILE, append_lines
 from ..runs.row_log import row_part
 from ..runs.tracking import RunLog
-from .advantages import RewardHistory, advantages_of, group_spread, weighted_reward
+from .advantages import RewardHistory, StepAdvantages, advantages_of, group_spread, per_step, weighted_reward
 from .ambient import own_state
 from .checkpoint import load_random_state, random_state
 from .config import FlowDPPOConfig
 from .evaluation import Evaluation
 from .metrics import METRICS, micro_vector, read_iteration
 from .mismatch import MismatchGate
+from .objective import adapted, over_budget
 from .pipeline_calls import PipelineCalls, check_guidance, join_rewards
 from .prompts import PromptSource
 from .record.arguments import row_index
@@ -73,6 +74,8 @@ class FlowDPPOTrainer:
             ``prompt_embeds`` without a batch dim). ``text`` and ``metadata`` in a mapping go to the reward only.
         config: settings; checked before any weight is touched.
         eval_prompts: held-out prompts for ``evaluation.every``.
+        step_advantages: a function of the advantages ``[R]``, the rewards by name and the indices of the trained steps,
+            which gives each step its own, ``[R, S]``. None: all steps of an image have its advantage.
         objective: in place of the one that ``config.objective`` names: an objective, or a function of a row's values
             (:mod:`flowdppo_fast.rules`), which is fused with the rest.
 
@@ -90,6 +93,7 @@ class FlowDPPOTrainer:
         *,
         eval_prompts: Sequence[str | Mapping[str, Any]] | None = None,
         objective: Objective | Callable[[RowValues], tuple] | None = None,
+        step_advantages: StepAdvantages | None = None,
     ):
         self.config = config = config or FlowDPPOConfig()
         config.validate()
@@ -99,12 +103,13 @@ class FlowDPPOTrainer:
                 f"eval_prompts: got {'none' if eval_prompts is None else 'some'} with evaluation.every="
                 f"{config.evaluation.every}, expected both or neither"
             )
-        self.pipeline, self.reward = pipeline, reward
+        self.pipeline, self.reward, self.step_advantages = pipeline, reward, step_advantages
         self.prompts = PromptSource(prompts, pipeline, [*s.pipeline_kwargs, "return_dict"])
         check_guidance(self.prompts, s.pipeline_kwargs)
         self.recorder = TrajectoryRecorder(pipeline, sampler=s.sampler, eta=s.eta, noise=s.noise)
         check_arrival(pipeline, self.recorder.modules, train=config.model.train, precision=config.model.mixed_precision)
-        self.objective = config.objective.build() if objective is None else as_objective(objective)
+        self._given_objective = config.objective.build() if objective is None else as_objective(objective)
+        self.objective = self._given_objective
         self.accelerator = Accelerator(cpu=config.run.device == "cpu")
         self.workers = Workers(self.accelerator)
         self.updates = plan_updates(config, self.workers)
@@ -133,7 +138,7 @@ class FlowDPPOTrainer:
             config.model,
             config.run.seed,
             self.device,
-            config.objective.needs_reference,
+            config.objective,
             self.workers,
         )
         scaled = config.model.mixed_precision == "fp16"
@@ -193,10 +198,13 @@ class FlowDPPOTrainer:
             log.start(history)
             self._doing = log.doing
             log.say(summary(self.config, self.workers, self.weights, self.device))
-            ended = self.iteration >= run.iterations or bool(history and self._over_budget(history[-1]))
+            self.objective = adapted(self._given_objective, history, self.config.objective.kl_target)
+            ended = self.iteration >= run.iterations or bool(
+                history and over_budget(history[-1], self.config.objective.drift_budget)
+            )
             while not ended:
                 metrics = self._iterate()
-                ended = self.iteration == run.iterations or self._over_budget(metrics)
+                ended = self.iteration == run.iterations or over_budget(metrics, self.config.objective.drift_budget)
                 if ended and self.evaluation is not None:
                     metrics |= self._evaluate("eval_final")
                 history.append(metrics)
@@ -236,6 +244,7 @@ class FlowDPPOTrainer:
             past=past,
         )  # fmt: skip
         self.history.add(drawn.rewards, places)
+        advantages = per_step(self.step_advantages, advantages, drawn.rewards, drawn.trajectories[0].steps)
         return Rollout(drawn.trajectories, drawn.calls, drawn.rewards, advantages, drawn.page)
 
     @own_state()
@@ -297,13 +306,13 @@ class FlowDPPOTrainer:
             width = min(o.steps_per_micro_batch or count, count)
             for start, first in itertools.product(range(0, len(local), o.micro_batch_size), range(0, count, width)):
                 part, steps = slice(start, start + o.micro_batch_size), range(first, min(first + width, count))
-                advantages = rollout.advantages[row_index(places[part], self.device)]
+                advantages = rollout.advantages_of(row_index(places[part], self.device), steps)
                 shares.append(len(advantages) * len(steps) / (len(rows) * count))
                 out = self._micro_batch(trajectory, local[part], steps, advantages, shares[-1])
                 vectors.append(micro_vector(out, self.objective, trajectory.elements, on_policy=number == 0))
                 indices = [trajectory.steps[position].index for position in steps]
                 elements.append(trajectory.elements)
-                parts.append(row_part(out, number, indices, places[part], trajectory.elements))
+                parts.append(row_part(out, number, indices, first, places[part], trajectory.elements))
                 self._metric_names = out.metric_names
         if number == 0:
             self._gate.check(vectors)
@@ -394,8 +403,9 @@ class FlowDPPOTrainer:
                     results[key] += values
         self.state.iteration += 1
         self.state.within = False
-        metrics = self._read(rollout, results)
-        metrics |= evaluated
+        metrics = self._read(rollout, results) | evaluated
+        self.objective = adapted(self.objective, [metrics], self.config.objective.kl_target)
+        self.weights.move_reference(self.iteration)
         if share is not None:
             metrics["noise_share"] = share
         ended = time.perf_counter()
@@ -434,7 +444,7 @@ class FlowDPPOTrainer:
             with torch.no_grad(), self.weights.reference():
                 reference = self.calls.run(replay)
         velocity = self.calls.run(replay)
-        out = self._loss(trajectory, rows, steps, velocity, reference, advantages[:, None].expand(-1, len(steps)))
+        out = self._loss(trajectory, rows, steps, velocity, reference, advantages)
         assert out.grad is not None
         # on a GPU looking for a gradient costs a sync
         if not (self._looks and not out.grad.any()):
@@ -461,9 +471,8 @@ class FlowDPPOTrainer:
             objective=self.objective,
             reference_velocity=reference,
             advantage_clip=self.config.advantage.clip,
-            kl_weight=self.config.objective.kl_weight,
-            reference_kl=self.config.objective.reference_kl,
             single_pass=True,
+            **self.config.objective.of_loss(step, advantages.shape, self.config.sampling.num_steps, velocity.device),
         )
 
     def _read(self, rollout: Rollout, results: dict[str, list]) -> dict[str, float]:
@@ -486,14 +495,3 @@ class FlowDPPOTrainer:
         """Whether images of this iteration go to the output folder."""
         every = self.config.run.plot_every or 0
         return every > 0 and iteration % every == 0 and self.config.sampling.output_type != "latent"
-
-    def _over_budget(self, metrics: dict[str, float]) -> bool:
-        budget = self.config.objective.drift_budget
-        if budget is None or not metrics["kl_ref_nats"] > budget:
-            return False
-        logger.warning(
-            "the KL to the model at the start is %.3g nats per step, objective.drift_budget=%.3g: the run ends",
-            metrics["kl_ref_nats"],
-            budget,
-        )
-        return True

@@ -72,7 +72,7 @@ FLOWDPPO_DEVICE void finish_objective(
     Slot& slot = all[thread];
     slot.result = evaluate_row<float>(
         stats, numbers_of(source.step, source.form, row), inputs.advantages[row],
-        inputs.row_weights != nullptr ? inputs.row_weights[row] : 1.0f,
+        inputs.weights(row, rows),
         inputs.old_log_prob != nullptr ? inputs.old_log_prob + row : nullptr, kGiven ? &log_ratio : nullptr,
         coupled ? slot.bias : guard_divergence(stats.q, numel, options), numel, options);
     FLOWDPPO_IN_ORDER;

@@ -4,17 +4,17 @@ Forward is a streaming pass and one small epilogue, backward one streaming pass.
 or adds up in an order that depends on timing; what is launched depends on shapes, dtypes and alignment alone.
 """
 
-from flowdppo_fast.kernels.gradient import launch_gradient, row_grad
-from flowdppo_fast.kernels.launch import geometry_of
-from flowdppo_fast.kernels.objective import (
+from .gradient import launch_gradient, row_grad
+from .launch import geometry_of
+from .objective import (
     launch_policy_loss,
     launch_policy_loss_and_grad,
     log_prob_loss,
     policy_loss,
     policy_loss_and_grad,
 )
-from flowdppo_fast.kernels.sampler_step import sde_step
-from flowdppo_fast.kernels.statistics import row_stats
+from .sampler_step import sde_step
+from .statistics import row_stats
 
 __all__ = [
     "geometry_of", "launch_gradient", "launch_policy_loss", "launch_policy_loss_and_grad", "log_prob_loss",

@@ -1,4 +1,4 @@
-"""The objectives' epilogue in one small program: the twin of :func:`flowdppo_fast.objectives.epilogue`.
+"""The objectives' epilogue in one small program: the twin of :func:`flowdppo_fast.epilogue.epilogue`.
 
 A single program adds up the rows' partials, then walks the rows in blocks: applies the objective and keeps running
 metrics, lane by lane, which it folds at the end. Rows are few, so one launch counts for more than its parallelism.
@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from flowdppo_fast.kernels.elementary import divide, exp_and_expm1, log
-from flowdppo_fast.kernels.rows import row_statistics, row_sums, training_step
-from flowdppo_fast.kernels.summary import Extras, RowResults, add_row, empty_totals, write_summary
-from flowdppo_fast.rules import RULES, RowValues
+from ..rules import RULES, RowValues
+from .elementary import divide, exp_and_expm1, log
+from .rows import row_statistics, row_sums, training_step
+from .summary import Extras, RowResults, add_row, empty_totals, write_summary
 
 
 class Numbers(NamedTuple):
@@ -27,6 +27,7 @@ class Numbers(NamedTuple):
     clip_high: Any
     advantage_clip: Any
     kl_weight: Any
+    strength: Any
 
 
 class Row(NamedTuple):
@@ -41,6 +42,9 @@ class Row(NamedTuple):
     neg_dt: Any
     advantage: Any
     weight: Any
+    of_threshold: Any
+    of_penalty: Any
+    of_reference: Any
 
 
 @triton.jit
@@ -54,13 +58,14 @@ def _number(value, table, index: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def _numbers(table, threshold, clip_low, clip_high, advantage_clip, kl_weight, dtype: tl.constexpr):
+def _numbers(table, threshold, clip_low, clip_high, advantage_clip, kl_weight, strength, dtype: tl.constexpr):
     return Numbers(
         _number(threshold, table, 0, dtype),
         _number(clip_low, table, 1, dtype),
         _number(clip_high, table, 2, dtype),
         _number(advantage_clip, table, 3, dtype),
         _number(kl_weight, table, 4, dtype),
+        _number(strength, table, 5, dtype),
     )
 
 
@@ -118,17 +123,27 @@ def _read_inputs(
     zero,
     COLUMNS: tl.constexpr,
     MEAN_FORM: tl.constexpr,
+    ALL_WEIGHTS: tl.constexpr,
 ):
-    """Of a block of rows what their partials have no part in: ``S, k, -dt``, advantage, weight, old log-prob."""
+    """Of a block of rows what their partials have no part in: ``S, k, -dt``, advantage, old log-prob, weights."""
     inside = at < rows
     s, k, t = training_step(step, std, scale, neg_dt, at, rows, zero.dtype, zero.shape[0], COLUMNS, MEAN_FORM)
     weight = zero + 1.0
+    of_threshold = weight
+    of_penalty = weight
+    of_reference = weight
     if row_weights is not None:
         weight = tl.load(row_weights + at, mask=inside, other=0.0)
+        if ALL_WEIGHTS:
+            line = rows.to(tl.int64)
+            of_threshold = tl.load(row_weights + line + at, mask=inside, other=1.0)
+            of_penalty = tl.load(row_weights + 2 * line + at, mask=inside, other=1.0)
+            of_reference = tl.load(row_weights + 3 * line + at, mask=inside, other=1.0)
     old = zero
     if old_log_prob is not None:
         old = tl.load(old_log_prob + at, mask=inside, other=0.0)
-    return s, k, t, tl.load(advantages + at, mask=inside, other=0.0), weight, old
+    advantage = tl.load(advantages + at, mask=inside, other=0.0)
+    return s, k, t, advantage, old, weight, of_threshold, of_penalty, of_reference
 
 
 @triton.jit
@@ -162,9 +177,9 @@ def _read_row(
     elif given_reference_drift is not None:
         apart = tl.load(given_reference_drift + at, mask=inside, other=0.0)
     square = _squares(sums, partials, given_drift, at, rows, zero)
-    std, scale, neg_dt, advantage, weight, _ = inputs
+    std, scale, neg_dt, advantage, _, weight, of_threshold, of_penalty, of_reference = inputs
     p, q, e, r = row_statistics(cross, square, moment, apart, numel, scale, MEAN_FORM)
-    return Row(p, q, e, r, std, scale, neg_dt, advantage, weight)
+    return Row(p, q, e, r, std, scale, neg_dt, advantage, weight, of_threshold, of_penalty, of_reference)
 
 
 @triton.jit
@@ -188,10 +203,11 @@ def _evaluate_row(
     SUM_REDUCE: tl.constexpr,
     UNNORMALIZED: tl.constexpr,
     REFERENCE_WITHOUT_DT: tl.constexpr,
+    ALL_WEIGHTS: tl.constexpr,
 ):
     """Results and extras of a block of rows."""
-    # TrustRegion and LOG_SQRT_2PI of objectives.py. Not of the module: Triton compares what a kernel takes from there
-    # whenever it binds arguments.
+    # TrustRegion of objectives.py, LOG_SQRT_2PI of epilogue.py. Not of the module: Triton compares what a kernel takes
+    # from there whenever it binds arguments.
     REGION_MEAN_DRIFT: tl.constexpr = 1
     REGION_VELOCITY_DRIFT: tl.constexpr = 2
     LOG_SQRT_2PI: tl.constexpr = 0.9189385332046727
@@ -245,11 +261,20 @@ def _evaluate_row(
 
     # decisions use r - 1 and the sign of the exponent: exp() rounds what differs from 1 by less than an ulp to 1
     ratio, excess = exp_and_expm1(exponent)
-    far = kl >= numbers.threshold
+    threshold = numbers.threshold
+    strength = numbers.strength
+    kl_weight = numbers.kl_weight
+    if ALL_WEIGHTS:
+        threshold *= row.of_threshold
+        strength *= row.of_penalty
+    far = kl >= threshold
     above = excess > numbers.clip_high
     below = -excess > numbers.clip_low
     limit = tl.where(advantage > 0, 1.0 + numbers.clip_high, 1.0 - numbers.clip_low)
-    values = RowValues(row.p, row.q, std, advantage, exponent, ratio, kl, far, above, below, limit, numbers.threshold)
+    values = RowValues(
+        row.p, row.q, std, advantage, exponent, ratio, kl, far, above, below, limit, threshold,
+        tl.abs(advantage), excess, numbers.clip_high, strength,
+    )  # fmt: skip
     dropped, bound, surrogate, slope_x = DECIDE(values)
     outer = row.weight * gain
     policy = outer * tl.where(dropped, bound, surrogate)
@@ -267,9 +292,11 @@ def _evaluate_row(
         reference_slope *= row.neg_dt
     reference = reference_slope * row.r
     # a weight of 0 must not turn a non-finite reference term into NaN
-    kl_weight = numbers.kl_weight
-    loss = policy + tl.where(kl_weight > 0, row.weight * kl_weight * reference, 0.0)
-    grad_r = tl.where(kl_weight > 0, row.weight * kl_weight * reference_slope, 0.0)
+    asked = kl_weight > 0
+    if ALL_WEIGHTS:
+        kl_weight *= row.of_reference
+    loss = policy + tl.where(asked, row.weight * kl_weight * reference, 0.0)
+    grad_r = tl.where(asked, row.weight * kl_weight * reference_slope, 0.0)
     results = RowResults(
         log_ratio=log_ratio, ratio=ratio, kl=kl, kept=tl.where(dropped, zero, one), loss=loss,
         grad_p=grad_p, grad_q=grad_q, grad_r=grad_r,
@@ -291,7 +318,7 @@ def epilogue_kernel(
     loss_out,  # []
     rows_out,  # [len(RowField), rows]
     summary,  # [len(SUMMARY)]
-    option_table,  # the last five numbers as float64, or None
+    option_table,  # the last six numbers as float64, or None
     std,
     scale,
     neg_dt,
@@ -300,6 +327,7 @@ def epilogue_kernel(
     clip_high,
     advantage_clip,
     kl_weight,
+    strength,
     rows,
     splits,
     numel,
@@ -313,6 +341,7 @@ def epilogue_kernel(
     REFERENCE_WITHOUT_DT: tl.constexpr,
     COLUMNS: tl.constexpr,
     MEAN_FORM: tl.constexpr,
+    ALL_WEIGHTS: tl.constexpr,  # row_weights has four lines
     REFERENCE: tl.constexpr,  # of the partials
     FIELDS: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
@@ -325,14 +354,14 @@ def epilogue_kernel(
 ):
     dtype: tl.constexpr = advantages.dtype.element_ty
     LINE_GRAD_Q: tl.constexpr = 6
-    numbers = _numbers(option_table, threshold, clip_low, clip_high, advantage_clip, kl_weight, dtype)
+    numbers = _numbers(option_table, threshold, clip_low, clip_high, advantage_clip, kl_weight, strength, dtype)
     zero = tl.full((ROW_BLOCK,), 0.0, dtype)
     one = zero + 1.0
     line = rows.to(tl.int64)
     # sent for before the partials are there; for more than a block of rows it would take registers
     first = _read_inputs(
         advantages, row_weights, old_log_prob, step, std, scale, neg_dt, tl.arange(0, ROW_BLOCK), rows, zero,
-        COLUMNS, MEAN_FORM,
+        COLUMNS, MEAN_FORM, ALL_WEIGHTS,
     )  # fmt: skip
     if OVERLAPS:
         tl.extra.cuda.gdc_wait()
@@ -362,11 +391,12 @@ def epilogue_kernel(
             inputs = first
         else:
             inputs = _read_inputs(
-                advantages, row_weights, old_log_prob, step, std, scale, neg_dt, at, rows, zero, COLUMNS, MEAN_FORM
-            )
+                advantages, row_weights, old_log_prob, step, std, scale, neg_dt, at, rows, zero,
+                COLUMNS, MEAN_FORM, ALL_WEIGHTS,
+            )  # fmt: skip
         old = None
         if old_log_prob is not None:
-            old = inputs[5]
+            old = inputs[4]
         log_ratio = None
         if partials is None:
             log_ratio = tl.load(log_prob + at, mask=inside, other=0.0) - old
@@ -376,7 +406,7 @@ def epilogue_kernel(
         )  # fmt: skip
         results, extras = _evaluate_row(
             row, log_ratio, old, bias, numel, numbers,
-            DECIDE, PENALTY, NORMALIZED, TRUST_REGION, SUM_REDUCE, UNNORMALIZED, REFERENCE_WITHOUT_DT,
+            DECIDE, PENALTY, NORMALIZED, TRUST_REGION, SUM_REDUCE, UNNORMALIZED, REFERENCE_WITHOUT_DT, ALL_WEIGHTS,
         )  # fmt: skip
         for i in tl.static_range(len(results)):
             tl.store(rows_out + i * line + at, results[i], mask=inside)

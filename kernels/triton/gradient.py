@@ -7,9 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flowdppo_fast.kernels.elementary import divide
-from flowdppo_fast.kernels.launch import (
+from ..rows import RowSource, takes_rows
+from .elementary import divide
+from .launch import (
     BLOCK,
+    MATCHING,
     MEAN,
     NUM_WARPS,
     Geometry,
@@ -19,9 +21,8 @@ from flowdppo_fast.kernels.launch import (
     step_arguments,
     vector_width,
 )
-from flowdppo_fast.kernels.philox import normals, row_stream
-from flowdppo_fast.kernels.rows import row_offset
-from flowdppo_fast.rows import RowSource, takes_rows
+from .philox import normals, row_stream
+from .rows import row_offset
 
 
 @triton.jit(do_not_specialize=["splits", "upstream_stride", "seed", "first_stream"])
@@ -53,6 +54,7 @@ def gradient_kernel(
     first_stream: tl.int64,
     COLUMNS: tl.constexpr,
     MEAN_FORM: tl.constexpr,
+    MATCHING: tl.constexpr,  # `reference` is the sample without noise
     LINE: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -110,8 +112,10 @@ def gradient_kernel(
                 z = z.to(dtype)
                 if MEAN_FORM:
                     z = z - y
+            if MATCHING:
+                z = (z - w.to(dtype)) - y
             result = times_z * z + times_d * (x - y)
-            if reference is not None:
+            if reference is not None and not MATCHING:
                 result += times_w * (x - w.to(dtype))
             tl.store(grad + at, result.to(grad.dtype.element_ty), mask=inside)
     else:
@@ -151,7 +155,10 @@ def launch_gradient(
         ints = (geometry.numel, splits, upstream_stride, strides.rows1, *strides.outer, *strides.inner)
         kind = geometry.prepared[of] = Kind(
             geometry.rows * splits, NUM_WARPS, ints,
-            (columns, source.form == MEAN, lines.shape[0] - 3, vector_width(grad), blocks, BLOCK),
+            (
+                columns, source.form == MEAN, source.form == MATCHING, lines.shape[0] - 3, vector_width(grad),
+                blocks, BLOCK,
+            ),
         )  # fmt: skip
     _launch_gradient(
         kind, (*source[:5], step, lines, upstream, grad), (scale, factor), (source.seed, source.first_stream)

@@ -15,7 +15,7 @@ from torch import Tensor
 from triton import knobs
 from triton.compiler import CompiledKernel
 
-from flowdppo_fast.rows import Form, RowSource
+from ..rows import Form, RowSource
 
 # 8 elements per thread and block: one 16-byte load per bf16 tensor, two per float32 tensor. Larger shares per thread
 # raise registers (four accumulators each) faster than they raise the bytes in flight per SM.
@@ -29,7 +29,7 @@ _MAX_BLOCKS = 8
 # partials that a warp of the small kernels loads at a time: 16 per thread
 _WARP_TILE = 512
 _MAX_SPLIT_BLOCK = 128
-MEAN = int(Form.MEAN)
+MEAN, MATCHING = int(Form.MEAN), int(Form.MATCHING)
 
 
 class Cut(NamedTuple):

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowdppo_fast.kernels.epilogue import epilogue_kernel, rule_constants
-from flowdppo_fast.kernels.gradient import launch_gradient
-from flowdppo_fast.kernels.launch import (
+from ..objectives import SUMMARY, RowField
+from ..rows import RowSource, takes_rows
+from .epilogue import epilogue_kernel, rule_constants
+from .gradient import launch_gradient
+from .launch import (
     MEAN,
     Geometry,
     Kind,
@@ -19,12 +21,10 @@ from flowdppo_fast.kernels.launch import (
     geometry_of,
     step_arguments,
 )
-from flowdppo_fast.kernels.statistics import launch_partials
-from flowdppo_fast.objectives import SUMMARY, RowField
-from flowdppo_fast.rows import RowSource, takes_rows
+from .statistics import launch_partials, sums_apart
 
 _ROW_FIELDS, _SUMMARIES = len(RowField), len(SUMMARY)
-_NO_NUMBERS = (None,) * 5
+_NO_NUMBERS = (None,) * 6
 
 # unfused, so that decisions see the reference's roundings
 _launch_kernel = Launcher(epilogue_kernel, fp_fusion=False, waits=True)
@@ -44,7 +44,7 @@ def launch_policy_loss(
         return _nothing(advantages)
     partials = launch_partials(source, geometry, old_log_prob is not None, advantages)
     return _launch_epilogue(
-        geometry, source.form == MEAN, source.reference is not None, (advantages, partials, None, None, None),
+        geometry, source.form == MEAN, sums_apart(source), (advantages, partials, None, None, None),
         source.step, source.step_values, row_weights, old_log_prob, ints, floats,
     )  # fmt: skip
 
@@ -123,7 +123,8 @@ def _launch_epilogue(
         # like step_arguments(): python floats reach kernels as float32
         numbers, options = _NO_NUMBERS, advantages.new_tensor(floats)
     columns = 0 if step is None else step.shape[1]
-    of = ("epilogue", mean_form, reference, old_log_prob is not None, columns, options is None, *ints)
+    all_weights = row_weights is not None and row_weights.dim() == 2
+    of = ("epilogue", mean_form, reference, old_log_prob is not None, columns, options is None, all_weights, *ints)
     kind = geometry.prepared.get(of)
     if kind is None:
         rows, splits = geometry.rows, geometry.cut.splits
@@ -131,7 +132,7 @@ def _launch_epilogue(
         kind = geometry.prepared[of] = Kind(
             1, num_warps, (rows, splits, geometry.numel),
             (
-                *rule_constants(ints[0]), *ints[1:], columns, mean_form, reference,
+                *rule_constants(ints[0]), *ints[1:], columns, mean_form, all_weights, reference,
                 2 + (old_log_prob is not None) + reference, row_block, row_blocks,
                 tiles.row_block, tiles.row_blocks, tiles.split_block, tiles.split_blocks,
             ),

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import libdevice
 
-from flowdppo_fast.kernels.elementary import minus_two_log_of_bits
+from .elementary import minus_two_log_of_bits
 
 
 @triton.jit

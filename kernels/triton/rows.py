@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flowdppo_fast.kernels.elementary import divide
+from .elementary import divide
 
 
 @triton.jit

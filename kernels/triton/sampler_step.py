@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flowdppo_fast.kernels.elementary import divide, log
-from flowdppo_fast.kernels.launch import (
+from ..rows import stats_dtype
+from .elementary import divide, log
+from .launch import (
     BLOCK,
     NUM_WARPS,
     Launcher,
@@ -19,9 +20,8 @@ from flowdppo_fast.kernels.launch import (
     step_arguments,
     vector_width,
 )
-from flowdppo_fast.kernels.philox import normals, row_stream
-from flowdppo_fast.kernels.rows import row_offset, row_sums
-from flowdppo_fast.rows import stats_dtype
+from .philox import normals, row_stream
+from .rows import row_offset, row_sums
 
 
 @triton.jit(do_not_specialize=["splits", "seed", "first_stream"])

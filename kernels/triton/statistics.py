@@ -12,8 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flowdppo_fast.kernels.launch import (
+from ..rows import RowSource, stats_dtype, takes_rows
+from .launch import (
     BLOCK,
+    MATCHING,
     MEAN,
     NUM_WARPS,
     Geometry,
@@ -24,9 +26,8 @@ from flowdppo_fast.kernels.launch import (
     partial_tiles,
     step_arguments,
 )
-from flowdppo_fast.kernels.philox import normals, row_stream
-from flowdppo_fast.kernels.rows import row_offset, row_statistics, row_sums, training_step
-from flowdppo_fast.rows import RowSource, stats_dtype, takes_rows
+from .philox import normals, row_stream
+from .rows import row_offset, row_statistics, row_sums, training_step
 
 
 @triton.jit(do_not_specialize=["splits", "seed", "first_stream"])
@@ -51,6 +52,7 @@ def partials_kernel(
     seed: tl.int64,
     first_stream: tl.int64,
     MEAN_FORM: tl.constexpr,
+    MATCHING: tl.constexpr,  # `reference` is the sample without noise
     SECOND_MOMENT: tl.constexpr,
     BLOCKS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -100,11 +102,13 @@ def partials_kernel(
             z = z.to(dtype)
             if MEAN_FORM:
                 z = z - y
+        if MATCHING:
+            z = (z - w.to(dtype)) - y
         cross += d * z
         square += d * d
         if SECOND_MOMENT:
             moment += z * z
-        if reference is not None:
+        if reference is not None and not MATCHING:
             w = x - w.to(dtype)
             apart += w * w
 
@@ -116,7 +120,7 @@ def partials_kernel(
     if SECOND_MOMENT:
         tl.store(out, tl.sum(moment, axis=0))
         out += total
-    if reference is not None:
+    if reference is not None and not MATCHING:
         tl.store(out, tl.sum(apart, axis=0))
 
 
@@ -177,12 +181,18 @@ def launch_partials(source: RowSource, geometry: Geometry, second_moment: bool, 
     return partials
 
 
+def sums_apart(source: RowSource) -> bool:
+    """Whether there are sums of ``w*w``."""
+    return source.reference is not None and source.form != MATCHING
+
+
 def _prepared(source: RowSource, geometry: Geometry, second_moment: bool) -> tuple[Kind, int]:
     """The launch, and how many numbers its results take."""
     rows, (blocks, splits), strides = geometry.rows, geometry.cut, geometry.strides
     ints = (geometry.numel, splits, strides.rows1, *strides.outer, *strides.inner)
-    kind = Kind(rows * splits, NUM_WARPS, ints, (source.form == MEAN, second_moment, blocks, BLOCK), overlaps=True)
-    return kind, (2 + second_moment + (source.reference is not None)) * rows * (splits + 1)
+    constants = (source.form == MEAN, source.form == MATCHING, second_moment, blocks, BLOCK)
+    kind = Kind(rows * splits, NUM_WARPS, ints, constants, overlaps=True)
+    return kind, (2 + second_moment + sums_apart(source)) * rows * (splits + 1)
 
 
 @takes_rows
@@ -199,7 +209,7 @@ def row_stats(source: RowSource, second_moment: bool) -> Tensor:
     kind = kind_of(
         tiles.row_blocks, 1, (rows, splits, geometry.numel),
         (
-            0 if step is None else step.shape[1], source.form == MEAN, second_moment, source.reference is not None,
+            0 if step is None else step.shape[1], source.form == MEAN, second_moment, sums_apart(source),
             tiles.row_block, tiles.split_block, tiles.split_blocks,
         ),
         True,

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from flowdppo_fast.kernels.elementary import divide
-from flowdppo_fast.objectives import SUMMARY, RowField
+from ..objectives import SUMMARY, RowField
+from .elementary import divide
 
 # results by name, in the order in which they are stored
 RowResults = namedtuple("RowResults", [field.name.lower() for field in RowField])

@@ -14,10 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import flowdppo_fast as fast
 
 PUBLIC = {
-    "BACKENDS", "DPPO", "FlowDPPOLoss", "GRPOGuard", "LossMetrics", "LossOutput", "PhiloxNoise", "RatioClip",
-    "RowResults", "SAMPLERS", "SDEStep", "ScheduleLevels", "Unclipped", "build_info", "fused_dppo_loss",
-    "fused_dppo_velocity_loss", "fused_policy_loss", "fused_policy_velocity_loss", "resolve_backend", "row_statistics",
-    "sde_schedule", "sde_step", "sde_step_with_logprob",
+    "BACKENDS", "DPPO", "DRPO", "FlowDPPOLoss", "GRPOGuard", "KLPenalty", "LogHinge", "LossMetrics", "LossOutput",
+    "PhiloxNoise", "RatioClip", "RowResults", "SAMPLERS", "SDEStep", "ScheduleLevels", "Unclipped", "build_info",
+    "fused_dppo_loss", "fused_dppo_velocity_loss", "fused_policy_loss", "fused_policy_velocity_loss", "matching_loss",
+    "matching_statistics", "resolve_backend", "row_statistics", "sde_schedule", "sde_step", "sde_step_with_logprob",
 }  # fmt: skip
 COMMON = {
     "policy_loss", "ratio_mean", "ratio_std", "ratio_min", "ratio_max", "approx_kl", "kl_new_old_mean",
@@ -25,7 +25,11 @@ COMMON = {
 }  # fmt: skip
 MASK = {"kl_mask_fraction", "pos_rm_fraction", "neg_rm_fraction"}
 CLIP = {"clipfrac", "clipfrac_gt_one", "clipfrac_lt_one"}
-OWN = {"dppo": MASK, "dppo_symmetric": MASK, "ratio_clip": CLIP, "grpo_guard": CLIP, "unclipped": set()}
+OWN = {
+    "dppo": MASK, "dppo_symmetric": MASK, "ratio_clip": CLIP, "grpo_guard": CLIP, "unclipped": set(),
+    "dppo_clipped": MASK | CLIP, "dppo_pulled": MASK, "kl_penalty": set(), "drpo": {"kl_mask_fraction"},
+    "drpo_ratio": {"kl_mask_fraction"}, "log_hinge": set(),
+}  # fmt: skip
 
 
 def velocity_loss(backend, problem, objective, dtype=torch.float32, **options):

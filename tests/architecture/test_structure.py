@@ -13,18 +13,18 @@ PACKAGE = "flowdppo_fast"
 # bottom to top: a module imports from its own layer and those below it
 LAYERS = {
     "mathematics": (
-        "rules", "objectives", "layout", "rows", "noise", "samplers", "schedule", "step_arguments", "results",
-        "evidence",
+        "rules", "objectives", "epilogue", "layout", "rows", "noise", "samplers", "schedule", "step_arguments",
+        "results", "evidence",
     ),
     "reference": ("reference",),
     "backends": ("ops", "kernels", "backend"),
     "autograd": ("autograd",),
-    "public losses": ("loss_call", "losses", "loss_module", "sampling"),
+    "public losses": ("loss_call", "losses", "loss_module", "matching", "sampling"),
     "front door": ("",),
     "users of the losses": ("integrations", "runs"),
     "settings": (
-        "trainer.ambient", "trainer.callables", "trainer.config", "trainer.prompts", "trainer.seeds",
-        "trainer.settings",
+        "trainer.ambient", "trainer.callables", "trainer.config", "trainer.objective", "trainer.prompts",
+        "trainer.seeds", "trainer.settings",
     ),
     "wings of the trainer": ("trainer.record", "trainer.weights", "trainer.rewards"),
     "its loop": (

@@ -187,6 +187,7 @@ def run_gpu_tests(folder, *arguments, of=None, tests=GPU_TESTS):
     return json.loads(report.read_text())
 
 
+@pytest.mark.slow
 def test_what_gpu_tests_leave_behind(tmp_path):
     """By folder and by parameter, one backend after the other, and over several workers."""
     triton = {"passed": 2, "failed": 1, "error": 0, "skipped": 0}

@@ -83,9 +83,10 @@ _EPILOGUE_FLAGS = {
     "TRUST_REGION": 0,
     "COLUMNS": 0,
     "MEAN_FORM": False,
+    "ALL_WEIGHTS": False,
     "REFERENCE": False,
 }
-_NUMBERS = ("threshold", "clip_low", "clip_high", "advantage_clip", "kl_weight")
+_NUMBERS = ("threshold", "clip_low", "clip_high", "advantage_clip", "kl_weight", "strength")
 # compiled against the contract, to prove that its checks find fault
 UNALIGNED = "partials bf16 unaligned"
 WIDE_NUMBERS = "epilogue dppo with float64 numbers"
@@ -113,19 +114,22 @@ def specialisations() -> list[Specialisation]:
         specs.append(Specialisation(name, kernel, types, constants, num_warps, fp_fusion, aligned))
 
     def partials(
-        name, new, noise, reference=None, *, mean=False, moment=False, blocks=_BLOCKS, aligned=True, strided=False
-    ):
+        name, new, noise, reference=None, *, mean=False, moment=False, blocks=_BLOCKS, aligned=True, strided=False,
+        matching=False,
+    ):  # fmt: skip
         types = _latents(new=new, old=new, noise=noise, reference=reference) | _STREAM | {"partials": "*fp32"}
         if strided:
             types |= dict.fromkeys(("rows1", "new_outer", "old_outer", "noise_outer"), "i32")
-        constants = stream | {"BLOCKS": blocks, "MEAN_FORM": mean, "SECOND_MOMENT": moment, "OVERLAPS": True}
+        constants = stream | {
+            "BLOCKS": blocks, "MEAN_FORM": mean, "MATCHING": matching, "SECOND_MOMENT": moment, "OVERLAPS": True,
+        }  # fmt: skip
         add(f"partials {name}", "statistics.partials_kernel", types, constants, aligned=aligned)
 
-    def gradient(name, new, noise, reference=None, *, mean=False):
+    def gradient(name, new, noise, reference=None, *, mean=False, matching=False):
         types = _latents(new=new, old=new, noise=noise, reference=reference) | _STREAM
         types |= {"coefficients": "*fp32", "upstream": "*fp32", "upstream_stride": "i32", "grad": f"*{new}"}
         types |= {"scale": "fp32", "factor": "fp32"}
-        constants = stream | {"COLUMNS": 0, "MEAN_FORM": mean, "LINE": 5, "VECTOR": _VECTOR[new]}
+        constants = stream | {"COLUMNS": 0, "MEAN_FORM": mean, "MATCHING": matching, "LINE": 5, "VECTOR": _VECTOR[new]}
         add(f"gradient {name}", "gradient.gradient_kernel", types, constants)
 
     def step(name, dtype, noise, out, mean=None, partials=None, given=False):
@@ -162,6 +166,7 @@ def specialisations() -> list[Specialisation]:
     partials("bf16 seeded + moment", "bf16", None, moment=True)
     partials("bf16, fp32 noise", "bf16", "fp32")
     partials("bf16 + reference + moment", "bf16", "bf16", "bf16", moment=True)
+    partials("bf16 matching + moment", "bf16", "bf16", "bf16", moment=True, matching=True)
     partials("fp32 means", "fp32", "bf16", mean=True)
     partials("fp32", "fp32", "fp32")
     partials("fp32 seeded", "fp32", None)
@@ -172,6 +177,7 @@ def specialisations() -> list[Specialisation]:
     gradient("bf16 seeded", "bf16", None)
     gradient("bf16, fp32 noise", "bf16", "fp32")
     gradient("bf16 + reference", "bf16", "bf16", "bf16")
+    gradient("bf16 matching", "bf16", "bf16", "bf16", matching=True)
     gradient("fp32 means", "fp32", "bf16", mean=True)
     gradient("fp32", "fp32", "fp32")
     step("bf16 seeded", "bf16", None, "bf16")
@@ -183,6 +189,8 @@ def specialisations() -> list[Specialisation]:
     epilogue("dppo + reference 16 x 117", 0, 16, 117, REFERENCE=True)
     epilogue("clip, old log-prob 24 x 32", 2, 24, 32, ("old_log_prob", "row_weights"))
     epilogue("guard, batch bias 4096 x 1", 3, 4096, 1, BATCH_BIAS=1)
+    epilogue("pulled dppo, all weights 24 x 32", 6, 24, 32, ("row_weights",), ALL_WEIGHTS=True)
+    epilogue("drpo on the ratio 8 x 32", 9, 8, 32)
     epilogue("given log-probs 16 rows", 0, 16, 1, ("old_log_prob",), sums=("log_prob", "given_drift"), MEAN_FORM=True)
     epilogue(WIDE_NUMBERS.removeprefix("epilogue "), 0, 8, 32, numbers="fp64")
     tiles = partial_tiles(8, 32, 1)

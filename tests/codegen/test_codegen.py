@@ -56,6 +56,7 @@ def resident_bytes(report: dict) -> int:
     return threads * report["in_flight"]
 
 
+@pytest.mark.slow
 def test_every_kernel_is_covered(reports):
     kernels = {report["kernel"].split(".")[1] for report in intact(reports)}
     assert kernels == {

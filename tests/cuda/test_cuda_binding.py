@@ -23,6 +23,14 @@ def calls(cuda, rows=2, dtypes=(F32,) * 4):
     ]
 
 
+def test_the_forward_process_is_refused(cuda):
+    arguments = (*source((1, 2, 64))[:9], 2)
+    with pytest.raises(RuntimeError, match="the cuda backend has no kernel for it; use backend='triton'"):
+        cuda.row_stats(*arguments, True)
+    with pytest.raises(RuntimeError, match="the cuda backend has no kernel for it"):
+        cuda.policy_loss(*arguments, *epilogue(DPPO(), 2))
+
+
 def test_torch_is_asked_for_results_alone(cuda):
     """Nothing of torch's allocator outlives a call: pools of graphs and of ``use_mem_pool`` must be left empty."""
     cuda.stream(0x1000, 100)

@@ -20,7 +20,9 @@ FEW = [case for case in FORM_OBJECTIVE_OPTIONS if case[2] in ("plain", "everythi
 )
 def test_every_objective_with_every_option(api, form, objective, option):
     options = dict(OPTIONS[option])
-    problem = make_problem((6,), ALIGNED, drift=options.pop("drift", 1.0))
+    # the square of a ratio leaves float32 where the ratio does not
+    near = 0.3 if objective == "drpo_ratio" and options.get("latent_reduction") == "sum" else 1.0
+    problem = make_problem((6,), ALIGNED, drift=near * options.pop("drift", 1.0))
     check_backend(bounded_call(problem, form, objective, dtypes=F32, **options), "cuda")
     # one forward, one backward
     assert api.launches == 2

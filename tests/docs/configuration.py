@@ -28,7 +28,7 @@ RECIPE = {"pipeline": PipelineConfig, "pipeline.quantization": QuantizationConfi
 # settings that contradict each other, each with the value that is named
 CONFLICTS: tuple[dict[str, Any], ...] = (
     {"sampling": {"sampler": "ode"}},
-    {"sampling": {"sampler": "cps", "eta": 1.5}},
+    {"sampling": {"sampler": "cps", "eta": 2.5}},
     {"sampling": {"sde_fraction": 0.5, "sde_steps": [0]}},
     {"sampling": {"step_choice": "window"}},
     {"sampling": {"per_group_steps": True}},
@@ -42,7 +42,11 @@ CONFLICTS: tuple[dict[str, Any], ...] = (
     {"model": {"lora_targets": "attn.(to_q"}},
     {"model": {"train": "full", "lora_rank": 8}},
     {"objective": {"name": "ratio_clip", "threshold": 1e-5}},
-    {"objective": {"clip_low": 1e-4}},
+    {"objective": {"name": "kl_penalty"}},
+    {"objective": {"clip_high": 1e-4}},
+    {"objective": {"clip_low": 1e-4, "penalty": 0.5}},
+    {"objective": {"threshold": 1e-5, "threshold_nats": 1.0}},
+    {"objective": {"reference_every": 10}},
     {"objective": {"callable": "my.module"}},
     {"objective": {"callable": "my.module:rule", "name": "unclipped"}},
 )

@@ -16,10 +16,23 @@ import yaml
 
 pytest.importorskip("diffusers")
 
-from flowdppo_fast import DPPO, SAMPLERS, GRPOGuard, RatioClip, Unclipped, cli, ops, sde_schedule
+from flowdppo_fast import (
+    DPPO,
+    DRPO,
+    SAMPLERS,
+    GRPOGuard,
+    KLPenalty,
+    LogHinge,
+    RatioClip,
+    Unclipped,
+    cli,
+    ops,
+    sde_schedule,
+)
 from flowdppo_fast.objectives import SUMMARY
 from flowdppo_fast.runs import diagnose
 from flowdppo_fast.trainer.config import FlowDPPOConfig
+from flowdppo_fast.trainer.objective import ObjectiveConfig
 from flowdppo_fast.trainer.recipe import Recipe
 from flowdppo_fast.trainer.rewards import HTTPReward, registry, serve
 from flowdppo_fast.trainer.rewards.http import _RETRIED
@@ -46,13 +59,13 @@ def test_the_settings_page_is_what_the_settings_say():
     assert configuration.generated() in configuration.PAGE.read_text(), "python -m tests.docs.configuration writes it"
 
 
-@pytest.mark.parametrize("kind", [FlowDPPOConfig, Recipe], ids=lambda kind: kind.__name__)
-def test_the_settings_page_has_every_check(kind):
+@pytest.mark.parametrize(("kind", "checks"), [(FlowDPPOConfig, 12), (ObjectiveConfig, 8), (Recipe, 12)])
+def test_the_settings_page_has_every_check(kind, checks):
     """Each ``require`` is provoked by one of the page's examples: a new check needs an example."""
     said = configuration.PAGE.read_text()
     calls = [node for node in ast.walk(ast.parse(inspect.getsource(kind))) if isinstance(node, ast.Call)]
     expected = [node.args[3] for node in calls if getattr(node.func, "id", "") == "require"]
-    assert len(expected) > 10
+    assert len(expected) >= checks
     for words in expected:
         pattern = "".join(
             re.escape(part.value) if isinstance(part, ast.Constant) else ".*?"
@@ -120,7 +133,7 @@ def _value(cell: str, known: dict) -> float:
     formula = formula.replace("{", "(").replace("}", ")")
     words = re.findall(r"\\?[a-z]+(?:_\w)?|\d+|\S", formula.replace("dt", " dt "))
     python = [{"^": "**"}.get(word, word.removeprefix("\\")) for word in words]
-    functions = {"sqrt": math.sqrt, "sin": math.sin}
+    functions = {"sqrt": math.sqrt, "sin": math.sin, "exp": math.exp}
     for place in range(len(python) - 1, 0, -1):
         before, after = python[place - 1 : place + 1]
         # factors stand side by side
@@ -131,7 +144,7 @@ def _value(cell: str, known: dict) -> float:
 
 def test_the_objective_table_names_every_objective():
     text = page("concepts/objectives.md").text
-    for kind in (DPPO, RatioClip, GRPOGuard, Unclipped):
+    for kind in (DPPO, RatioClip, GRPOGuard, KLPenalty, DRPO, LogHinge, Unclipped):
         assert f"| `{kind.__name__}(" in text
     regions = set(re.findall(r'^\| `"(\w+)"` \|', text, re.MULTILINE))
     assert regions == {"kl", "mean_drift", "velocity_drift"}

@@ -29,6 +29,7 @@ def test_the_committed_notebook_is_valid_and_has_no_outputs(notebook):
     assert max(len(cell.source.splitlines()) for cell in code) <= 10
 
 
+@pytest.mark.slow
 def test_the_notebook_shows_its_figures_and_what_was_learned(notebook, tmp_path, monkeypatch, learning):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     # of this interpreter, whatever kernels are installed

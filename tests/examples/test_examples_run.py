@@ -72,6 +72,7 @@ def test_finetune_takes_released_weights_from_a_folder(tmp_path, capsys):
         finetune.main(["--model", str(tmp_path / "nowhere"), "--output", str(tmp_path / "other")])
 
 
+@pytest.mark.slow
 def test_finetune_on_two_processes_does_what_one_does(tmp_path):
     """Started by the command that its docstring gives."""
     finetune = importlib.import_module("finetune")

@@ -81,8 +81,8 @@ def draw_problem(choose: Chooser, *, row_dims: int = 3, limit: float = 0.0, samp
         eta, shift, steps = choose.uniform(0.05, 0.9), choose.uniform(0.5, 8.0), choose.randint(2, 50)
     ramp = [1.0 - i / steps for i in range(steps + 1)]
     sigmas = tuple(shift * t / (1.0 + (shift - 1.0) * t) for t in ramp)
-    # the last step of cps has no density
-    last = steps - (2 if sampler == "cps" else 1)
+    # their last step has no density
+    last = steps - (2 if sampler in ("cps", "precise", "dance_precise") else 1)
     held = choose.choice(("one for all", "one for all", "per last dim", "per row", "per first dim"))
     column = (rows[0],) + (1,) * (len(rows) - 1)
     shape = {"one for all": (), "per last dim": rows[-1:], "per row": rows, "per first dim": column}[held]
@@ -199,7 +199,7 @@ def draw_call(choose: Chooser, device: str, *, float64: bool) -> Drawn:
         options["log_prob"] = "unnormalized"
     if choose.choice((False, False, True)):
         options["advantage_clip"] = choose.uniform(0.1, 3.0)
-    kind = choose.choice(("mean", "mean", "sum", "none"))
+    kind = choose.choice(("mean", "mean", "kept", "sum", "none"))
     couples = objective == "grpo_guard_batch"
     options["reduction"] = "mean" if couples and kind == "none" else kind
     if options["reduction"] != "none" and choose.choice((False, True)):

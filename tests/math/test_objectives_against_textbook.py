@@ -25,7 +25,7 @@ def assert_same(actual: Outcome, expected: Outcome, scale: float) -> None:
     [
         (*case, reduction)
         for case in FORM_OBJECTIVE_OPTIONS
-        for reduction in ("mean", "sum", "none")
+        for reduction in ("mean", "kept", "sum", "none")
         # a batch-wide bias has no per-row gradient; the refusal is among the wrong calls
         if not (case[1] == "grpo_guard_batch" and reduction == "none")
     ],
@@ -33,7 +33,7 @@ def assert_same(actual: Outcome, expected: Outcome, scale: float) -> None:
 def test_every_objective_with_every_option(form, objective, option, reduction):
     options = dict(OPTIONS[option])
     problem = make_problem(drift=options.pop("drift", 1.0))
-    call = bounded_call(problem, form, objective, reduction=reduction, **options)
+    call = bounded_call(problem, form, objective, **options | {"reduction": reduction})
     expected = textbook(call)
     # log-probs of order 10 (times N when summed) are subtracted on the textbook's side
     assert_same(library(call, "reference"), expected, 105.0 if options.get("latent_reduction") == "sum" else 4.0)
@@ -77,6 +77,17 @@ def test_every_sampler(sampler, index, objective):
 def test_every_latent_rank(form, rows, latent):
     problem = make_problem(rows, latent)
     call = bounded_call(problem, form, "dppo", with_reference=True, kl_weight=0.1)
+    assert_same(library(call, "reference"), textbook(call), 4.0)
+
+
+@pytest.mark.parametrize(
+    ("form", "kind"), [("velocity", "velocity_mse"), ("velocity", "mean_mse"), ("means", "mean_mse")]
+)
+@pytest.mark.parametrize("index", [3, [1, 2, 3, 4, 5, 6, 7, 8]], ids=["one step", "step per row"])
+@pytest.mark.parametrize("per_row", [False, True])
+def test_a_reference_penalty_without_a_scale(form, kind, index, per_row):
+    given = {"with_row_bounds": True} if per_row else {"kl_weight": 0.3}
+    call = bounded_call(make_problem(index=index), form, "dppo", with_reference=True, reference_kl=kind, **given)
     assert_same(library(call, "reference"), textbook(call), 4.0)
 
 

@@ -32,7 +32,7 @@ def test_update_is_the_papers(sampler, index):
     assert step.std == pytest.approx(float(std[0]), rel=1e-12, abs=1e-15)
     assert step.dt == pytest.approx(SIGMAS[index + 1] - SIGMAS[index], rel=1e-12)
     assert (step.sampler, step.sigma, step.sigma_next) == (sampler, SIGMAS[index], SIGMAS[index + 1])
-    assert (step.std == 0.0) == (sampler == "ode" or (sampler == "cps" and index == 9))
+    assert (step.std == 0.0) == (sampler == "ode" or (sampler in ("cps", "precise", "dance_precise") and index == 9))
     if step.std > 0.0:
         assert step.kl_scale == pytest.approx(step.velocity_coef / step.std, rel=1e-15)
 
@@ -51,18 +51,19 @@ def test_no_noise_level_is_the_ode(sampler):
     assert step.std == 0.0
 
 
-@pytest.mark.parametrize("eta", [0.1, 0.7, 1.0])
-def test_cps_keeps_the_marginals(eta):
+@pytest.mark.parametrize("sampler", ["cps", "precise", "dance_precise"])
+@pytest.mark.parametrize("eta", [0.1, 0.7, 1.0, 1.5])
+def test_cps_and_precise_keep_the_marginals(sampler, eta):
     """From ``x = (1-sigma)*x0 + sigma*e``, ``v = e - x0``: the next state is ``(1-sigma')*x0 + sigma'*e'``."""
     sigma, sigma_next = 0.8, 0.55
-    step = fast.SDEStep.from_sigmas("cps", sigma, sigma_next, eta=eta)
+    step = fast.SDEStep.from_sigmas(sampler, sigma, sigma_next, eta=eta)
     of_data = step.sample_coef * (1.0 - sigma) - step.velocity_coef
     of_noise = step.sample_coef * sigma + step.velocity_coef
     assert of_data == pytest.approx(1.0 - sigma_next, rel=1e-12)
     assert of_noise**2 + step.std**2 == pytest.approx(sigma_next**2, rel=1e-12)
 
 
-@pytest.mark.parametrize("sampler", ["flow_sde", "dance", "wan"])
+@pytest.mark.parametrize("sampler", ["flow_sde", "dance", "wan", "flash"])
 def test_sde_keeps_the_marginals_to_first_order(sampler):
     """Halving a short step has to quarter what is missing from the variance of the marginal."""
     sigma, defect = 0.8, []
@@ -71,6 +72,53 @@ def test_sde_keeps_the_marginals_to_first_order(sampler):
         of_noise = step.sample_coef * sigma + step.velocity_coef
         defect.append(abs(of_noise**2 + step.std**2 - (sigma + dt) ** 2))
     assert defect[0] / defect[1] == pytest.approx(4.0, rel=0.1)
+
+
+def test_precise_draws_the_same_noise_in_one_step_as_in_two():
+    """Composed steps are the step between their ends: what no other sampler here has."""
+    for sampler in ("precise", "dance_precise"):
+        levels = (0.8, 0.6, 0.3)
+        whole, first, second = (
+            fast.SDEStep.from_sigmas(sampler, levels[i], levels[j], eta=0.9) for i, j in ((0, 2), (0, 1), (1, 2))
+        )
+
+        def kept(step):
+            return math.sqrt(1.0 - (step.std / step.sigma_next) ** 2)
+
+        assert kept(whole) == pytest.approx(kept(first) * kept(second), rel=1e-12)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
+def test_ddim_is_the_papers(eta):
+    """arXiv 2010.02502, Eq. 12 and 16, on predicted data and noise; at ``eta=1`` the posterior of DDPM."""
+    x, noise = torch.randn(2, 3, 5, dtype=F64)
+    alpha, alpha_next = 0.3, 0.45
+    step = fast.SDEStep.from_alphas(alpha, alpha_next, eta=eta)
+    data = (x - math.sqrt(1.0 - alpha) * noise) / math.sqrt(alpha)
+    sigma = eta * math.sqrt((1.0 - alpha_next) / (1.0 - alpha)) * math.sqrt(1.0 - alpha / alpha_next)
+    mean = math.sqrt(alpha_next) * data + math.sqrt(1.0 - alpha_next - sigma**2) * noise
+    torch.testing.assert_close(step.sample_coef * x + step.velocity_coef * noise, mean, rtol=1e-12, atol=1e-13)
+    assert step.std == pytest.approx(sigma, rel=1e-12)
+    if eta == 1.0:
+        beta = 1.0 - alpha / alpha_next
+        posterior = math.sqrt(alpha_next) * beta / (1.0 - alpha) * data
+        posterior += math.sqrt(1.0 - beta) * (1.0 - alpha_next) / (1.0 - alpha) * x
+        torch.testing.assert_close(mean, posterior)
+        assert step.std**2 == pytest.approx(beta * (1.0 - alpha_next) / (1.0 - alpha))
+        assert torch.isfinite(torch.tensor(step.row_values())).all()
+
+
+@pytest.mark.parametrize(
+    ("alphas", "eta", "message"),
+    [
+        ((0.5, 0.4), 1.0, "alpha, alpha_next: got 0.5 -> 0.4"),
+        ((0.0, 0.5), 1.0, "alpha"),
+        ((0.3, 0.5), 1.1, "eta: got 1.1"),
+    ],
+)
+def test_products_that_are_no_step_are_refused(alphas, eta, message):
+    with pytest.raises(ValueError, match=message):
+        fast.SDEStep.from_alphas(*alphas, eta=eta)
 
 
 @pytest.mark.parametrize("kind", [float, torch.tensor, lambda x: torch.tensor(x, dtype=F64)])

@@ -426,7 +426,7 @@ def test_step_tables_and_streams():
         ({5: torch.zeros(6, 1)}, "step: got shape"),
         ({5: torch.zeros(6, 3, dtype=F64)}, "step: got dtype Double, expected Float"),
         ({6: [1.0]}, "step_values: got 1 numbers"),
-        ({9: 2}, "form: got 2"),
+        ({9: 3}, "form: got 3"),
     ],
 )
 def test_wrong_arguments_are_named(change, message):

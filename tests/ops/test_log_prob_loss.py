@@ -117,7 +117,7 @@ WRONG = {
     "stride": ({"drift": torch.zeros(8)[::2]}, "drift: got shape.*not contiguous"),
     "table": ({"step": torch.ones(4, 2)}, "step: got shape"),
     "values": ({"step_values": [1.0]}, "step_values: got 1 numbers"),
-    "rule": ({"ints": [9, 0, 0, 0, 0, 0]}, "ints: got objective rule 9"),
+    "rule": ({"ints": [99, 0, 0, 0, 0, 0]}, "ints: got objective rule 99"),
 }
 
 

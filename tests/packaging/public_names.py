@@ -193,13 +193,13 @@ def type_text(hint: Any) -> str:
 
 def metrics() -> Names:
     """Metrics of a loss call by objective, and the keys of the files that a run writes."""
-    from flowdppo_fast import DPPO, GRPOGuard, RatioClip, Unclipped
+    from flowdppo_fast import DPPO, DRPO, GRPOGuard, KLPenalty, LogHinge, RatioClip, Unclipped
     from flowdppo_fast.objectives import SUMMARY
     from flowdppo_fast.runs.row_log import _FIELDS
     from flowdppo_fast.trainer.metrics import _DROPPED, METRICS
 
     found: Names = {f"metric {name}": "of a loss" for name in SUMMARY}
-    for kind in (DPPO, RatioClip, GRPOGuard, Unclipped):
+    for kind in (DPPO, RatioClip, GRPOGuard, KLPenalty, DRPO, LogHinge, Unclipped):
         found |= {f"metric {name} of {kind.__name__}": "of a loss" for name in kind.metrics}
     for file, writers in _WRITERS.items():
         found |= {f"{file}: {key}": "key" for writer in writers for key in keys_set_in(*writer)}

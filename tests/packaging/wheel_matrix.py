@@ -13,55 +13,18 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from wheels import build, call
 
 ROOT = Path(__file__).resolve().parents[2]
 MATRIX = ("3.10=2.10.0", "3.13=2.15.0", "3.12=2.13.0", "3.11=2.11.0", "3.11=2.13.0")
 RESULTS = Path("bench/results/packaging")
 # the tools of a smoke test, and no compiler
 TOOLS = ("env", "sh", "uname", "ls", "cat", "ldconfig", "rm", "mkdir")
-# torch's own libraries stay torch's
-EXCLUDED = ("libtorch*.so", "libc10*.so", "libcudart.so*")
-
-
-def call(*command: object, **options) -> str:
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, **options)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    return done.stdout
-
-
-def wheel_from(sdist: Path, folder: Path, **switches: str) -> Path:
-    """The wheel that an sdist gives with some backends switched on or off."""
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", folder, sdist]
-    call(*command, env={**os.environ, **switches})
-    (wheel,) = folder.glob("*.whl")
-    return wheel
-
-
-def build(folder: Path) -> tuple[Path, Path, dict]:
-    """The wheel, the pure-Python wheel and what they are, from the committed tree alone."""
-    checkout = folder / "checkout"
-    checkout.mkdir()
-    archive = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, capture_output=True, check=True).stdout
-    subprocess.run(["tar", "-x", "-C", checkout], input=archive, check=True)
-    backend = "import sys, setuptools.build_meta as b; print(b.build_sdist(sys.argv[1]))"
-    off = {"FLOWDPPO_BUILD_CPU": "0", "FLOWDPPO_BUILD_CUDA": "0"}
-    name = call(sys.executable, "-c", backend, folder, cwd=checkout, env={**os.environ, **off}).splitlines()[-1]
-    sdist = folder / name
-    # the wheels are built from the sdist: what that lacks shows
-    pure = wheel_from(sdist, folder / "pure", **off)
-    wheel = wheel_from(sdist, folder / "built", **off | {"FLOWDPPO_BUILD_CPU": "1"})
-    info = {"sdist": name, "sdist bytes": sdist.stat().st_size, "pure wheel": pure.name, "wheel as built": wheel.name}
-    repaired = folder / "repaired"
-    call("auditwheel", "repair", *[f"--exclude={library}" for library in EXCLUDED], "-w", repaired, wheel)
-    (wheel,) = repaired.glob("*.whl")
-    return wheel, pure, info | {"wheel": wheel.name, "wheel bytes": wheel.stat().st_size}
 
 
 def tools(folder: Path) -> Path:
@@ -134,7 +97,8 @@ def main() -> int:
     command = " ".join(["python", "tests/packaging/wheel_matrix.py", *sys.argv[1:]])
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        wheel, pure, info = build(folder)
+        wheels, info = build(folder)
+        wheel, pure = wheels["x86_64"], wheels["pure"]
         print(json.dumps(info), flush=True)
         result = {"command": command, "sha": sha, "date": date, **info, "asked for": options.only, "tried": []}
         for pair in options.only:

@@ -20,6 +20,7 @@ KERNELS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_compiled_kernels_on_the_emulator(tmp_path):
     tally = tmp_path / "tally.json"

@@ -158,10 +158,10 @@ void one_case() {
   source.step.columns = 3;
   source.form = means ? Form::kMean : Form::kVelocity;
 
-  std::vector<T> advantages(rows), weights(rows), old_log_prob(rows), coefficients(3 * rows), upstream(rows);
+  std::vector<T> advantages(rows), weights(4 * rows), old_log_prob(rows), coefficients(3 * rows), upstream(rows);
   for (int64_t row = 0; row < rows; ++row) {
     advantages[row] = T(normal());
-    weights[row] = T(0.5 + 0.1 * draw(0, 9));
+    for (int64_t line = 0; line < 4; ++line) weights[line * rows + row] = T(0.5 + 0.1 * draw(0, 9));
     old_log_prob[row] = T(-1.0 + 0.1 * normal());
     upstream[row] = T(normal());
     const bool dropped = draw(0, 2) == 0;
@@ -170,9 +170,10 @@ void one_case() {
   ObjectiveInputs<T> inputs;
   inputs.advantages = advantages.data();
   if (draw(0, 1) != 0) inputs.row_weights = weights.data();
+  inputs.all_weights = inputs.row_weights != nullptr && draw(0, 1) != 0;
   if (draw(0, 3) == 0) inputs.old_log_prob = old_log_prob.data();
   EpilogueOptions options{};
-  options.rule = static_cast<Rule>(draw(0, 4));
+  options.rule = static_cast<Rule>(draw(0, kRules - 1));
   options.trust_region = static_cast<TrustRegion>(draw(0, means ? 1 : 2));
   options.sum_reduce = draw(0, 4) == 0;
   options.batch_bias = draw(0, 1) != 0;
@@ -180,6 +181,7 @@ void one_case() {
   options.clip_low = options.clip_high = 0.1;
   options.advantage_clip = 5.0;
   options.kl_weight = with_reference ? 0.1 : 0.0;
+  options.strength = 0.1 * draw(0, 20);
 
   const int64_t element = size_of(current.latents.dtype);
   std::vector<std::vector<T>> stats_by_threads, rows_by_threads, summary_by_threads;

@@ -83,6 +83,7 @@ def run(path: Path, *arguments: str, isa: str | None = None) -> subprocess.Compl
     return subprocess.run([path, *arguments], capture_output=True, text=True, env=environment, timeout=300)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sanitizer", "isa"), [(name, isa) for name, sets in SETS.items() for isa in sets])
 def test_random_cases_are_clean(driver, sanitizer, isa):
     if not usable(isa):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,13 +28,28 @@ class Case:
     def velocity_only(self) -> bool:
         return self.region == "velocity_drift"
 
-    def bounded(self, bound: float) -> tuple[Any, oracle.Rule]:
-        """The library's objective and the textbook's rule for a threshold or clip range of ``bound``."""
+    def bounded(self, bound: float, clip: float = 0.5) -> tuple[Any, oracle.Rule]:
+        """The library's objective and the textbook's rule for a threshold or clip range of ``bound``; ``clip`` is that
+        of a mask with a clip."""
         if self.rule in ("dppo", "dppo_symmetric"):
             objective = fast.DPPO(bound, self.rule == "dppo_symmetric", self.region)
             return objective, oracle.Rule(self.rule, threshold=bound, region=self.region)
         if self.rule == "unclipped":
             return fast.Unclipped(), oracle.Rule("unclipped")
+        if self.rule == "dppo_clipped":
+            objective = fast.DPPO(bound, low=clip, high=clip)
+            return objective, oracle.Rule(self.rule, threshold=bound, low=clip, high=clip)
+        if self.rule == "dppo_pulled":
+            objective = fast.DPPO(bound, trust_region=self.region, pull=0.6)
+            return objective, oracle.Rule(self.rule, threshold=bound, region=self.region, strength=0.6)
+        if self.rule == "kl_penalty":
+            objective = fast.KLPenalty(1.0 / bound, self.region)
+            return objective, oracle.Rule(self.rule, strength=1.0 / bound, region=self.region)
+        if self.rule in ("drpo", "drpo_ratio"):
+            objective = fast.DRPO(bound, "kl" if self.rule == "drpo" else "ratio", self.region)
+            return objective, oracle.Rule(self.rule, threshold=bound, region=self.region)
+        if self.rule == "log_hinge":
+            return fast.LogHinge(bound), oracle.Rule(self.rule, margin=bound)
         low, high = bound, self.skew * bound
         if self.rule == "ratio_clip":
             return fast.RatioClip(low, high), oracle.Rule("ratio_clip", low=low, high=high)
@@ -50,10 +66,18 @@ OBJECTIVES = {
     "grpo_guard": Case("grpo_guard"),
     "grpo_guard_batch": Case("grpo_guard", bias="batch"),
     "unclipped": Case("unclipped"),
+    "dppo_clipped": Case("dppo_clipped"),
+    "dppo_pulled": Case("dppo_pulled", region="mean_drift"),
+    "kl_penalty": Case("kl_penalty"),
+    "drpo": Case("drpo", region="velocity_drift"),
+    "drpo_ratio": Case("drpo_ratio"),
+    "log_hinge": Case("log_hinge"),
 }
 
 # no row is dropped whatever the bound
-NEVER_DROP = {"unclipped"}
+NEVER_DROP = {"unclipped", "kl_penalty", "drpo", "drpo_ratio"}
+# rows far from the old policy have a gradient without an advantage, or where they are dropped
+PULLED_WITHOUT_ADVANTAGE, PULLED_WHERE_DROPPED = {"kl_penalty"}, {"dppo_pulled"}
 
 # metrics that are exact in any arithmetic: fractions of rows and a count
 COUNTED = (
@@ -66,6 +90,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "reference_kl": {"with_reference": True, "kl_weight": 0.3},
     "reference_kl_without_dt": {"with_reference": True, "kl_weight": 0.3, "reference_kl": "without_dt"},
+    "reference_mean_mse": {"with_reference": True, "kl_weight": 0.3, "reference_kl": "mean_mse", "reduction": "kept"},
     "reference_metric_only": {"with_reference": True},
     "sum_over_latents": {"latent_reduction": "sum", "drift": 0.1},
     "unnormalized": {"log_prob": "unnormalized"},
@@ -74,6 +99,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "old_log_prob_sum": {"with_old_log_prob": True, "latent_reduction": "sum", "drift": 0.1},
     "advantage_clip": {"advantage_clip": 0.8},
     "row_weights": {"with_weights": True},
+    "bounds_per_row": {"with_weights": True, "with_reference": True, "with_row_bounds": True},
     "everything": {
         "with_reference": True, "kl_weight": 0.2, "with_weights": True, "with_old_log_prob": True,
         "advantage_clip": 1.0, "latent_reduction": "sum", "drift": 0.1,
@@ -106,13 +132,22 @@ def bounded_call(problem: Problem, form: str, objective: str | Case, *, factor: 
     case = OBJECTIVES[objective] if isinstance(objective, str) else objective
     call = make_call(problem, form, *case.bounded(0.5), **options)
     # what the rows reach does not depend on the bound
-    reached = textbook(call)
-    if case.rule in ("ratio_clip", "grpo_guard"):
-        bound = min(factor * middle_gap(reached.rows["ratio"] - 1.0), 0.9)
-    else:
-        bound = factor * middle_gap(reached.rows["kl"])
-    call.objective, call.rule = case.bounded(bound)
+    reached = textbook(call).rows
+    weights = call.options.get("threshold_weights")
+    weights = 1.0 if weights is None else weights.cpu()
+    call.objective, call.rule = case.bounded(*bounds_for(case, reached, weights, factor))
     return call
+
+
+def bounds_for(
+    case: Case, reached: Mapping[str, Tensor], weights: Tensor | float, factor: float
+) -> tuple[float, float]:
+    """The bound and the clip range for :meth:`Case.bounded`, each in the middle of what rows reach."""
+    clip = min(factor * middle_gap(reached["ratio"] - 1.0), 0.9)
+    if case.rule in ("ratio_clip", "grpo_guard"):
+        return clip, clip
+    line = reached["log_ratio"] if case.rule == "log_hinge" else reached["kl"] / weights
+    return factor * middle_gap(line), clip
 
 
 FORMS = ("velocity", "means")

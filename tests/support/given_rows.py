@@ -15,7 +15,7 @@ from torch import Tensor
 from flowdppo_fast import reference
 from flowdppo_fast.objectives import SUMMARY, EpilogueOptions, RowField, Rule
 
-from .cases import COUNTED, OBJECTIVES, middle_gap
+from .cases import COUNTED, OBJECTIVES, bounds_for
 from .tolerance import check_within, largest_finite
 
 Operator = Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -32,7 +32,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 CASES = [
     (objective, option, (0, 3, 1)[number % (2 if "guard" in objective or "dt" in option else 3)])
     for number, (objective, option) in enumerate(itertools.product(OBJECTIVES, OPTIONS))
-    if option != "without_drift" or objective in ("ratio_clip", "ratio_clip_asymmetric", "unclipped")
+    if option != "without_drift"
+    or objective in ("ratio_clip", "ratio_clip_asymmetric", "unclipped", "drpo_ratio", "log_hinge")
 ]
 
 
@@ -101,8 +102,8 @@ def draw(
     log_prob, old, to_old, to_reference, step, advantages, weights = (x if x is None else x.to(dtype) for x in tensors)
     values = [] if columns else [0.35, 1.0 / 0.35, 0.08]
 
-    def bounded(bound: float) -> GivenRows:
-        packed = EpilogueOptions.make(OBJECTIVES[objective].bounded(bound)[0], **options)
+    def bounded(*bounds: float) -> GivenRows:
+        packed = EpilogueOptions.make(OBJECTIVES[objective].bounded(*bounds)[0], numel=1, **options)
         return GivenRows(
             log_prob, old, to_old, to_reference, step, values, advantages, weights, packed.ints, packed.floats
         )
@@ -111,21 +112,25 @@ def draw(
     if rows == 0:
         return call
     reached = reference.log_prob_loss(*call.exact().args())[1]
-    clips = call.ints[0] in (Rule.RATIO_CLIP, Rule.GRPO_GUARD)
-    bound = middle_gap(reached[RowField.RATIO] - 1.0 if clips else reached[RowField.KL])
-    return bounded(min(bound, 0.9))
+    rows_reached = {field.name.lower(): reached[field] for field in RowField}
+    return bounded(*bounds_for(OBJECTIVES[objective], rows_reached, 1.0, 1.0))
 
 
 def is_decidable(call: GivenRows) -> bool:
     """Whether no row is so close to its bound that honest roundings may decide."""
     rows = reference.log_prob_loss(*call.exact().args())[1]
-    clips = call.ints[0] in (Rule.RATIO_CLIP, Rule.GRPO_GUARD)
-    reached = (rows[RowField.RATIO] - 1.0).abs() if clips else rows[RowField.KL]
-    bounds = [bound for bound in call.floats[:3] if math.isfinite(bound)]
     eps = torch.finfo(call.log_prob.dtype).eps
     # a log-ratio is as exact as the log-probs that it is the difference of
-    size = call.log_prob.abs().max().double() if clips else reached
-    return all(bool(((reached - bound).abs() > 16 * eps * (size + bound)).all()) for bound in bounds)
+    size = call.log_prob.abs().max().double()
+    moved = (rows[RowField.RATIO] - 1.0).abs()
+    reached = [(rows[RowField.KL], rows[RowField.KL]), (moved, size), (moved, size)]
+    if call.ints[0] == Rule.LOG_HINGE:
+        reached[2] = (rows[RowField.LOG_RATIO].abs(), size)
+    return all(
+        bool(((value - bound).abs() > 16 * eps * (size + bound)).all())
+        for (value, size), bound in zip(reached, call.floats)
+        if math.isfinite(bound)
+    )
 
 
 def check(operator: Operator, call: GivenRows) -> tuple[Tensor, Tensor, Tensor]:

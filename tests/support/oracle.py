@@ -32,13 +32,22 @@ def sampler_step(
         pure_noise = x + (1.0 - s) * v
         angle = eta * math.pi / 2.0
         return (1.0 - s_next) * data + s_next * math.cos(angle) * pure_noise, sigma_next * math.sin(angle)
+    if sampler in ("precise", "dance_precise"):
+        # as Flow-CPS, with what is kept of the predicted noise as the paper has it: exp(-eta^2/2) to the distance in
+        # log(data/noise), or in DanceGRPO's 1/noise
+        pure_noise = x + (1.0 - s) * v
+        here, there = ((1.0 - sigma) / sigma, (1.0 - sigma_next) / sigma_next)
+        distance = torch.log(there) - torch.log(here) if sampler == "precise" else 1.0 / sigma_next - 1.0 / sigma
+        kept = torch.exp(-(eta**2) / 2.0 * distance)
+        mean = (1.0 - s_next) * data + lift(sigma_next * kept, x) * pure_noise
+        return mean, sigma_next * torch.sqrt(1.0 - kept**2)
     if sampler == "flow_sde":
         guarded = torch.where(sigma == 1.0, torch.full_like(sigma, sigmas[1]), sigma)
         diffusion = eta * torch.sqrt(sigma / (1.0 - guarded))
     elif sampler == "dance":
         diffusion = torch.full_like(sigma, eta)
-    elif sampler == "wan":
-        diffusion = sigmas[-1] + (sigmas[1] - sigmas[-1]) * sigma
+    elif sampler in ("wan", "flash"):
+        diffusion = (1.0 if sampler == "wan" else eta) * (sigmas[-1] + (sigmas[1] - sigmas[-1]) * sigma)
     else:
         raise ValueError(sampler)
     # reverse-time SDE: dx = (v - g^2/2 * score) dt + g dW, with the score of N((1-sigma) * data, sigma^2)
@@ -63,6 +72,9 @@ class Rule:
     low: float = math.inf
     high: float = math.inf
     bias: str = "row"
+    # of a penalty or a pull back, and of a hinge
+    strength: float = 0.0
+    margin: float = math.inf
 
 
 @dataclass
@@ -90,15 +102,16 @@ def policy_loss(
     dt: Tensor,
     advantages: Tensor,
     *,
-    velocities: tuple[Tensor, Tensor] | None = None,
+    velocities: tuple[Tensor, Tensor, Tensor | None] | None = None,
     reference_mean: Tensor | None = None,
-    kl_weight: float = 0.0,
+    kl_weight: Tensor | float = 0.0,
     reference_kl: str = "gaussian",
     latent_reduction: str = "mean",
     log_prob: str = "gaussian",
     old_log_prob: Tensor | None = None,
     advantage_clip: float | None = None,
     row_weights: Tensor | None = None,
+    threshold_weights: Tensor | float = 1.0,
 ) -> Answer:
     """Row losses of a policy-gradient objective on step means ``[rows, *latent]``; ``std``, ``dt`` are ``[rows]``."""
     latent_dims = tuple(range(advantages.ndim, mean.ndim))
@@ -135,28 +148,44 @@ def policy_loss(
     else:
         ratio = torch.exp(log_ratio)
     above, below = ratio - 1.0 > rule.high, 1.0 - ratio > rule.low
-    far = divergence >= rule.threshold
+    threshold = rule.threshold * threshold_weights
+    far = divergence >= threshold
+    moving_away = ((adv > 0) & (ratio > 1.0)) | ((adv < 0) & (ratio < 1.0))
     if rule.name in ("ratio_clip", "grpo_guard"):
         dropped = ((adv > 0) & above) | ((adv < 0) & below)
         policy = torch.maximum(-adv * ratio, -adv * ratio.clamp(1.0 - rule.low, 1.0 + rule.high))
         if rule.name == "grpo_guard":
             policy = policy / -dt
+    elif rule.name == "log_hinge":
+        policy = torch.clamp_min(adv.abs() * rule.margin - adv * log_ratio, 0.0)
+        dropped = (policy == 0.0) & (adv != 0.0)
     else:
-        moving_away = ((adv > 0) & (ratio > 1.0)) | ((adv < 0) & (ratio < 1.0))
+        clipped = ((adv > 0) & above) | ((adv < 0) & below)
         dropped = {
             "dppo": far & moving_away,
             "dppo_symmetric": far,
-            "unclipped": torch.zeros_like(far),
-        }[rule.name]
-        policy = torch.where(dropped, torch.zeros_like(ratio), -adv * ratio)
+            "dppo_clipped": (far & moving_away) | clipped,
+            "dppo_pulled": far & moving_away,
+        }.get(rule.name, torch.zeros_like(far))
+        penalty = {
+            "dppo_pulled": rule.strength * adv.abs() * torch.clamp_min(divergence / threshold - 1.0, 0.0),
+            "kl_penalty": rule.strength * divergence / threshold_weights,
+            "drpo": adv.abs() * divergence / threshold,
+            "drpo_ratio": adv.abs() * (ratio - 1.0) ** 2 / (2.0 * threshold),
+        }.get(rule.name, torch.zeros_like(ratio))
+        policy = torch.where(dropped, torch.zeros_like(ratio), -adv * ratio) + penalty
     weights = torch.ones_like(std) if row_weights is None else row_weights
     policy = weights * policy
     row_loss = policy
     kl_ref = torch.zeros_like(std)
     if reference_mean is not None:
-        variance = s**2 if reference_kl == "gaussian" else s**2 / lift(-dt, mean)
-        kl_ref = over_latents((mean - reference_mean) ** 2 / (2.0 * variance))
-        row_loss = policy + kl_weight * weights * kl_ref
+        variance = s**2 / lift(-dt, mean) if reference_kl == "without_dt" else s**2
+        kl_ref = penalty_ref = over_latents((mean - reference_mean) ** 2 / (2.0 * variance))
+        if reference_kl == "mean_mse":
+            penalty_ref = over_latents((mean - reference_mean) ** 2)
+        elif reference_kl == "velocity_mse":
+            penalty_ref = over_latents((velocities[0] - velocities[2]) ** 2)
+        row_loss = policy + kl_weight * weights * penalty_ref
 
     def fraction(flags: Tensor) -> Tensor:
         return flags.to(std.dtype).mean()

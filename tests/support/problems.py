@@ -22,7 +22,7 @@ ETA = 0.7
 STOCHASTIC = [name for name in fast.SAMPLERS if name != "ode"]
 VELOCITY_NAMES = ("velocity", "old_velocity", "noise", "reference_velocity")
 MEAN_NAMES = ("prev_sample_mean", "old_prev_sample_mean", "prev_sample", "reference_prev_sample_mean")
-ROW_TENSORS = ("row_weights", "old_log_prob")
+ROW_TENSORS = ("row_weights", "old_log_prob", "threshold_weights", "kl_weight")
 
 
 @dataclass
@@ -189,6 +189,7 @@ def make_call(
     with_reference: bool = False,
     with_old_log_prob: bool = False,
     with_weights: bool = False,
+    with_row_bounds: bool = False,
     std_shape: str = "rows",
     noise: fast.PhiloxNoise | None = None,
     device: str = "cpu",
@@ -232,10 +233,14 @@ def make_call(
         call.std, call.dt = _as_held(std, std_shape, row_dtype), _as_held(sigma_next - sigma, std_shape, row_dtype)
     if with_weights:
         options["row_weights"] = problem.row_weights.to(row_dtype)
+    if with_row_bounds:
+        # numbers of rows that are no powers of each other, a weight of either sign
+        options["threshold_weights"] = (2.0 - problem.row_weights).to(row_dtype)
+        options["kl_weight"] = (0.4 * (problem.row_weights - 0.8)).to(row_dtype)
     if with_old_log_prob:
         options["old_log_prob"] = _rollout_log_prob(call).to(row_dtype)
     for name in ROW_TENSORS:
-        if name in options:
+        if isinstance(options.get(name), Tensor):
             options[name] = options[name].to(device)
     call.std, call.dt = (x.to(device) if isinstance(x, Tensor) else x for x in (call.std, call.dt))
     return call
@@ -302,16 +307,21 @@ def textbook(call: Call, dtype: torch.dtype = torch.float64) -> Outcome:
     reduction = options.pop("reduction", "mean")
     options.pop("single_pass", None)
     for name in ROW_TENSORS:
-        if name in options:
+        if isinstance(options.get(name), Tensor):
             options[name] = options[name].detach().cpu().to(dtype)
     velocities = None
     if call.form == "velocity":
-        velocities = (first, call.tensors["old_velocity"].detach().cpu().to(dtype))
+        third = call.tensors["reference_velocity"]
+        third = None if third is None else third.detach().cpu().to(dtype)
+        velocities = (first, call.tensors["old_velocity"].detach().cpu().to(dtype), third)
     answer = oracle.policy_loss(
         call.rule, mean, old_mean, next_state, std, dt, call.advantages.detach().cpu().to(dtype),
         velocities=velocities, reference_mean=reference_mean, **options,
     )  # fmt: skip
-    loss = {"mean": answer.row_loss.mean(), "sum": answer.row_loss.sum(), "none": answer.row_loss}[reduction]
+    loss = {
+        "mean": answer.row_loss.mean(), "sum": answer.row_loss.sum(), "none": answer.row_loss,
+        "kept": answer.row_loss.sum() / answer.kept.sum().clamp_min(1),
+    }[reduction]  # fmt: skip
     (grad,) = torch.autograd.grad((loss * upstream_of(loss, call.upstream)).sum(), first)
     rows = {name: getattr(answer, name) for name in ("log_ratio", "ratio", "kl", "kept")}
     rows["loss"] = answer.row_loss.detach()

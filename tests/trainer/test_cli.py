@@ -93,6 +93,7 @@ def test_help_of_commands(capsys, command):
     assert f"usage: flowdppo {command}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_from_a_config_to_exported_weights(tmp_path, capsys):
     folder = tmp_path / "run"
     # what a user types, in a process of its own

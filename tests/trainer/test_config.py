@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from flowdppo_fast import DPPO, SAMPLERS, GRPOGuard, RatioClip, Unclipped
+from flowdppo_fast import DPPO, DRPO, SAMPLERS, GRPOGuard, KLPenalty, LogHinge, RatioClip, Unclipped
 from flowdppo_fast.trainer import FlowDPPOConfig
 from flowdppo_fast.trainer.config import ModelConfig, ObjectiveConfig, SamplingConfig
 from flowdppo_fast.trainer.recipe import Recipe
@@ -59,6 +59,12 @@ def test_yaml_and_overrides(tmp_path):
         (ObjectiveConfig("ratio_clip", clip_high=2e-4), RatioClip(1e-4, 2e-4)),
         (ObjectiveConfig("grpo_guard"), GRPOGuard(2e-6, 2e-6)),
         (ObjectiveConfig("unclipped"), Unclipped()),
+        (ObjectiveConfig(clip_low=1e-4), DPPO(1e-5, low=1e-4)),
+        (ObjectiveConfig(penalty=0.5, threshold_nats=3.0), DPPO(1e-5, threshold_nats=3.0, pull=0.5)),
+        (ObjectiveConfig("kl_penalty", penalty=2.0), KLPenalty(2.0)),
+        (ObjectiveConfig("drpo"), DRPO(0.2)),
+        (ObjectiveConfig("drpo_ratio", threshold=0.1), DRPO(0.1, "ratio")),
+        (ObjectiveConfig("log_hinge", clip_high=1e-3), LogHinge(1e-3)),
     ],
 )
 def test_objectives_by_name(section, expected):
@@ -105,7 +111,7 @@ REFUSED = [
     ({"advantage": {"history": 0}}, ValueError, "advantage.history: got 0"),
     ({"sampling": {"sampler": "ode"}}, ValueError, "sampling.sampler: got 'ode'"),
     ({"sampling": {"eta": 0}}, ValueError, "sampling.eta: got 0, expected a number > 0"),
-    ({"sampling": {"sampler": "cps", "eta": 1.2}}, ValueError, "at most 1 for 'cps'"),
+    ({"sampling": {"sampler": "cps", "eta": 2.2}}, ValueError, "less than 2 for 'cps'"),
     ({"sampling": {"sde_steps": [9]}}, ValueError, "step 9 is the last one of 10"),
     ({"sampling": {"sde_steps": [0, 0]}}, ValueError, "different step indices"),
     ({"sampling": {"sde_steps": []}}, ValueError, "sampling.sde_steps"),
@@ -115,8 +121,14 @@ REFUSED = [
     ({"sampling": {"batch_size": 12}}, ValueError, "a multiple or a divisor of sampling.group_size=8"),
     ({"sampling": {"pipeline_kwargs": {"latents": None}}}, ValueError, "pipeline_kwargs: got \\['latents'\\]"),
     ({"objective": {"name": "ppo"}}, ValueError, "objective.name: got 'ppo'"),
-    ({"objective": {"name": "ratio_clip", "threshold": 1e-5}}, ValueError, "'ratio_clip' has no KL mask"),
-    ({"objective": {"name": "dppo", "clip_low": 1e-4}}, ValueError, "'dppo' does not clip"),
+    ({"objective": {"name": "ratio_clip", "threshold": 1e-5}}, ValueError, "'ratio_clip' takes clip_low, clip_high"),
+    ({"objective": {"name": "unclipped", "clip_low": 1e-4}}, ValueError, "'unclipped' takes no number"),
+    ({"objective": {"name": "kl_penalty"}}, ValueError, "objective.penalty: got None, expected a number > 0"),
+    ({"objective": {"clip_high": 1e-4}}, ValueError, "objective.clip_low: got None"),
+    ({"objective": {"clip_low": 1e-4, "penalty": 1.0}}, ValueError, "objective.penalty: got 1.0, expected none beside"),
+    ({"objective": {"threshold": 1e-5, "threshold_nats": 1.0}}, ValueError, "objective.threshold_nats: got 1.0"),
+    ({"objective": {"kl_target": 1e-5}}, ValueError, "objective.kl_target: got 1e-05, expected none: 'dppo' takes"),
+    ({"objective": {"reference_every": 2}}, ValueError, "objective.reference_every: got 2, expected none without"),
     ({"objective": {"threshold": 0.0}}, ValueError, "objective.threshold: got 0.0"),
     (
         {"objective": {"name": "ratio_clip", "clip_low": 1.5}},

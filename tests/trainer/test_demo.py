@@ -18,6 +18,7 @@ def demo():
     return importlib.import_module("demo")
 
 
+@pytest.mark.slow
 def test_demo_raises_the_reward_with_moved_ratios_and_a_mask_that_fires(demo, tmp_path, capsys, learning):
     folder = tmp_path / "demo"
     result = demo.main(["--output", str(folder), *SHORT])

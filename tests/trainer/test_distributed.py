@@ -404,6 +404,7 @@ def test_example_configs_are_what_accelerate_reads(monkeypatch, path):
         assert processes.SHARDINGS[path.stem].items() <= env.items()
 
 
+@pytest.mark.slow
 def test_accelerate_launches_a_sharded_run(alone, tmp_path):
     done = launch("fsdp2", tmp_path / "run")
     assert done.returncode == 0, done.stderr

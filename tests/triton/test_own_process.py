@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.slow
 def test_kernels_in_the_interpreter():
     env = {**os.environ, "TRITON_INTERPRET": "1"}
     # a worker of pytest-xdist must not take this run for another worker

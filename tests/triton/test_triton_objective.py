@@ -15,19 +15,21 @@ from support.cases import COUNTED, NEVER_DROP, middle_gap
 from support.tolerance import check_within, largest_finite
 
 from flowdppo_fast import reference
+from flowdppo_fast.epilogue import LOG_SQRT_2PI, epilogue
 from flowdppo_fast.kernels import launch, policy_loss, policy_loss_and_grad, row_grad, row_stats
 from flowdppo_fast.objectives import (
     DPPO,
-    LOG_SQRT_2PI,
+    DRPO,
     SUMMARY,
     EpilogueOptions,
     GRPOGuard,
+    KLPenalty,
+    LogHinge,
     OwnRule,
     RatioClip,
     RowField,
     Rule,
     Unclipped,
-    epilogue,
 )
 from flowdppo_fast.rows import Form
 
@@ -55,6 +57,12 @@ OBJECTIVES = {
     "grpo_guard": lambda bound: GRPOGuard(bound, 1.25 * bound),
     "grpo_guard_batch": lambda bound: GRPOGuard(bound, 1.25 * bound, bias="batch"),
     "unclipped": lambda bound: Unclipped(),
+    "dppo_clipped": lambda bound: DPPO(bound, low=bound, high=1.25 * bound),
+    "dppo_pulled": lambda bound: DPPO(bound, trust_region="mean_drift", pull=0.6),
+    "kl_penalty": lambda bound: KLPenalty(1.0 / bound),
+    "drpo": lambda bound: DRPO(bound),
+    "drpo_ratio": lambda bound: DRPO(bound, "ratio"),
+    "log_hinge": lambda bound: LogHinge(bound),
     "own": lambda bound: OwnRule(half, pull, threshold=bound),
 }
 OPTIONS = {
@@ -70,6 +78,7 @@ OPTIONS = {
     "kl_weight_without_reference": {"kl_weight": 0.3},
     "advantage_clip": {"advantage_clip": 0.7},
     "row_weights": {"with_weights": True},
+    "bounds_per_row": {"with_row_bounds": True, "with_reference": True, "kl_weight": 1.0},
     "everything": {
         "with_reference": True, "kl_weight": 0.2, "with_weights": True, "with_old": True,
         "advantage_clip": 0.9, "latent_reduction": "sum", "drift": 0.01,
@@ -81,11 +90,13 @@ class Loss:
     """One call of ``policy_loss``, and what it is judged by."""
 
     def __init__(
-        self, problem: Source, name: str, *, with_old=False, with_weights=False, advantages=None, bound=None, **options
-    ):
+        self, problem: Source, name: str, *, with_old=False, with_weights=False, with_row_bounds=False,
+        advantages=None, bound=None, **options,
+    ):  # fmt: skip
         self.problem, self.numel = problem, problem["new"].shape[2]
         self.advantages = torch.randn(problem.rows, dtype=F64) if advantages is None else advantages.double()
-        self.weights = torch.rand(problem.rows, dtype=F64) + 0.5 if with_weights else None
+        lines = (4, problem.rows) if with_row_bounds else (problem.rows,)
+        self.weights = torch.rand(lines, dtype=F64) + 0.5 if with_weights or with_row_bounds else None
         self.stats = row_stats(*problem.args(), with_old).cpu()
         step = problem.exact()["step"]
         # numbers as the kernels see them, in the accumulation dtype
@@ -102,7 +113,12 @@ class Loss:
             self.options = EpilogueOptions.make(OBJECTIVES[name](0.5), **options)
             rows, _ = self.exact()
             clips = self.options.rule in (Rule.RATIO_CLIP, Rule.GRPO_GUARD)
-            bound = min(middle_gap(rows[RowField.RATIO] - 1.0 if clips else rows[RowField.KL]), 0.9)
+            of_threshold = self.weights[1] if with_row_bounds else 1.0
+            reached = rows[RowField.RATIO] - 1.0 if clips else rows[RowField.KL] / of_threshold
+            if self.options.rule == Rule.LOG_HINGE:
+                # rows that move the other way are beyond nothing
+                reached = (rows[RowField.LOG_RATIO] * self.advantages.sign()).clamp_min(0.0)
+            bound = min(middle_gap(reached), 0.9)
         self.options = EpilogueOptions.make(OBJECTIVES[name](bound), **options)
 
     def _rollout_log_prob(self, unnormalized: bool) -> torch.Tensor:

@@ -77,11 +77,13 @@ def estimate_memory(
         rows = o.micro_batch_size * width * copies
         activations = replay_bytes(module, arguments(rows), checkpointing=m.gradient_checkpointing, calls=calls)
     kept = round(trajectory * s.prompts_per_rollout * s.group_size)
+    # of adapters a reference that stays is the model without them
+    copied = config.objective.needs_reference and (m.train == "full" or config.objective.reference_every is not None)
     sizes = {
         "weights": weights,
         "trained": _TRAINED_COPIES * size,
         "ema": size if m.ema_decay is not None else 0,
-        "reference": size if m.train == "full" and config.objective.needs_reference else 0,
+        "reference": size if copied else 0,
         "activations": activations,
         "trajectories": 0 if s.offload_trajectories else kept,
         "idle": 0 if m.offload_idle else idle,

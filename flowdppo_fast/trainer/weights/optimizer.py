@@ -52,7 +52,8 @@ class PolicyOptimizer:
             loss, kl: 0-d; this process's share of the update's loss and of its mean KL from the rollout's policy.
 
         Returns:
-            0-d device tensors: ``grad_norm`` before clipping, ``skipped`` (not finite) and ``stopped`` (too far).
+            0-d device tensors: ``grad_norm`` before clipping, ``skipped`` (not finite), ``stopped`` (too far) and
+            ``kl`` of all processes.
         """
         loss, kl = self.workers.sum(torch.stack([loss, kl])).unbind()
         return self.workers.sharding.inside(lambda: self._take(loss, kl), update=True)
@@ -80,7 +81,7 @@ class PolicyOptimizer:
             self.good_steps = torch.where(bad, 0.0, self.good_steps + 1.0)
             grown = torch.where(self.good_steps % _GROWTH_INTERVAL == _GROWTH_INTERVAL - 1, 2.0, 1.0)
             self.scale = (self.scale * torch.where(bad, 0.5, grown)).clamp(min=1.0)
-        return {"grad_norm": norm, "skipped": fault.float(), "stopped": self.stopped.float()}
+        return {"grad_norm": norm, "skipped": fault.float(), "stopped": self.stopped.float(), "kl": kl}
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps besides AdamW's own state."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ModelConfig
+from ..objective import ObjectiveConfig
 from ..seeds import derive_seed
 from .adapters import add_lora, save_lora, without_adapters
 from .distributed import Workers
@@ -25,7 +26,8 @@ class PolicyWeights:
         model: what is trained of them.
         seed: of the adapters.
         device: where the weights live.
-        keep_start: keep what :meth:`reference` needs. Adapters need nothing, full weights a copy.
+        objective: whether there is a :meth:`reference` and when it moves. A copy is kept of full weights, and of
+            adapters where it moves.
         workers: processes that train the same weights, or shards of them.
 
     Attributes:
@@ -44,7 +46,7 @@ class PolicyWeights:
         model: ModelConfig,
         seed: int,
         device: torch.device,
-        keep_start: bool,
+        objective: ObjectiveConfig,
         workers: Workers,
     ):
         self.modules = {name: bare(module) for name, module in modules.items()}
@@ -73,21 +75,25 @@ class PolicyWeights:
             for module in self.modules.values():
                 _compile(module)
         self.ema = None if model.ema_decay is None else MovingAverage(self.parameters, model.ema_decay)
-        self._start = [p.detach().clone() for p in self.parameters] if keep_start and model.train == "full" else None
+        self._objective = objective
+        copied = objective.needs_reference and (model.train == "full" or objective.reference_every is not None)
+        self._start = [p.detach().clone() for p in self.parameters] if copied else None
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[None]:
-        """Within this context the transformers are what they were before training.
+        """Within this context the transformers are the reference: what they were before training, unless it moved.
 
         Raises:
-            RuntimeError: full weights whose start was not kept.
+            RuntimeError: full weights whose start was not kept, as no setting needs it.
         """
-        if self.model.train == "lora":
+        if self.model.train == "lora" and self._start is None:
             with without_adapters(list(self.modules.values())):
                 yield
             return
         if self._start is None:
-            raise RuntimeError("reference: the weights at the start were not kept, expected keep_start=True")
+            raise RuntimeError(
+                "reference: the weights at the start were not kept, expected objective.kl_weight or drift_budget"
+            )
         if self.workers.sharded:
             # what is gathered is read from the memory that the shards had at first
             with holding(self.parameters, self._start):
@@ -101,6 +107,15 @@ class PolicyWeights:
         finally:
             for parameter, data in zip(self.parameters, own):
                 parameter.data = data
+
+    @torch.no_grad()
+    def move_reference(self, iteration: int) -> None:
+        """Where it is time, the reference keeps its decay of itself and takes the rest from the present weights."""
+        every = self._objective.reference_every
+        if self._start is None or every is None or iteration % every:
+            return
+        for start, parameter in zip(self._start, self.parameters):
+            start.lerp_(parameter.detach(), 1.0 - self._objective.reference_decay)
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """Within this context the weights are their moving average, if there is one."""

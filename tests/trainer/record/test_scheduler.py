@@ -60,7 +60,18 @@ def test_without_noise_it_is_diffusers_euler(options, arguments):
     assert torch.equal(actual, expected)
 
 
-@pytest.mark.parametrize(("sampler", "eta"), [("flow_sde", 0.7), ("dance", 0.3), ("wan", 1.0), ("cps", 0.8)])
+@pytest.mark.parametrize(
+    ("sampler", "eta"),
+    [
+        ("flow_sde", 0.7),
+        ("dance", 0.3),
+        ("wan", 1.0),
+        ("flash", 0.5),
+        ("cps", 0.8),
+        ("precise", 1.5),
+        ("dance_precise", 0.6),
+    ],
+)
 def test_chosen_steps_follow_the_textbook(sampler, eta):
     seen = {}
     scheduler = FlowMatchSDEScheduler.from_config(
@@ -238,7 +249,7 @@ def test_timesteps_per_token_must_be_of_this_step_and_of_tokens():
         ({"sde_steps": [1], "sampler": "ode"}, "draw no noise"),
         ({"sampler": "euler"}, "sampler: got 'euler'"),
         ({"noise": "none"}, "noise: got 'none'"),
-        ({"sampler": "cps", "eta": 1.5, "sde_steps": [0]}, "eta: got 1.5"),
+        ({"sampler": "cps", "eta": 2.5, "sde_steps": [0]}, "eta: got 2.5"),
         ({"eta": 3.0, "sde_steps": [0]}, "step 0 of 5 .* overshoots .* lower eta"),
     ],
 )

@@ -195,7 +195,6 @@ def test_files_that_are_refused(folder, reward, pictures, tmp_path):
         load()
 
 
-def test_a_name_that_the_hub_does_not_have_is_said(pictures, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_a_name_that_the_hub_does_not_have_is_said(pictures):
     with pytest.raises(ValueError, match="path: got 'nobody/nothing', which gives no"):
         ImageRewardScore("nobody/nothing")._file("ImageReward.pt")

@@ -96,6 +96,7 @@ def test_a_run_on_an_adapter_continues_and_is_sampled_on_it(pipes, config):
     assert same(draw(sampled), draw(again.pipeline))
 
 
+@pytest.mark.slow
 def test_names_of_compiled_transformers_and_blocks_are_the_models(pipes, config, tmp_path):
     whole, blocks = pipes.digits(), pipes.digits()
     whole.transformer = torch.compile(whole.transformer, backend="eager")
