@@ -17,6 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arguments import Call
+from .program import Op
+
 # functions of numbers; others are those of torch
 _BUILTINS = ("float", "int", "abs", "len", "round")
 _TORCH = (Tensor, torch, torch.linalg, torch.nn.functional, torch.fft)
@@ -55,7 +58,53 @@ class Branch:
         return scratch[_VALUE]
 
 
-def names_of(value: Any, frame: FrameType | None) -> int:
+def follow(tape: Any, frame: FrameType, answered: Op, test: Tensor) -> None:
+    """Notes both sides of the branch that a frame is at, if its source is known, and the choice between them.
+
+    The pipeline goes on with the side that it takes: its result has the name of the choice from then on.
+
+    Args:
+        tape: where the answer was noted.
+        answered: the op with the answer to ``test``.
+    """
+    branch, taken, start = Branch.at(frame), answered.expected, len(tape.ops)
+    if branch is None or taken is None:
+        return
+    try:
+        with tape:
+            held = None if branch.held is None else branch.run(branch.held, frame)
+            other = branch.run(branch.sides[not taken], frame)
+            before = len(tape.ops)
+            own = branch.run(branch.sides[taken], frame)
+            count = len(tape.ops) - before + branch.extra[taken]
+            same = all(isinstance(x, Tensor) for x in (own, other)) and own.shape == other.shape
+            known = same and own.dtype == other.dtype and isinstance(held, (Tensor, type(None)))
+            if not known or any(isinstance(op, Call) or op.expected is not None for op in tape.ops[start:]):
+                raise TypeError
+            chosen = torch.where(test.detach().reshape(()).bool(), *((own, other) if taken else (other, own)))
+    except Exception:
+        # a side that cannot be run here: the branch has to stay as it is, and an error says when it does not
+        del tape.ops[start:]
+        return
+    tape.ops[-1].branch = answered
+
+    def settle(result: Any) -> None:
+        if held is not None:
+            answered.followed = True
+            with tape:
+                held.copy_(chosen)
+        elif isinstance(result, Tensor) and result.shape == chosen.shape:
+            answered.followed = True
+            tape.rename(result, chosen)
+
+    if count:
+        tape.pending = count, settle
+    elif held is not None or _names_of(own, frame) == 1:
+        # under two names it would be the choice under one and what it was under the other
+        settle(own)
+
+
+def _names_of(value: Any, frame: FrameType | None) -> int:
     """How many variables are this very object, in a frame and those that called it."""
     count = 0
     while frame is not None:

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from .arguments import Call, PerRow, Ref
+from .functions import tensors_in, title
 from .offload import fetch
 
 
@@ -234,14 +235,3 @@ def drive(runs: Sequence[Generator[Any, Any, Tensor]], answer: Callable[[int, li
         asked = [proceed(run, reply) for run, reply in zip(runs, answer(number, asked))]
         number += 1
     return asked
-
-
-def title(function: Any) -> str:
-    """The name of a torch function; that of the attribute for one that is read."""
-    name = getattr(function, "__name__", str(function))
-    return getattr(getattr(function, "__self__", None), "__name__", name) if name == "__get__" else name
-
-
-def tensors_in(result: Any) -> list[Any]:
-    # torch.return_types are tuples that pytree does not open
-    return tree_flatten(tuple(result) if isinstance(result, tuple) else result)[0]

@@ -15,10 +15,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from .arguments import ArgumentStore, Call, Ref, parts, row_index
 from .layouts import find_layouts
 from .program import Const, Op, Program, drive
-from .scheduler import Transition
 from .surroundings import Surroundings
 from .tape import Tape
-from .trajectory import RecordedStep, Trajectory
+from .trajectory import RecordedStep, Trajectory, Transition
 
 # components that make the model's inputs or show its outputs
 _AMBIENT = ("vae", "text_encoder", "image_encoder", "audio_vae", "vocoder", "tokenizer", "safety_checker")
