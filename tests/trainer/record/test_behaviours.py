@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.utils.checkpoint
-from behaviours import BRANCHES, REFUSED, RIGHT, STEPS, build, guided, moved
+from behaviours import REFUSED, RIGHT, STEPS, build, guided, moved
+from numbers_chosen import BRANCHES
 from torch import Tensor, nn
 
 from flowdppo_fast.trainer import TrajectoryRecorder
