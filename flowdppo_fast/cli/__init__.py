@@ -11,11 +11,13 @@ from collections.abc import Sequence
 COMMANDS = {
     "doctor": ("flowdppo_fast.cli.doctor", "what is built, what is usable here, and why not"),
     "train": ("flowdppo_fast.cli.train", "fine-tune a pipeline by the settings of a YAML file"),
+    "plan": ("flowdppo_fast.cli.plan", "say what a run will need of a device's memory and how to need less"),
     "sample": ("flowdppo_fast.cli.sample", "draw images with the trained weights of a run"),
     "diagnose": (
         "flowdppo_fast.runs.diagnose",
         "plot what a run's logs say about its trust region, and name likely trouble",
     ),
+    "report": ("flowdppo_fast.runs.report", "write one page with a run's curves, images, verdict and settings"),
     "export": ("flowdppo_fast.cli.export", "write the trained weights of a run as diffusers loads them"),
 }
 

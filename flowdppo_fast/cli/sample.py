@@ -92,8 +92,7 @@ def _call_arguments(settings: list[str]) -> dict[str, Any]:
 def _draw(options: argparse.Namespace, arguments: dict[str, Any]) -> tuple[list[Any], list[str]]:
     import torch
 
-    from ..trainer.ambient import autocast
-    from ..trainer.recipe.export import SavedRun, apply_weights
+    from ..trainer.recipe.export import SavedRun, apply_weights, drawing
     from ..trainer.recipe.loading import load_pipeline
     from ..trainer.recipe.preflight import check_environment, inspect_pipeline
 
@@ -124,7 +123,7 @@ def _draw(options: argparse.Namespace, arguments: dict[str, Any]) -> tuple[list[
     for prompt in options.prompt:
         for seed in range(options.seed, options.seed + options.n):
             generator = torch.Generator().manual_seed(seed)
-            with torch.no_grad(), autocast(device.type, saved.config.model.autocast_dtype):
+            with torch.no_grad(), drawing(saved, pipeline, device):
                 drawn = pipeline(prompt=prompt, generator=generator, output_type="pil", return_dict=False, **arguments)[
                     0
                 ]

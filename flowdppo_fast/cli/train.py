@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from ..runs.logs import given
 from ._extra import check_extra
@@ -15,6 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint, if there is one")
     parser.add_argument(
+        "--allow-changed", action="store_true", help="with --resume, also with settings that change results"
+    )
+    parser.add_argument(
         "--dry-run", action="store_true", help="check everything but weights, print the settings and estimated memory"
     )
 
@@ -22,12 +26,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     try:
         check_extra()
+        import torch
         from accelerate import PartialState
 
         from ..trainer.recipe import PreparedRun, Recipe
 
         recipe = Recipe.from_yaml(options.config, options.overrides)
-        prepared = PreparedRun.of(recipe, resume=options.resume, devices=not options.dry_run)
+        prepared = PreparedRun.of(
+            recipe, resume=options.resume, allow_changed=options.allow_changed, devices=not options.dry_run
+        )
     except (ValueError, TypeError) as error:
         options.parser.error(str(error))
     if options.dry_run:
@@ -43,6 +50,9 @@ def run(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted; the same command with --resume continues from the newest checkpoint")
         return 130
+    except torch.OutOfMemoryError as error:
+        print(f"flowdppo train: {error}", file=sys.stderr)
+        return 1
     if PartialState().is_main_process:
         folder = recipe.config.run.output_dir
         print(f"{folder}: iteration {len(history)}; flowdppo sample and flowdppo export read it")

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 METRICS_FILE, ROWS_FILE = "metrics.jsonl", "rows.jsonl"
+# what was changed when a run continued
+CHANGES_FILE = "changes.jsonl"
 ADVICE = "the last checkpoint is as it was; mend this and continue with resume=True"
 
 

@@ -20,6 +20,8 @@ from .logs import METRICS_FILE, append_lines, to_json, writing
 logger = get_logger(__name__)
 
 PLOT_FILE, IMAGES_FOLDER, RUN_ID_FILE = "metrics.png", "images", "tracker_id.txt"
+# a folder with it is a run's, of which there can be a report
+CONFIG_FILE = "config.yaml"
 # metric: how the progress bar writes it
 _POSTFIX = {
     "reward": ("reward", "{:.3f}"),
@@ -33,8 +35,9 @@ class RunLog:
     """Writes what happens in a run. Only the main process writes; on the others every method returns at once.
 
     In ``folder``: ``metrics.jsonl`` (a line per iteration), ``metrics.png``, ``images/KIND-ITERATION.png``,
-    ``tensorboard/``, ``wandb/`` and ``swanlab/`` where those trackers are on. trackio keeps its runs in a place of its
-    own (``TRACKIO_DIR``). Images reach all four with their captions, videos as videos.
+    ``report.html`` (:mod:`~.report`), ``tensorboard/``, ``wandb/`` and ``swanlab/`` where those trackers are on.
+    trackio keeps its runs in a place of its own (``TRACKIO_DIR``). Images reach all four with their captions, videos as
+    videos.
 
     Args:
         accelerator: whose trackers are started, and which knows the main process.
@@ -205,10 +208,17 @@ class RunLog:
 
     def _plot(self) -> None:
         from .plots import plot_run
+        from .report import write_report
 
         path = self.folder / PLOT_FILE
         with writing(path):
             plot_run(self.history, path)
+        if (self.folder / CONFIG_FILE).is_file():
+            try:
+                write_report(self.folder)
+            except ValueError as error:
+                # a page for readers ends no run
+                logger.warning("no report of the run so far: %s", error)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -30,23 +30,6 @@ def own_state() -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def autocast(device_type: str, dtype: torch.dtype | None) -> Iterator[None]:
-    """``torch.autocast``, or nothing for ``None``; half-precision copies of weights end with it.
-
-    Torch keeps them until the outermost autocast of all ends, the caller's, and by then the weights have moved.
-    """
-    if dtype is None:
-        yield
-        return
-    torch.clear_autocast_cache()
-    try:
-        with torch.autocast(device_type, dtype):
-            yield
-    finally:
-        torch.clear_autocast_cache()
-
-
 def _autocast_depth() -> int:
     """How many autocast contexts the caller is in, those that are switched off included."""
     torch.autocast_increment_nesting()

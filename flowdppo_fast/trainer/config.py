@@ -71,8 +71,9 @@ class ModelConfig:
         lora_targets: names of the layers that get an adapter or their ends, one pattern that whole names match, or
             ``all-linear``; None means the attention projections.
         gradient_checkpointing: recompute activations in the backward.
-        mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"`` autocast (the last with a loss scale); trained weights are
-            kept in float32.
+        mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"`` (with a loss scale). Under LoRA a transformer that was
+            loaded in it computes in it, with half-precision copies of adapters; another one computes in autocast.
+            Trained weights are kept in float32.
         compile: ``torch.compile`` the transformer(s), block by block where diffusers knows the blocks.
         ema_decay: keep a moving average of the trained weights with this decay per update, in (0, 1).
         offload_idle: text encoders, VAE and other components are on the host while the transformer(s) are trained.
@@ -205,6 +206,8 @@ class OptimizerConfig:
 
     Args:
         learning_rate, betas, eps, weight_decay: of AdamW.
+        warmup_updates: the learning rate rises to its value over that many updates.
+        schedule: ``"constant"`` after that, or falling to 0 at the end of the run, ``"linear"`` or ``"cosine"``.
         max_grad_norm: gradients are scaled down to this norm; None leaves them.
         updates_per_rollout: optimizer steps per pass over a rollout; its groups are split between them.
         inner_epochs: passes over a rollout.
@@ -223,6 +226,8 @@ class OptimizerConfig:
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     eps: Positive = 1e-8
     weight_decay: NotNegative = 1e-4
+    warmup_updates: Annotated[int, Field(ge=0), Strict()] = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
     max_grad_norm: Positive | None = 1.0
     updates_per_rollout: Count = 2
     inner_epochs: Count = 1

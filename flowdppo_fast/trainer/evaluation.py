@@ -15,6 +15,9 @@ from .rollout import captions
 from .seeds import derive_seed
 from .weights.distributed import Workers
 
+# images of an evaluation that are kept and shown
+SHOWN = 32
+
 
 class Evaluation:
     """Rewards and images of ``prompts`` under the present weights.
@@ -41,7 +44,7 @@ class Evaluation:
         self.config, self.workers, self.calls = config, workers, calls
 
     def run(self) -> tuple[dict[str, float], list[Any], list[str]]:
-        """Mean rewards over all images, and this process's images with their captions."""
+        """Mean rewards over all images, and the first of this process's images with their captions."""
         e, s = self.config.evaluation, self.config.sampling
         count = e.images_per_prompt
         total = len(self.source.entries) * count
@@ -55,11 +58,11 @@ class Evaluation:
             entries = [self.source.entries[row // count] for row in rows[part.start : part.stop]]
             seeds = [derive_seed(self.config.run.seed, "evaluation", row) for row in rows[part.start : part.stop]]
             made, rewards = self.calls.scored(self.source, entries, seeds, e.num_steps or s.num_steps, self.options)
-            images += list(made)
+            images += list(made)[: max(SHOWN - len(images), 0)]
             parts.append(rewards)
         self.workers.agree()
         own = join_rewards(parts, self.workers)
         named = {name: self.workers.gather(value)[:total] for name, value in own.items()}
         named["reward"] = weighted_reward(named, self.config.advantage.reward_weights)
         metrics = {name: float(value.nanmean()) for name, value in named.items()}
-        return metrics, images, captions([self.source.entries[row // count] for row in rows], own)
+        return metrics, images, captions([self.source.entries[row // count] for row in rows[: len(images)]], own)

@@ -124,3 +124,12 @@ def read_iteration(
     of_rows = [advantages[row * width : (row + 1) * width] for row in range(len(total))]
     lines = list(row_lines(iteration, everywhere, numbers_read, of_rows))
     return {"iteration": iteration, **metrics, "rows": rows}, lines
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """``peak_memory_bytes`` of a GPU since this was asked before; nothing of a CPU, which does not count."""
+    if device.type != "cuda":
+        return {}
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return {"peak_memory_bytes": peak}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import math
@@ -14,7 +13,6 @@ from accelerate.logging import get_logger
 from torch import Tensor
 
 from ..objectives import threshold_of
-from .ambient import autocast
 from .config import FlowDPPOConfig
 from .prompts import PromptSource, text_of
 from .record.checks import ReplayCheck
@@ -22,6 +20,8 @@ from .record.recorder import TrajectoryRecorder
 from .record.trajectory import Trajectory
 from .rewards import BackgroundScorer, Reward, score
 from .weights.distributed import Workers
+from .weights.policy import PolicyWeights
+from .weights.precision import autocast
 from .weights.sharding import T
 
 logger = get_logger(__name__)
@@ -33,29 +33,28 @@ class PipelineCalls:
     """What a run calls ``pipeline`` and ``reward`` for.
 
     Args:
-        workers: processes that call them at the same time, each for rows of its own.
+        weights: of the transformers; its processes call them at the same time, each for rows of its own.
         device: where prompts and images are.
     """
 
-    def __init__(self, pipeline: Any, reward: Reward, config: FlowDPPOConfig, workers: Workers, device: torch.device):
+    def __init__(
+        self, pipeline: Any, reward: Reward, config: FlowDPPOConfig, weights: PolicyWeights, device: torch.device
+    ):
         self.pipeline, self.reward, self.config = pipeline, reward, config
-        self.workers, self.device = workers, device
+        self.weights, self.workers, self.device = weights, weights.workers, device
         # sharded weights move between calls only
-        self._moves = config.run.check_replay and not workers.sharded
+        self._moves = config.run.check_replay and not weights.workers.sharded
         self._drawn: tuple[Trajectory, Callable[[], Any]] | None = None
 
     def run(self, function: Callable[[], T]) -> T:
-        """``function()``, which calls transformers."""
+        """``function()``, which calls transformers, in the precision of the run."""
 
         def in_precision() -> T:
-            with self.autocast():
+            dtype, weights = self.config.model.autocast_dtype, self.weights
+            with autocast(self.device.type, dtype, weights.called, own=weights.half):
                 return function()
 
         return self.workers.sharding.inside(in_precision)
-
-    def autocast(self) -> contextlib.AbstractContextManager:
-        """The precision of the run."""
-        return autocast(self.device.type, self.config.model.autocast_dtype)
 
     def images(
         self, source: PromptSource, entries: list[dict], seeds: list[int], num_steps: int, options: Mapping[str, Any]

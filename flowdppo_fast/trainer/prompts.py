@@ -77,12 +77,14 @@ class PromptSource:
 
     def groups(self, iteration: int, count: int, seed: int) -> list[dict[str, Any]]:
         """The ``count`` prompts of an iteration: a shuffled pass over all of them, another shuffle, and so on."""
-        total = len(self.entries)
+        total, orders = len(self.entries), {}
         chosen = []
         for place in range(iteration * count, (iteration + 1) * count):
-            order = list(range(total))
-            random.Random(derive_seed(seed, "prompts", place // total)).shuffle(order)
-            chosen.append(self.entries[order[place % total]])
+            epoch = place // total
+            if epoch not in orders:
+                orders[epoch] = list(range(total))
+                random.Random(derive_seed(seed, "prompts", epoch)).shuffle(orders[epoch])
+            chosen.append(self.entries[orders[epoch][place % total]])
         return chosen
 
     def calls(self, entries: Sequence[dict[str, Any]], batch_size: int | None = None) -> Iterator[range]:

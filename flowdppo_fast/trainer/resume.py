@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.logging import get_logger
 from torch import Tensor
 
-from ..runs.logs import ADVICE, METRICS_FILE, ROWS_FILE, drop_later_lines, from_json
+from ..runs.logs import ADVICE, CHANGES_FILE, METRICS_FILE, ROWS_FILE, append_lines, drop_later_lines, from_json
 from . import checkpoint
 from .advantages import RewardHistory
 from .config import FlowDPPOConfig
+from .levers import explain_out_of_memory
 from .run_folder import CHECKPOINTS, CONFIG_FILE, FolderLock, check_ours
 from .weights.arrival import check_unchanged
 from .weights.distributed import Workers
@@ -61,6 +64,8 @@ class RunState:
         reward_names: names of the rewards in the order of their columns; None before the first rollout.
         within: an iteration has begun to change the weights and is not over.
         on_begin: writes what else belongs into the folder, once it is this run's.
+        allow_changed: settings that change results may be other ones than those of the run that continues.
+        pipeline_settings: of a recipe, None where the run was started from Python.
     """
 
     config: FlowDPPOConfig
@@ -75,9 +80,12 @@ class RunState:
     reward_names: list[str] | None = None
     within: bool = False
     on_begin: Callable[[Path], None] | None = None
+    allow_changed: bool = False
+    pipeline_settings: Any = None
 
     def __post_init__(self) -> None:
         self.lock = FolderLock(self.output)
+        self._changed: dict[str, list[Any]] = {}
 
     def save(self) -> Path:
         """Writes a checkpoint: weights, averages, optimizer, rewards so far, random states and iteration.
@@ -129,6 +137,7 @@ class RunState:
             ValueError: the folder holds a run and ``resume`` is False, or one with other settings, or another run
                 writes to it, or it has files that no run wrote; or the pipeline was changed since it was given.
             RuntimeError: the folder cannot be written to, or all its checkpoints are damaged.
+            torch.OutOfMemoryError: the device is too small; the message says for what, and what to change.
         """
         check_unchanged(self.weights.modules)
         if self.workers.is_main:
@@ -136,6 +145,9 @@ class RunState:
         self.workers.agree()
         try:
             yield self._begin(resume)
+        except torch.OutOfMemoryError as cause:
+            said = explain_out_of_memory(cause, self.config, self.pipeline_settings, updating=self.within)
+            raise torch.OutOfMemoryError(said) from cause
         finally:
             if self.workers.is_main:
                 self.lock.release()
@@ -179,7 +191,8 @@ class RunState:
             path = checkpoint.newest_checkpoint(folder) if resume else None
             if path is not None:
                 state = checkpoint.load_state(path)
-                _check_settings(self.config, state["config"], f"{path}, written by version {state.get('version')},")
+                where = f"{path}, written by version {state.get('version')},"
+                self._changed = _check_settings(self.config, state["config"], where, allow_changed=self.allow_changed)
                 self._check_prompts(state.get("prompts"), path)
                 # a kill may have come between writing this one and removing another
                 checkpoint.remove_old(path, self.config.run.keep_checkpoints)
@@ -192,6 +205,10 @@ class RunState:
         if saved in (None, self.prompts):
             return
         assert saved is not None
+        if self.allow_changed and self.config.advantage.history is None:
+            logger.warning("%s had other prompts, which this run goes on without", path)
+            self._changed["prompts"] = [len(saved), len(self.prompts)]
+            return
         pairs = enumerate(zip(saved, self.prompts))
         first = next((place for place, (before, now) in pairs if before != now), min(len(saved), len(self.prompts)))
         raise ValueError(
@@ -232,8 +249,13 @@ class RunState:
         output = self.output
         path = output / METRICS_FILE
         try:
-            for log in (path, output / ROWS_FILE):
+            for log in (path, output / ROWS_FILE, output / CHANGES_FILE):
                 drop_later_lines(log, self.iteration)
+            if self._changed:
+                # for who reads the run later
+                line = {"iteration": self.iteration, "changed": self._changed}
+                append_lines(output / CHANGES_FILE, [json.dumps(line, default=str)])
+                self._changed = {}
             copy = output / ".config.yaml"
             self.config.save(copy)
             copy.rename(output / CONFIG_FILE)
@@ -247,7 +269,10 @@ class RunState:
         return lines
 
 
-def _check_settings(config: FlowDPPOConfig, saved: dict[str, dict[str, Any]], path: str) -> None:
+def _check_settings(
+    config: FlowDPPOConfig, saved: dict[str, dict[str, Any]], path: str, *, allow_changed: bool
+) -> dict[str, list[Any]]:
+    """Settings that are other ones, each with what it was and what it is."""
     own, usual = config.to_dict(), FlowDPPOConfig().to_dict()
     unknown = [f"{s}.{key}" for s, entries in saved.items() for key in entries if key not in own.get(s, {})]
     if unknown:
@@ -255,10 +280,12 @@ def _check_settings(config: FlowDPPOConfig, saved: dict[str, dict[str, Any]], pa
             f"config: {path} has settings that this version does not know: {', '.join(unknown)}; expected the version "
             "that wrote it"
         )
-    differing, absent = [], []
+    differing, absent, changed = [], [], {}
     for section, entries in own.items():
         for key, value in entries.items():
             before = saved.get(section, {}).get(key, value)
+            if before != value and section != "run":
+                changed[f"{section}.{key}"] = [before, value]
             if key in _ROUNDING.get(section, ()) and before != value:
                 logger.warning(
                     "%s.%s is %s, and was %s: numbers round otherwise from here on", section, key, value, before
@@ -271,10 +298,16 @@ def _check_settings(config: FlowDPPOConfig, saved: dict[str, dict[str, Any]], pa
                     continue
             if saved.get(section, {}).get(key) != value:
                 differing.append(f"{section}.{key}")
+    if differing and not allow_changed:
+        raise ValueError(
+            f"config: {path} has other settings of {', '.join(differing)}, expected the same; "
+            "--allow-changed (trainer.state.allow_changed = True in Python) goes on with the new ones"
+        )
     if differing:
-        raise ValueError(f"config: {path} has other settings of {', '.join(differing)}, expected the same")
+        logger.warning("%s had other settings of %s: the run is another one from here on", path, ", ".join(differing))
     if absent:
         logger.warning("%s does not know %s: they are what is usual now", path, ", ".join(absent))
+    return changed
 
 
 def _version() -> str:

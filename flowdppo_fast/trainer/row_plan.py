@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from .config import FlowDPPOConfig, SamplingConfig
 from .prompts import PromptSource, text_of
@@ -102,15 +103,16 @@ def check_processes(config: FlowDPPOConfig, workers: Workers, prompts: PromptSou
         raise ValueError(f"sampling.per_group_steps: got True with {transformers} transformers, expected False {how}")
 
 
-def _adapted(weights: PolicyWeights) -> str:
-    """How many layers have adapters, in how many blocks; lists of blocks without any are named."""
-    layers = {name.rpartition(".lora_")[0] for name in weights.names}
+def adapted(names: Sequence[str], modules: Mapping[str, nn.Module]) -> str:
+    """How many layers have adapters, in how many blocks; lists of blocks without any are named.
+
+    Args:
+        names: of the trained weights.
+        modules: transformers by name.
+    """
+    layers = {name.rpartition(".lora_")[0] for name in names}
     text, places = f"LoRA on {len(layers)} layers", {tuple(layer.split(".")[:3]) for layer in layers}
-    blocks = {
-        (module, name): count
-        for module in weights.modules
-        for name, count in blocks_of(weights.modules[module]).items()
-    }
+    blocks = {(module, name): count for module in modules for name, count in blocks_of(modules[module]).items()}
     if not blocks:
         return text
     found = {block: sum(place[:2] == block for place in places) for block in blocks}
@@ -118,16 +120,24 @@ def _adapted(weights: PolicyWeights) -> str:
     return "; ".join([f"{text} in {sum(found.values())} of {sum(blocks.values())} blocks", *none])
 
 
+def _computed(config: FlowDPPOConfig, weights: PolicyWeights) -> str:
+    """What the transformers compute in."""
+    precision = config.model.mixed_precision
+    if precision == "no":
+        return "in the precision that they were loaded in"
+    return f"computed in {precision}" if weights.half else f"in {precision} autocast"
+
+
 def summary(config: FlowDPPOConfig, workers: Workers, weights: PolicyWeights, device: torch.device) -> str:
     """What will be done with what, in a few lines: device, processes, weights, images and updates of an iteration."""
     s, o, count = config.sampling, config.optimizer, workers.count
     trained = sum(shape.numel() for shape in workers.sharding.shapes.values())
-    what = _adapted(weights) if config.model.train == "lora" else "all weights"
+    what = adapted(weights.names, weights.modules) if config.model.train == "lora" else "all weights"
     idle = torch.cuda.device_count() - count if device.type == "cuda" else 0
     lines = [
         f"{count} process{'es' * (count > 1)} on {device.type}, {workers.sharding.kind}"
         + (f"; {idle} more GPUs are idle (accelerate launch uses them)" if idle > 0 else ""),
-        f"{what} of {', '.join(weights.modules)}: {trained:,} numbers, {config.model.mixed_precision} autocast",
+        f"{what} of {', '.join(weights.modules)}: {trained:,} numbers, {_computed(config, weights)}",
         f"per iteration {s.prompts_per_rollout * s.group_size} images, {s.group_size} of each of "
         f"{s.prompts_per_rollout} prompts, "
         f"{s.num_steps} steps, of which {s.sde_steps_per_rollout or len(s.candidate_steps)} are trained, "

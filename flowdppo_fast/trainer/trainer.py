@@ -29,7 +29,7 @@ from .ambient import own_state
 from .checkpoint import load_random_state, random_state
 from .config import FlowDPPOConfig
 from .evaluation import Evaluation
-from .metrics import METRICS, micro_vector, read_iteration
+from .metrics import METRICS, micro_vector, peak_memory, read_iteration
 from .mismatch import MismatchGate
 from .objective import adapted, over_budget
 from .pipeline_calls import PipelineCalls, check_guidance, join_rewards
@@ -145,7 +145,7 @@ class FlowDPPOTrainer:
         self.optimizer = PolicyOptimizer(self.weights.parameters, o, self.workers, scaled=scaled)
         self.history = RewardHistory(len(self.prompts.entries), config.advantage.history)
         self._places = {id(entry): place for place, entry in enumerate(self.prompts.entries)}
-        self.calls = PipelineCalls(pipeline, reward, config, self.workers, self.device)
+        self.calls = PipelineCalls(pipeline, reward, config, self.weights, self.device)
         self.evaluation = (
             None if eval_prompts is None else Evaluation(eval_prompts, pipeline, config, self.workers, self.calls)
         )
@@ -319,8 +319,7 @@ class FlowDPPOTrainer:
         own = torch.stack([share * vector for share, vector in zip(shares, vectors)]).sum(0)
         loss, kl = (own[METRICS.index(name)] for name in ("loss", "kl_new_old_mean"))
         step = self.optimizer.step(loss, kl)
-        if self.weights.ema is not None:
-            self.weights.ema.update()
+        self.weights.stepped()
         return {"vectors": vectors, "shares": shares, "elements": elements, "parts": parts, "steps": [step]}
 
     @own_state()
@@ -390,7 +389,7 @@ class FlowDPPOTrainer:
             raise
         sampled = time.perf_counter()
         self._verify(rollout)
-        self.optimizer.begin_rollout()
+        self.optimizer.begin_rollout(self.iteration, self.config.run.iterations)
         # until the iteration is over the weights are those of no checkpoint
         self.state.within = True
         results: dict[str, list] = {"vectors": [], "shares": [], "elements": [], "parts": [], "steps": []}
@@ -483,8 +482,8 @@ class FlowDPPOTrainer:
         self.state.skipped_updates += int(metrics["skipped_updates"])
         if lines and self.workers.is_main:
             self.workers.attempt(append_lines, self.output / ROWS_FILE, lines)
-        stored = trajectory_bytes(rollout.trajectories)
-        return {**metrics, "skipped_updates": self.skipped_updates, "trajectory_bytes": stored}
+        metrics |= {"skipped_updates": self.skipped_updates, "learning_rate": self.optimizer.learning_rate}
+        return {**metrics, "trajectory_bytes": trajectory_bytes(rollout.trajectories), **peak_memory(self.device)}
 
     def _evaluate(self, prefix: str) -> dict[str, float]:
         metrics, images, texts = self.evaluate()

@@ -23,8 +23,8 @@ LAYERS = {
     "front door": ("",),
     "users of the losses": ("integrations", "runs"),
     "settings": (
-        "trainer.ambient", "trainer.callables", "trainer.config", "trainer.objective", "trainer.prompts",
-        "trainer.seeds", "trainer.settings",
+        "trainer.ambient", "trainer.callables", "trainer.config", "trainer.levers", "trainer.objective",
+        "trainer.prompts", "trainer.seeds", "trainer.settings",
     ),
     "wings of the trainer": ("trainer.record", "trainer.weights", "trainer.rewards"),
     "its loop": (

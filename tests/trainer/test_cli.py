@@ -167,7 +167,7 @@ def test_evaluation_prompts_reach_the_trainer(tmp_path):
     assert main(["train", CONFIG, *overrides]) == 0
     metrics = json.loads((folder / "metrics.jsonl").read_text())
     assert 0 <= metrics["eval/readable"] <= 1
-    assert list(json.loads((folder / "inputs.json").read_text())) == ["prompts.eval"]
+    assert list(json.loads((folder / "inputs.json").read_text())) == ["prompts.eval", "pipeline.pretrained"]
     # the file may be read again, but not with other prompts
     held_out.write_text("3\n6\n")
     arguments = ["train", CONFIG, *overrides, "run.iterations=2", "--resume"]

@@ -21,6 +21,7 @@ from ..run_folder import CHECKPOINTS, RECIPE_FILE, check_elsewhere
 from ..weights.adapters import LORA_FILE, add_lora, as_targets, release, save_lora_file, with_name, write_lora
 from ..weights.layouts import kohya
 from ..weights.names import bare, plain_name
+from ..weights.precision import autocast, computes_in
 from .recipe import PipelineConfig, Recipe
 
 ORIGIN_FILE = "flowdppo.json"
@@ -134,6 +135,17 @@ def apply_weights(run: SavedRun, pipeline: Any) -> None:
             parameter = parameters[key]
             dtype = value.dtype if run.config.model.train == "lora" else parameter.dtype
             parameter.data = value.to(device=parameter.device, dtype=dtype)
+
+
+def drawing(run: SavedRun, pipeline: Any, device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Within this context a pipeline with the run's weights computes as in the run's own rollouts."""
+    model, modules = run.config.model, [pipeline.components[name] for name in run.classes]
+    half = model.autocast_dtype
+    own = model.train == "lora" and computes_in(modules, half)
+    for key, parameter in (pair for module in modules for pair in module.named_parameters()):
+        if own and ".lora_" in key:
+            parameter.data = parameter.data.to(half)
+    return autocast(device.type, half, modules, own=own)
 
 
 def export_run(

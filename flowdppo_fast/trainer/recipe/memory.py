@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..config import FlowDPPOConfig
 from ..weights.adapters import add_lora
+from ..weights.precision import computes_in
 
 # entries of float32 per trained weight: the weight, its gradient and AdamW's two moments
 _TRAINED_COPIES = 4
@@ -36,8 +37,8 @@ def estimate_memory(
 
     The replay of one micro-batch, forward and backward, is walked through on the meta device and everything is counted
     that is alive at the same time. Attention counts as a fused kernel does: inputs, output and a number per query, no
-    scores; autocast as if all weights were in its dtype. Not in it: the allocator's rounding, kernels' workspace, the
-    CUDA context (about half a gigabyte), reward models, and what an image's decoding takes.
+    scores; autocast, where weights are float32, as if they were in its dtype. Not in it: the allocator's rounding,
+    kernels' workspace, the CUDA context (about half a gigabyte), reward models, and what an image's decoding takes.
 
     Args:
         config: settings; of ``model`` and ``optimizer``, and the number of trained steps.
@@ -55,18 +56,20 @@ def estimate_memory(
             takes seconds.
 
     Returns:
-        ``weights``; ``trained`` float32 weights, gradients and AdamW's moments; ``ema``; ``reference``, the copy that
+        ``weights``; ``trained`` float32 weights, gradients and AdamW's moments, with the half-precision copies of
+        adapters; ``ema``; ``reference``, the copy that
         full weights need; ``activations`` of a micro-batch at the peak of its backward; ``trajectories`` on the
         device, ``host`` on the host; ``idle`` on the device in an update; ``update``, the sum; ``rollout``, what is
         there when a rollout ends, without the activations of sampling.
     """
     m, s, o = config.model, config.sampling, config.optimizer
     module.requires_grad_(m.train == "full")
+    half = m.autocast_dtype if m.train == "lora" and computes_in([module], m.autocast_dtype) else None
     if m.train == "lora":
         add_lora(module, m.rank, m.alpha, m.lora_targets, 0)
     trained = [p for p in module.parameters() if p.requires_grad]
     for parameter in trained:
-        # adapters in float32 keep a float32 copy of what goes into them, unless autocast is on
+        # adapters in float32 keep a float32 copy of what goes into them
         parameter.data = parameter.data.to(m.autocast_dtype or torch.float32)
     if m.autocast_dtype is not None:
         module.to(m.autocast_dtype)
@@ -81,7 +84,7 @@ def estimate_memory(
     copied = config.objective.needs_reference and (m.train == "full" or config.objective.reference_every is not None)
     sizes = {
         "weights": weights,
-        "trained": _TRAINED_COPIES * size,
+        "trained": _TRAINED_COPIES * size + (0 if half is None else size // 4 * half.itemsize),
         "ema": size if m.ema_decay is not None else 0,
         "reference": size if copied else 0,
         "activations": activations,
@@ -116,7 +119,7 @@ def replay_bytes(
     given = [*module.parameters(), *module.buffers(), *tree_leaves(dict(arguments))]
     live = LiveBytes(x for x in given if isinstance(x, Tensor))
     gradients = [p.register_post_accumulate_grad_hook(_forget) for p in module.parameters() if p.requires_grad]
-    with torch.enable_grad(), _fused_attention(), live:
+    with torch.enable_grad(), fused_attention(), live:
         outputs = [tree_leaves(module(**arguments, return_dict=False)) for _ in range(calls)]
         first = [output[0] for output in outputs]
         torch.autograd.backward(first, [torch.empty_like(x) for x in first])
@@ -164,7 +167,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def _fused_attention() -> Iterator[None]:
+def fused_attention() -> Iterator[None]:
     """Within this context attention has shapes only, and no matrix of scores, like the kernels for GPUs."""
     own = torch.nn.functional.scaled_dot_product_attention
 

@@ -21,6 +21,8 @@ from ..callables import check_callable
 from ..config import RECIPE_SECTIONS, SECTION, FlowDPPOConfig
 from ..settings import build, check, check_known, plain, read_text, read_yaml, require
 
+# bytes of a file's beginning and of its end that stand for it
+_SAMPLED = 1 << 20
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # number format of the weights that does not go with autocast to the other half-precision format
 _CLASHES = {"bf16": "float16", "fp16": "bfloat16"}
@@ -198,8 +200,10 @@ class Recipe:
         return {name: Path(source).expanduser() for name, source in sources.items() if isinstance(source, str)}
 
     def inputs(self) -> dict[str, str]:
-        """SHA-256 of each prompt file by setting: a run that continues must read the same prompts."""
-        return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in self.prompt_files().items()}
+        """Digests of each prompt file, and of the model where it is a folder, by setting: a run that continues must
+        read the same ones, wherever they are."""
+        read = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in self.prompt_files().items()}
+        return {**read, **({"pipeline.pretrained": _digest(self.pipeline.location)} if self.pipeline.is_local else {})}
 
     def load_prompts(self) -> tuple[list[str | dict[str, Any]], list[str | dict[str, Any]] | None]:
         """Prompts for training and for evaluation (None without).
@@ -273,6 +277,23 @@ class Recipe:
                 not ("weight" in entry and self.config.advantage.reward_weights), f"{where}.weight",
                 entry.get("weight"), "none beside advantage.reward_weights: weights stand in one place",
             )  # fmt: skip
+
+
+def _digest(folder: str) -> str:
+    """Of a model's folder: names, sizes, and of each file its beginning and its end, which is a config as a whole and
+    of weights the names and shapes and the last numbers."""
+    found = hashlib.sha256()
+    for path in sorted(Path(folder).rglob("*")):
+        name, size = path.relative_to(folder), path.stat().st_size
+        # what a download keeps for itself
+        if not path.is_file() or any(part.startswith(".") for part in name.parts):
+            continue
+        found.update(f"{name} {size}\n".encode())
+        with open(path, "rb") as file:
+            found.update(file.read(_SAMPLED))
+            file.seek(max(size - _SAMPLED, 0))
+            found.update(file.read(_SAMPLED))
+    return found.hexdigest()
 
 
 def load_prompts(source: Any, where: str) -> list[str | dict[str, Any]]:

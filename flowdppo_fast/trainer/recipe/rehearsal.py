@@ -6,6 +6,7 @@ results, so that the pipeline's own code runs, tokenizers included, and the reco
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ def run_bytes(recipe: Recipe, plan: PipelinePlan) -> tuple[dict[str, int], str |
         missing = f"{plan.kind.__name__} could not be called without weights ({type(error).__name__}: {error})"
     parts = estimate_memory(
         config,
-        _built(recipe, plan, largest),
+        built(recipe, plan, largest),
         (lambda rows: {}) if call is None else call.arguments,
         weights=sum(sizes[name] for name in names),
         entries=sum(trained.values()),
@@ -107,13 +108,19 @@ class Rehearsal:
     arguments: Callable[[int], dict[str, Any]]
 
 
-def rehearse(recipe: Recipe, plan: PipelinePlan, transformer: str) -> Rehearsal:
+def rehearse(
+    recipe: Recipe, plan: PipelinePlan, transformer: str, seen: dict[str, list[Any]] | None = None
+) -> Rehearsal:
     """Records a call of the pipeline without weights on a few samples of the first prompt.
+
+    Args:
+        seen: gets positional and keyword arguments of the calls of each component, and then images are decoded too
+            (``vae.decode``).
 
     Raises:
         Exception: whatever the pipeline raises.
     """
-    settings, pipeline = recipe.config.sampling, hollow_pipeline(recipe, plan)
+    settings, pipeline = recipe.config.sampling, hollow_pipeline(recipe, plan, seen)
     pipeline.set_progress_bar_config(disable=True)
     prompts, _ = recipe.load_prompts()
     source = PromptSource(prompts[:1], pipeline, [*settings.pipeline_kwargs, "return_dict"])
@@ -128,7 +135,7 @@ def rehearse(recipe: Recipe, plan: PipelinePlan, transformer: str) -> Rehearsal:
             **settings.pipeline_kwargs,
             num_inference_steps=settings.num_steps,
             generator=[torch.Generator().manual_seed(row) for row in range(rows)],
-            output_type="latent",
+            output_type="latent" if seen is None else settings.output_type,
             return_dict=False,
         )
     return _rehearsal(trajectory, pipeline.components[transformer])
@@ -155,12 +162,12 @@ def _rehearsal(trajectory: Trajectory, module: nn.Module) -> Rehearsal:
     return Rehearsal(trajectory_bytes([trajectory]), len(calls), copies, arguments)
 
 
-def hollow_pipeline(recipe: Recipe, plan: PipelinePlan) -> Any:
-    """The pipeline with components without weights, which computes on the CPU."""
+def hollow_pipeline(recipe: Recipe, plan: PipelinePlan, seen: dict[str, list[Any]] | None = None) -> Any:
+    """The pipeline with components without weights, which computes on the CPU; ``seen`` as in :func:`rehearse`."""
     components: dict[str, Any] = dict.fromkeys((*plan.absent, *recipe.pipeline.without))
     for name, component in plan.components.items():
         if component.parameters:
-            components[name] = _hollow(_built(recipe, plan, name))
+            components[name] = _hollow(built(recipe, plan, name), name, seen)
         else:
             kind = class_of(component.library, component.class_name)
             if kind is None:
@@ -172,21 +179,30 @@ def hollow_pipeline(recipe: Recipe, plan: PipelinePlan) -> Any:
     return kind(**components)
 
 
-def _hollow(module: nn.Module) -> nn.Module:
-    """``module``, whose forward takes and gives tensors on the CPU."""
-    own, known = module.forward, {}
+def _hollow(module: nn.Module, name: str, seen: dict[str, list[Any]] | None) -> nn.Module:
+    """``module``, whose forward, and decoding, takes and gives tensors on the CPU."""
+    for method in ("forward", *["decode"] * (seen is not None and hasattr(module, "decode"))):
+        place = name if method == "forward" else f"{name}.{method}"
+        setattr(module, method, _shapes_only(getattr(module, method), None if seen is None else (seen, place)))
+    return module
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
+
+def _shapes_only(own: Callable[..., Any], seen: tuple[dict[str, list[Any]], str] | None) -> Callable[..., Any]:
+    known: dict[Any, Any] = {}
+
+    @functools.wraps(own)
+    def call(*args: Any, **kwargs: Any) -> Any:
         leaves, spec = tree_flatten((args, kwargs))
         key = (spec, *((x.shape, x.dtype) if isinstance(x, Tensor) else repr(x) for x in leaves))
         # the steps of a schedule have the same shapes, and a large model takes a second
         if key not in known:
             args, kwargs = tree_map_only(Tensor, lambda x: x.to("meta"), (args, kwargs))
+            if seen is not None:
+                seen[0].setdefault(seen[1], []).append((args, kwargs))
             known[key] = own(*args, **kwargs)
         return tree_map_only(Tensor, _numbers, known[key])
 
-    module.forward = forward  # type: ignore[method-assign]
-    return module
+    return call
 
 
 def _numbers(like: Tensor) -> Tensor:
@@ -196,7 +212,7 @@ def _numbers(like: Tensor) -> Tensor:
     return torch.zeros(like.shape, dtype=like.dtype)
 
 
-def _built(recipe: Recipe, plan: PipelinePlan, name: str) -> nn.Module:
+def built(recipe: Recipe, plan: PipelinePlan, name: str) -> nn.Module:
     """A component on the meta device in the dtype in which it is loaded."""
     component, settings = plan.components[name], recipe.pipeline
     kind = class_of(component.library, component.class_name)

@@ -42,7 +42,10 @@ def find_layouts(
         leaves, _ = flatten(value, batch)
         slots = {key: _likely(output, lengths[key[0]], batch) for key, output in outputs.items()}
         return True, tuple(options[0] for options in _options(leaves, named, batch, copies)), slots
-    eps = max(torch.finfo(x.dtype).eps for x in outputs.values() if x.is_floating_point())
+    computed = {x.dtype for x in outputs.values() if x.is_floating_point()}
+    if call.surroundings is not None:
+        computed |= {call.surroundings.autocast[1]} - {None}
+    eps = max(torch.finfo(dtype).eps for dtype in computed)
     # in the recorded geometry with other rows around them, rows come out as they were; in another one they are rounded
     # to the dtype's last place; sums inside of a module are float32, and their order may depend on where memory lies
     near = eps + 8 * torch.finfo(torch.float32).eps

@@ -44,10 +44,14 @@ class Watch:
     Args:
         chosen: indices of the steps that are recorded.
         upcoming: called after each step with the index of the next one.
+        ending: raised by the scheduler, and not by a module, once something is recorded.
     """
 
-    def __init__(self, recorder: Any, chosen: list[int], upcoming: Callable[[int], None] | None = None):
-        self.recorder, self.chosen, self.upcoming = recorder, chosen, upcoming
+    def __init__(
+        self, recorder: Any, chosen: list[int], upcoming: Callable[[int], None] | None = None,
+        ending: type[BaseException] | None = None,
+    ):  # fmt: skip
+        self.recorder, self.chosen, self.upcoming, self.ending = recorder, chosen, upcoming, ending
         self.name = recorder.name
         self.trajectory = Trajectory()
         self.transitions: list[Transition] = []
@@ -139,6 +143,7 @@ class Watch:
 
     def on_output(self, index: int, output: Tensor, negated: bool) -> None:
         """A scheduler was given ``output`` for step ``index``."""
+        self._end()
         if self._parts and self._parts[0][0] != index:
             self.close()
         if self._parts:
@@ -156,10 +161,15 @@ class Watch:
         self._parts[-1] = (*self._parts[-1][:2], transition)
         if len(self.family) == 1:
             self.close()
+            self._end()
             return
         self._busy = False
         if self._on:
             self.tape.start()
+
+    def _end(self) -> None:
+        if self.ending is not None and self.transitions:
+            raise self.ending
 
     def close(self) -> None:
         """Records the step that was made, if one was."""

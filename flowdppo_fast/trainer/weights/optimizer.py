@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -39,9 +40,17 @@ class PolicyOptimizer:
         self.scale = torch.full((), _FIRST_SCALE if scaled else 1.0, device=device)
         self.good_steps = torch.zeros((), device=device)
         self.stopped = torch.zeros((), dtype=torch.bool, device=device)
+        # updates that are done, and those of the run
+        self._done, self._updates = 0, 1
 
-    def begin_rollout(self) -> None:
-        """Steps may be taken again; gradients of an update that was interrupted are gone."""
+    def begin_rollout(self, iteration: int = 0, iterations: int = 1) -> None:
+        """Steps may be taken again; gradients of an update that was interrupted are gone.
+
+        Args:
+            iteration, iterations: those that are done, and those of the whole run, for the learning rate.
+        """
+        each = self.settings.updates_per_rollout * self.settings.inner_epochs
+        self._done, self._updates = iteration * each, iterations * each
         self.stopped.zero_()
         self.adamw.zero_grad(set_to_none=False)
 
@@ -58,6 +67,11 @@ class PolicyOptimizer:
         loss, kl = self.workers.sum(torch.stack([loss, kl])).unbind()
         return self.workers.sharding.inside(lambda: self._take(loss, kl), update=True)
 
+    @property
+    def learning_rate(self) -> float:
+        """Of the last update."""
+        return float(self.adamw.param_groups[0]["lr"])
+
     def _take(self, loss: Tensor, kl: Tensor) -> dict[str, Tensor]:
         s = self.settings
         gradients = [p.grad for p in self.parameters if p.grad is not None]
@@ -71,6 +85,9 @@ class PolicyOptimizer:
         bad = ~(torch.isfinite(norm) & torch.isfinite(loss))
         if s.target_kl is not None:
             self.stopped |= kl > s.target_kl
+        for group in self.adamw.param_groups:
+            group["lr"] = scheduled_rate(self.settings, self._done, self._updates)
+        self._done += 1
         # where this is 1 the fused optimizer changes nothing; the host need not know
         self.adamw.found_inf = (bad | self.stopped).float()  # type: ignore[attr-defined]
         self.adamw.step()
@@ -91,3 +108,17 @@ class PolicyOptimizer:
         """Restores :meth:`state`."""
         self.scale.copy_(state["scale"])
         self.good_steps.copy_(state["good_steps"])
+
+
+def scheduled_rate(settings: OptimizerConfig, done: int, updates: int) -> float:
+    """The learning rate of the update after ``done`` of ``updates``.
+
+    It depends on their number alone, so a run that continues has it without keeping it.
+    """
+    rate, warmup = settings.learning_rate, settings.warmup_updates
+    if done < warmup:
+        return rate * (done + 1) / (warmup + 1)
+    if settings.schedule == "constant":
+        return rate
+    left = max(updates - done, 0) / max(updates - warmup, 1)
+    return rate * (left if settings.schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left))

@@ -16,6 +16,7 @@ from .adapters import add_lora, save_lora, without_adapters
 from .distributed import Workers
 from .ema import MovingAverage, holding
 from .names import bare, plain_name
+from .precision import HalfCopies, computes_in
 
 
 class PolicyWeights:
@@ -33,6 +34,8 @@ class PolicyWeights:
     Attributes:
         names: of the trained weights.
         parameters: this process's own tensors of them (:mod:`.sharding`), float32.
+        called: the transformers as a pipeline calls them.
+        half: whether they compute in ``model.mixed_precision`` themselves, without autocast.
         ema: their moving average, or None.
         classes: of the transformers, by name.
 
@@ -49,6 +52,7 @@ class PolicyWeights:
         objective: ObjectiveConfig,
         workers: Workers,
     ):
+        self.called = list(modules.values())
         self.modules = {name: bare(module) for name, module in modules.items()}
         # sharding gives them classes of its own
         self.classes = {name: type(module).__name__ for name, module in self.modules.items()}
@@ -70,6 +74,12 @@ class PolicyWeights:
             if workers.count > 1:
                 workers.check_same(_fingerprint(module), f"{name} weights")
         self.parameters = workers.sharding.prepare(self.modules)
+        # what is split is gathered in its own dtype, float32
+        own = model.train == "lora" and not workers.sharded
+        self.half = own and computes_in(self.modules.values(), model.autocast_dtype)
+        self._copies = HalfCopies(self.parameters, model.autocast_dtype) if self.half else None
+        if self._copies is not None:
+            self.parameters = self._copies.masters
         self.names = list(workers.sharding.named)
         if model.compile:
             for module in self.modules.values():
@@ -103,10 +113,12 @@ class PolicyWeights:
         try:
             for parameter, start in zip(self.parameters, self._start):
                 parameter.data = start
+            self._written()
             yield
         finally:
             for parameter, data in zip(self.parameters, own):
                 parameter.data = data
+            self._written()
 
     @torch.no_grad()
     def move_reference(self, iteration: int) -> None:
@@ -117,9 +129,29 @@ class PolicyWeights:
         for start, parameter in zip(self._start, self.parameters):
             start.lerp_(parameter.detach(), 1.0 - self._objective.reference_decay)
 
-    def averaged(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
         """Within this context the weights are their moving average, if there is one."""
-        return contextlib.nullcontext() if self.ema is None else holding(self.parameters, self.ema.averages)
+        if self.ema is None:
+            yield
+            return
+        try:
+            with holding(self.parameters, self.ema.averages):
+                self._written()
+                yield
+        finally:
+            self._written()
+
+    def stepped(self) -> None:
+        """To be called after each step of the optimizer."""
+        self._written()
+        if self.ema is not None:
+            self.ema.update()
+
+    def _written(self) -> None:
+        """The transformers follow what was written to :attr:`parameters`."""
+        if self._copies is not None:
+            self._copies.refresh()
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """What a checkpoint keeps, by file: whole tensors; all processes have to come here."""
@@ -145,15 +177,17 @@ class PolicyWeights:
                     )
             for own, value in zip(self.workers.sharding.own(saved), values):
                 value.copy_(own)
+        self._written()
 
     def save_pretrained(self, folder: Path) -> None:
         """Writes the (averaged) weights as diffusers loads them, one folder per transformer, from the main process; all
         processes have to come here."""
         with self.averaged():
-            whole = self.workers.sharding.whole(self.parameters) if self.workers.sharded else {}
+            apart = self.workers.sharded or self._copies is not None
+            whole = self.workers.sharding.whole(self.parameters) if apart else {}
             for name, module in self.modules.items():
                 own = {k.removeprefix(f"{name}."): value for k, value in whole.items() if k.startswith(f"{name}.")}
-                # its own state has shards
+                # its own state has shards, or copies in half precision
                 hook = module.register_state_dict_post_hook(lambda _, state, *__, own=own: _plain(state, own))
                 try:
                     if self.workers.is_main:

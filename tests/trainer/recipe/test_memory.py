@@ -110,7 +110,7 @@ def test_each_lever_lowers_its_part_of_the_estimate_and_no_other():
     assert after == before / 2
 
 
-def test_adapters_in_float32_cost_activations_without_autocast():
+def test_adapters_in_float32_cost_activations_beside_weights_in_bfloat16():
     found = []
     for precision in ("no", "bf16"):
         config = FlowDPPOConfig.from_dict({"model": {"mixed_precision": precision}})
@@ -119,7 +119,8 @@ def test_adapters_in_float32_cost_activations_without_autocast():
             return {name: value.to(torch.bfloat16) for name, value in arguments_of(rows).items()}
 
         found.append(memory.estimate_memory(config, small_transformer().to(torch.bfloat16), half, weights=0))
-    assert found[0]["trained"] == found[1]["trained"]
+    # 16 bytes, and 2 of the copy
+    assert found[1]["trained"] / found[0]["trained"] == 18 / 16
     assert found[0]["activations"] > 1.2 * found[1]["activations"]
 
 

@@ -134,7 +134,8 @@ def test_weights_are_counted_as_they_are_loaded(sd3_with_encoders):
     parts, missing = run_bytes(recipe, plan)
     assert missing is None
     assert (parts["weights"], parts["idle"]) == (sizes["transformer"], sum(sizes.values()) - sizes["transformer"])
-    assert (parts["trained"], parts["ema"]) == (16 * entries, 4 * entries)
+    # with the copy in bfloat16
+    assert (parts["trained"], parts["ema"]) == (18 * entries, 4 * entries)
     full = recipe_of(folder, model={"train": "full"}, sampling=sampling)
     parts, _ = run_bytes(full, plan)
     assert (parts["weights"], parts["trained"]) == (0, 16 * counts["transformer"])

@@ -110,3 +110,33 @@ def test_the_loss_scale_grows_after_a_long_run_and_is_kept():
     other = make(scaled=True)
     other.load_state({name: value.clone() for name, value in optimizer.state().items()})
     assert float(other.scale) == 2 * first
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.25, 0.5, 0.75, 1.0, 0.8, 0.6, 0.4, 0.2]),
+        ("cosine", [0.25, 0.5, 0.75, 1.0, 0.9045, 0.6545, 0.3455, 0.0955]),
+    ],
+)
+def test_the_learning_rate_follows_its_schedule_and_knows_where_a_run_continues(schedule, expected):
+    settings = {"learning_rate": 0.1, "warmup_updates": 3, "schedule": schedule, "updates_per_rollout": 2}
+
+    def rates(first: int) -> list[float]:
+        optimizer, found = make(**settings), []
+        for iteration in range(first, 4):
+            optimizer.begin_rollout(iteration, 4)
+            for _ in range(2):
+                give(optimizer, 1.0)
+                before = values(optimizer)
+                step(optimizer)
+                found.append(optimizer.learning_rate)
+                if len(found) == 1:
+                    # Adam's first step is as long as the rate
+                    moved = (values(optimizer) - before).abs().max().item()
+                    assert moved == pytest.approx(found[0], rel=1e-2)
+        return found
+
+    assert rates(0) == pytest.approx([0.1 * share for share in expected], rel=1e-3)
+    assert rates(2) == rates(0)[4:]
