@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -122,7 +123,7 @@ def verify_moved(
     # a call that starts in the middle of the schedule has no step before its first one
     for at_once in dict.fromkeys([first == 0, True]):
         move = _Move(modules_of(recorder)[0] if parameters is None else parameters)
-        watch = Watch(recorder, [first], lambda index, move=move: move.make() if index == first else None, _Enough)
+        watch = Watch(recorder, [first], functools.partial(move.before_step, first), _Enough)
         try:
             with torch.random.fork_rng(devices):
                 with contextlib.suppress(_Enough), recorder._watched(watch, seed=0, first_row=0):
@@ -174,6 +175,11 @@ class _Move:
         found = [p for x in weights for p in (x.parameters() if isinstance(x, nn.Module) else [x])]
         self.parameters = list(dict.fromkeys(p for p in found if p.requires_grad))
         self.before: list[Tensor] = []
+
+    def before_step(self, step: int, upcoming: int) -> None:
+        """Makes them so when ``step`` comes up."""
+        if upcoming == step:
+            self.make()
 
     @torch.no_grad()
     def make(self) -> None:
