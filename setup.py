@@ -220,6 +220,12 @@ def portable() -> tuple[list[str], list[str]]:
             f"FLOWDPPO_SYSROOT: got {folder!r}, expected a folder with an older system's usr/include and lib"
         )
     places = [Path(folder, part, f"{MACHINE}-linux-gnu") for part in ("usr/lib", "lib")]
+    for link in (place / "libm.so" for place in places):
+        if link.is_symlink() and not link.exists():
+            raise SystemExit(
+                f"FLOWDPPO_SYSROOT: {link} leads out of it, to {os.readlink(link)}, expected a relative link; what is "
+                "compiled in from libm.a instead would ask for glibc's private symbols"
+            )
     compile_flags = [f"--sysroot={folder}", "-include", str(Path("csrc/portable.h").absolute())]
     # the compiler's own folders hold the newer system's libraries beside its own
     # streams that are compiled in are nobody else's

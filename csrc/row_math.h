@@ -53,7 +53,7 @@ FLOWDPPO_HD RowStats<T> finish_sums(const RawSums& sums, T scale, int64_t numel,
       static_cast<T>((mean ? k_squared : k) * sums.nd / count),
       static_cast<T>(k_squared * sums.dd / count),
       static_cast<T>((mean ? k_squared : 1.0) * sums.nn / count),
-      static_cast<T>(form == Form::kMatching ? 0.0 : k_squared * sums.ww / count),
+      static_cast<T>(k_squared * sums.ww / count),
   };
 }
 

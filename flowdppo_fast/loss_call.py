@@ -22,6 +22,8 @@ from .rules import BUILT_IN, RowValues
 
 _T = TypeVar("_T")
 _UNSCALED = ("mean_mse", "velocity_mse")
+# looked up once: an enumeration's members are found by a call of Python
+_MATCHING = int(Form.MATCHING)
 
 
 def _kept(function: Callable[..., _T]) -> Callable[..., _T]:
@@ -177,7 +179,7 @@ def run(
 ) -> LossOutput:
     """What both forms share: row tensors, backend, autograd, which sees ``new``; the source has it detached."""
     ints, floats, metrics, one_pass = settings
-    own_rule, matching = ints[0] >= BUILT_IN, source.form == Form.MATCHING
+    own_rule, matching = ints[0] >= BUILT_IN, source.form == _MATCHING
     name = resolve_backend(backend, plan.device.type, plan.dtype, own_rule=own_rule, matching=matching)
     kind = (plan.rows, plan.device, plan.dtype)
     if one_pass and single_pass is None:

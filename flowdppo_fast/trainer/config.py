@@ -15,6 +15,7 @@ import yaml
 from pydantic import BeforeValidator, Field, Strict, StrictBool, StrictInt
 
 from ..samplers import SAMPLERS
+from .engine_settings import EnginesConfig, check_engines
 from .objective import ObjectiveConfig
 from .settings import (
     NUMBER,
@@ -39,14 +40,8 @@ RECIPE_SECTIONS = ("pipeline", "prompts", "rewards")
 
 # arguments of the pipeline's call that the trainer sets itself
 _RESERVED_ARGUMENTS = (
-    "generator",
-    "latents",
-    "num_inference_steps",
-    "output_type",
-    "prompt",
-    "prompt_embeds",
-    "return_dict",
-)
+    "generator", "latents", "num_inference_steps", "output_type", "prompt", "prompt_embeds", "return_dict",
+)  # fmt: skip
 
 _SAMPLERS = tuple(name for name in SAMPLERS if name != "ode")
 # YAML reads a bare no as False
@@ -310,6 +305,7 @@ class FlowDPPOConfig:
     Args:
         model: what is trained.
         sampling: the rollout.
+        engines: servers that sample it.
         advantage: how rewards become advantages.
         objective: the bound on each update.
         optimizer: the updates.
@@ -323,6 +319,7 @@ class FlowDPPOConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    engines: EnginesConfig = field(default_factory=EnginesConfig)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -369,6 +366,7 @@ class FlowDPPOConfig:
         self._check_sampling()
         self.objective.check(self.optimizer.updates_per_rollout, self.optimizer.inner_epochs)
         self._check_model()
+        check_engines(self)
 
     def _check_sampling(self) -> None:
         s, o = self.sampling, self.optimizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from ..objectives import threshold_of
 from .config import FlowDPPOConfig
+from .engines.readers import noisy_steps
+from .engines.sampling import EngineSampling
 from .prompts import PromptSource, text_of
 from .record.checks import ReplayCheck
 from .record.recorder import TrajectoryRecorder
@@ -45,6 +48,8 @@ class PipelineCalls:
         # sharded weights move between calls only
         self._moves = config.run.check_replay and not weights.workers.sharded
         self._drawn: tuple[Trajectory, Callable[[], Any]] | None = None
+        engines = EngineSampling(pipeline, weights.modules, config, weights.workers) if config.engines.urls else None
+        self._engines = engines
 
     def run(self, function: Callable[[], T]) -> T:
         """``function()``, which calls transformers, in the precision of the run."""
@@ -59,14 +64,17 @@ class PipelineCalls:
     def images(
         self, source: PromptSource, entries: list[dict], seeds: list[int], num_steps: int, options: Mapping[str, Any]
     ) -> Any:
-        """Images of one pipeline call, one per entry of ``source``."""
+        """Images of one pipeline call, one per entry of ``source``; servers sample a recorded one."""
         # equal neighbours are one prompt with several images, if all runs of them have a common length
         runs = [len(list(run)) for _, run in itertools.groupby(entries, key=id)]
-        given = source.arguments(entries, 1 if self.config.sampling.repeat_texts else math.gcd(*runs), self.device)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+        def given(rows: slice, group_size: int) -> dict[str, Any]:
+            own = source.arguments(entries[rows], 1 if self.config.sampling.repeat_texts else group_size, self.device)
+            return {**own, **shared_options(options, own, self.device)}
+
         arguments = {
-            **given,
-            **shared_options(options, given, self.device),
+            **given(slice(None), math.gcd(*runs)),
             "num_inference_steps": num_steps,
             # which draws the same, and some take no list
             "generator": generators if len(generators) > 1 else generators[0],
@@ -75,12 +83,26 @@ class PipelineCalls:
         if not hasattr(self.pipeline, "blocks"):
             arguments["return_dict"] = False
         with torch.no_grad():
-            return images_of(self.run(lambda: self.pipeline(**arguments)))
+            if self._engines is None or noisy_steps(self.pipeline.scheduler) is None:
+                return images_of(self.run(lambda: self.pipeline(**arguments)))
+            groups = [slice(*pair) for pair in itertools.pairwise(itertools.accumulate(runs, initial=0))]
+            asked = [(given(rows, rows.stop - rows.start), seeds[rows]) for rows in groups]
+            with self._engines.sampled(asked) as further:
+                return images_of(self.run(lambda: self.pipeline(**arguments, **further)))
+
+    def send_weights(self) -> None:
+        """Gives the present weights to the servers, if there are any; all processes have to come here."""
+        if self._engines is not None:
+            self._engines.send_weights()
 
     def drew(self, trajectory: Trajectory, call: Callable[[], Any]) -> None:
-        """Tells which call drew a trajectory."""
+        """Takes a trajectory as it is trained on and stored; ``call`` drew it."""
+        if self._engines is not None:
+            self._engines.settle(trajectory)
         if self._moves:
             self._drawn = trajectory, call
+        if self.config.sampling.offload_trajectories:
+            trajectory.offload(self.device)
 
     def verify_moved(self, recorder: TrajectoryRecorder, objective: Any) -> None:
         """:meth:`TrajectoryRecorder.verify_moved` of what was drawn last, once in a run."""
@@ -88,7 +110,8 @@ class PipelineCalls:
             bounds = self._bounds(objective, self._drawn[0])
             verify = functools.partial(recorder.verify_moved, *self._drawn, **bounds)
             self._moves, self._drawn = False, None
-            logger.info("the replay follows the weights: %s", self.run(verify))
+            with self._engines.again() if self._engines else contextlib.nullcontext():
+                logger.info("the replay follows the weights: %s", self.run(verify))
 
     def verify(
         self, recorder: TrajectoryRecorder, trajectory: Trajectory, rows: Sequence[int], objective: Any

@@ -35,12 +35,14 @@ _FREE = {
     ),
     "model": ("offload_idle",),
     "sampling": ("offload_trajectories",),
+    "engines": ("retries", "timeout", "weights"),
     "evaluation": ("every", "num_steps", "images_per_prompt", "pipeline_kwargs"),
 }  # fmt: skip
 # those that change how numbers are rounded and nothing else, so that a run that went out of memory can go on
 _ROUNDING = {
     "model": ("compile", "gradient_checkpointing"),
     "sampling": ("batch_size", "repeat_texts"),
+    "engines": ("urls",),
     "optimizer": ("micro_batch_size", "steps_per_micro_batch"),
 }
 

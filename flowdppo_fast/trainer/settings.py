@@ -31,6 +31,8 @@ def _no_truth_value(value: Any) -> Any:
     return value
 
 
+# what a section does not know is refused, and sections in sections are checked again
+SECTION = ConfigDict(extra="forbid", revalidate_instances="always")
 # text is a number too: YAML 1.1 reads 1e-5 as text; True is none
 NUMBER = BeforeValidator(_no_truth_value)
 Number = Annotated[float, NUMBER]

@@ -268,6 +268,7 @@ class FlowDPPOTrainer:
         groups = self.prompts.groups(iteration, s.prompts_per_rollout, seed)
         calls = plan_calls(s, self.workers, self.updates, self.prompts, groups)
         trajectories, pending, shown = [], [], None
+        self.calls.send_weights()
         # nothing is sampled while the rewards of an only call are computed
         background = s.background_rewards and len(calls) > 1
         with BackgroundScorer(self.reward, self.device) if background else contextlib.nullcontext() as scorer:
@@ -363,8 +364,6 @@ class FlowDPPOTrainer:
         with self.recorder.recording(chosen, seed=noise_seed, first_row=rows[0]) as trajectory:
             images = call()
         self.calls.drew(trajectory, call)
-        if s.offload_trajectories:
-            trajectory.offload(self.device)
         return trajectory, images
 
     def _iterate(self) -> dict[str, float]:

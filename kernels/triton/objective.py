@@ -12,6 +12,7 @@ from ..rows import RowSource, takes_rows
 from .epilogue import epilogue_kernel, rule_constants
 from .gradient import launch_gradient
 from .launch import (
+    MATCHING,
     MEAN,
     Geometry,
     Kind,
@@ -21,7 +22,7 @@ from .launch import (
     geometry_of,
     step_arguments,
 )
-from .statistics import launch_partials, sums_apart
+from .statistics import launch_partials
 
 _ROW_FIELDS, _SUMMARIES = len(RowField), len(SUMMARY)
 _NO_NUMBERS = (None,) * 6
@@ -43,8 +44,9 @@ def launch_policy_loss(
     if geometry.rows == 0:
         return _nothing(advantages)
     partials = launch_partials(source, geometry, old_log_prob is not None, advantages)
+    apart = source.reference is not None and source.form != MATCHING
     return _launch_epilogue(
-        geometry, source.form == MEAN, sums_apart(source), (advantages, partials, None, None, None),
+        geometry, source.form == MEAN, apart, (advantages, partials, None, None, None),
         source.step, source.step_values, row_weights, old_log_prob, ints, floats,
     )  # fmt: skip
 

@@ -23,13 +23,13 @@ LAYERS = {
     "front door": ("",),
     "users of the losses": ("integrations", "runs"),
     "settings": (
-        "trainer.ambient", "trainer.callables", "trainer.config", "trainer.levers", "trainer.objective",
-        "trainer.prompts", "trainer.seeds", "trainer.settings",
+        "trainer.ambient", "trainer.callables", "trainer.config", "trainer.engine_settings", "trainer.levers",
+        "trainer.objective", "trainer.prompts", "trainer.seeds", "trainer.settings",
     ),
     "wings of the trainer": ("trainer.record", "trainer.weights", "trainer.rewards"),
     "its loop": (
-        "trainer.advantages", "trainer.checkpoint", "trainer.evaluation", "trainer.metrics", "trainer.mismatch",
-        "trainer.pipeline_calls", "trainer.resume", "trainer.rollout", "trainer.row_plan",
+        "trainer.advantages", "trainer.checkpoint", "trainer.engines", "trainer.evaluation", "trainer.metrics",
+        "trainer.mismatch", "trainer.pipeline_calls", "trainer.resume", "trainer.rollout", "trainer.row_plan",
         "trainer.run_folder", "trainer.trainer",
     ),
     "a run as a file": ("trainer.recipe", "trainer.export"),

@@ -15,6 +15,7 @@ builds it. Without the second there is no aarch64 wheel. On Debian the compiler 
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import subprocess
@@ -27,6 +28,11 @@ ROOT = Path(__file__).resolve().parents[2]
 CROSS = "aarch64-linux-gnu-g++"
 # torch's own libraries stay torch's
 EXCLUDED = ("libtorch*.so", "libc10*.so", "libcudart.so*")
+# what systems have that are no older than Debian 11: libraries, and the newest versions of their symbols
+SYSTEM = {
+    "libtorch_cpu.so", "libstdc++.so.6", "libgcc_s.so.1", "libc.so.6", "libm.so.6", "ld-linux-aarch64.so.1"
+}  # fmt: skip
+NEWEST = {"GLIBC": (2, 31), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GCC": (7, 0, 0)}
 OFF = {"FLOWDPPO_BUILD_CPU": "0", "FLOWDPPO_BUILD_CUDA": "0"}
 
 
@@ -62,6 +68,43 @@ def repaired(wheel: Path, folder: Path) -> Path:
     return made
 
 
+def foreign(wheel: Path, folder: Path) -> Path:
+    """The wheel for another processor under the oldest manylinux name that its library's glibc allows.
+
+    auditwheel looks libraries up on the machine that it runs on.
+
+    Raises:
+        RuntimeError: its library asks for more than such a system has.
+    """
+    from elftools.elf.elffile import ELFFile
+
+    with zipfile.ZipFile(wheel) as archive:
+        library = ELFFile(io.BytesIO(archive.read("flowdppo_fast/_C_cpu.so")))
+    versions = library.get_section_by_name(".gnu.version_r").iter_versions()
+    asked = {(part.name, name.name) for part, names in versions for name in names}
+    newer = [f"{name} of {part}" for part, name in sorted(asked) if not NEWEST[_family(name)] >= _number(name)]
+    glibc = max(_number(name) for _, name in asked if _family(name) == "GLIBC")
+    needed = {tag.needed for tag in library.get_section_by_name(".dynamic").iter_tags("DT_NEEDED")}
+    if newer or not needed <= SYSTEM:
+        raise RuntimeError(f"{wheel.name} asks for {', '.join([*newer, *sorted(needed - SYSTEM)])}")
+    folder.mkdir()
+    made = shutil.copy(wheel, folder)
+    platform = f"manylinux_{glibc[0]}_{glibc[1]}_{wheel.stem.rpartition('linux_')[2]}"
+    call(sys.executable, "-m", "wheel", "tags", "--remove", "--platform-tag", platform, made)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def _family(symbol_version: str) -> str:
+    return symbol_version.rpartition("_")[0]
+
+
+def _number(symbol_version: str) -> tuple[int, ...]:
+    number = symbol_version.rpartition("_")[2]
+    # that of GLIBC_PRIVATE is newer than any
+    return tuple(map(int, number.split("."))) if number[0].isdigit() else (1000,)
+
+
 def build(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
     """Wheels by kind (``x86_64``, ``pure`` and, where it can be built, ``aarch64``), and what they are."""
     source = sdist(folder)
@@ -77,7 +120,7 @@ def build(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
         info["left out"].append(f"the aarch64 wheel: {missing}")
     else:
         settings = {"CXX": CROSS, "FLOWDPPO_SYSROOT": older, "_PYTHON_HOST_PLATFORM": "linux-aarch64"}
-        wheels["aarch64"] = repaired(
+        wheels["aarch64"] = foreign(
             wheel_from(source, folder / "cross", FLOWDPPO_BUILD_CPU="1", **settings), folder / "aarch64"
         )
     info["wheels"] = {kind: described(wheel) for kind, wheel in wheels.items()}

@@ -25,25 +25,20 @@ def without_times(history: list[dict]) -> list[dict]:
     return [{k: v for k, v in metrics.items() if not k.startswith(("seconds", "samples_per"))} for metrics in history]
 
 
+OBJECTIVES = ["dppo", "dppo_symmetric", "ratio_clip", "grpo_guard", "unclipped"]
+PULLS = ["kl_penalty", "drpo", "drpo_ratio", "log_hinge"]
+
+
 @pytest.mark.parametrize(
-    ("objective", "train"),
-    [
-        *itertools.product(["dppo", "dppo_symmetric", "ratio_clip", "grpo_guard", "unclipped"], ["lora", "full"]),
-        *itertools.product(["kl_penalty", "drpo", "drpo_ratio", "log_hinge"], ["full"]),
-    ],
+    ("objective", "train"), [*itertools.product(OBJECTIVES, ["lora", "full"]), *itertools.product(PULLS, ["full"])]
 )
 def test_every_objective_raises_the_reward(pipes, small_config, learning, objective, train):
     # bounds that drop some rows and let a few iterations on 64 pixels move
     threshold, clip = (3e-4, 5e-3) if train == "lora" else (1e-2, 0.05)
     bounds = {
-        "ratio_clip": {"clip_low": clip, "clip_high": clip},
-        "grpo_guard": {"clip_low": clip, "clip_high": clip},
-        "unclipped": {},
-        "kl_penalty": {"penalty": 0.5},
-        "drpo": {"threshold": 2.0},
-        "drpo_ratio": {},
-        "log_hinge": {"clip_high": clip},
-    }
+        **{name: {"clip_low": clip, "clip_high": clip} for name in ("ratio_clip", "grpo_guard")}, "unclipped": {},
+        "kl_penalty": {"penalty": 0.5}, "drpo": {"threshold": 2.0}, "drpo_ratio": {}, "log_hinge": {"clip_high": clip},
+    }  # fmt: skip
     drops = objective not in ("unclipped", "kl_penalty", "drpo", "drpo_ratio")
     config = small_config(
         model={"train": train},
