@@ -44,6 +44,8 @@ def run(options: argparse.Namespace) -> int:
 
         print(yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True), end="")
         print(describe(recipe, prepared.plan))
+        if prepared.note is not None:
+            print(f"note: {prepared.note}")
         return 0
     try:
         history = prepared.train()

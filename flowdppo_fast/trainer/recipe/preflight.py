@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import nn
 
 from ..callables import load_callable, search_working_directory
 from ..prompts import REWARD_KEYS
+from ..record.scheduler import FlowMatchSDEScheduler
 from ..settings import require
 from ..weights.adapters import as_targets, is_target
 from .recipe import PipelineConfig, Recipe
@@ -27,6 +28,12 @@ _ATTENTION_PACKAGES = {
     "sage": ("sageattention", "sageattention"),
     "xformers": ("xformers", "xformers"),
 }
+
+
+_HUB_HINT = (
+    " (without a network it has to be a folder or in the Hub's cache; a gated model wants its licence accepted on its "
+    "page, and a token in HF_TOKEN or by hf auth login)"
+)
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,7 @@ def inspect_pipeline(recipe: Recipe) -> PipelinePlan:
     require(bool(trained), "pipeline.pretrained", settings.pretrained, "a pipeline with a transformer to train")
     if settings.vae_tiling or settings.vae_slicing:
         require("vae" in entries, "pipeline.vae_tiling", True, f"False: {kind.__name__} has no VAE")
+    _check_scheduler(settings, entries)
     _check_call(recipe, kind)
     targets = recipe.config.model.lora_targets
     components = {
@@ -113,7 +121,9 @@ def _missing_packages(recipe: Recipe) -> list[str]:
         wanted.append((f"pipeline.quantization.backend={quantization.backend}", package, package))
     # packages and trackers have the same names
     wanted += [(f"run.trackers={tracker}", tracker, tracker) for tracker in recipe.config.run.trackers]
-    if backend is not None and backend.lstrip("_").split("_")[0] in _ATTENTION_PACKAGES:
+    # what comes from the hub is refused as a whole
+    fetched = backend is not None and backend.endswith("_hub")
+    if backend is not None and not fetched and backend.lstrip("_").split("_")[0] in _ATTENTION_PACKAGES:
         module, package = _ATTENTION_PACKAGES[backend.lstrip("_").split("_")[0]]
         wanted.append((f"pipeline.attention_backend={backend}", module, package))
     return [
@@ -160,7 +170,8 @@ def _load_index(settings: PipelineConfig) -> dict[str, Any]:
     try:
         return DiffusionPipeline.load_config(settings.location, **settings.source_options)
     except OSError as error:
-        raise ValueError(f"pipeline.pretrained: cannot read {settings.pretrained}: {_one_line(error)}") from error
+        hint = "" if settings.is_local else _HUB_HINT
+        raise ValueError(f"pipeline.pretrained: cannot read {settings.pretrained}{hint}: {_one_line(error)}") from error
 
 
 def _refuse_code(settings: PipelineConfig, index: dict[str, Any]) -> None:
@@ -187,6 +198,18 @@ def _pipeline_class(settings: PipelineConfig, index: dict[str, Any]) -> type:
     expected = "a pipeline class of diffusers; pipeline.callable=package.module:Class names one of your own"
     require(inspect.isclass(kind) and issubclass(kind, diffusers.DiffusionPipeline), where, name, expected)
     return kind
+
+
+def _check_scheduler(settings: PipelineConfig, entries: Mapping[str, tuple]) -> None:
+    """The recorder takes its place, which it can only of some."""
+    kind = class_of(*entries["scheduler"]) if "scheduler" in entries else None
+    if kind is None:
+        return
+    own = kind.from_pretrained(settings.location, subfolder="scheduler", **settings.source_options)
+    try:
+        FlowMatchSDEScheduler.from_config(own)
+    except ValueError as error:
+        raise ValueError(f"pipeline.pretrained: the scheduler of {settings.pretrained}: {error}") from None
 
 
 def _check_call(recipe: Recipe, kind: type) -> None:

@@ -42,6 +42,7 @@ class PreparedRun:
         weights: of the rewards, by name.
         resume: whether the run that the folder holds is continued.
         allow_changed: whether it may be continued with settings that change its results.
+        note: why the folder could not be trained in, where that was only looked at.
     """
 
     recipe: Recipe
@@ -50,6 +51,7 @@ class PreparedRun:
     weights: dict[str, float]
     resume: bool
     allow_changed: bool = False
+    note: str | None = None
 
     @classmethod
     def of(
@@ -67,7 +69,14 @@ class PreparedRun:
             ValueError, TypeError: whatever is missing, does not fit, or cannot be imported.
         """
         check_environment(recipe, devices=devices)
-        _check_folder(recipe, resume=resume, allow_changed=allow_changed)
+        note = None
+        try:
+            _check_folder(recipe, resume=resume, allow_changed=allow_changed)
+        except ValueError as error:
+            if devices:
+                raise
+            # for a look at a recipe its folder is no trouble
+            note = str(error)
         plan = inspect_pipeline(recipe)
         c = recipe.config
         own = ":" in c.sampling.sampler or c.objective.callable is not None
@@ -76,7 +85,7 @@ class PreparedRun:
         # what is named and not there is found out before weights are loaded
         find_sampler(c.sampling.sampler)
         c.objective.build()
-        return cls(recipe, plan, *build_rewards(list(recipe.rewards)), resume, allow_changed)
+        return cls(recipe, plan, *build_rewards(list(recipe.rewards)), resume, allow_changed, note)
 
     def train(self) -> list[dict[str, float]]:
         """Loads what the recipe names and trains; returns the metrics by iteration."""
