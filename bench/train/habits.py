@@ -139,13 +139,14 @@ class HabitTrainer(FlowDPPOTrainer):
         for trajectory in rollout.trajectories:
             width = o.steps_per_micro_batch or len(trajectory.steps)
             velocity = torch.empty_like(trajectory.velocity, memory_format=torch.contiguous_format)
-            with torch.no_grad(), self.calls.autocast():
-                for start in range(0, len(trajectory), o.micro_batch_size):
-                    part = range(start, min(start + o.micro_batch_size, len(trajectory)))
-                    for first in range(0, len(trajectory.steps), width):
-                        steps = range(first, min(first + width, len(trajectory.steps)))
-                        replayed = self.recorder.replay(trajectory, part, steps)
-                        velocity[part.start : part.stop, steps.start : steps.stop] = replayed
+            for start in range(0, len(trajectory), o.micro_batch_size):
+                part = range(start, min(start + o.micro_batch_size, len(trajectory)))
+                for first in range(0, len(trajectory.steps), width):
+                    steps = range(first, min(first + width, len(trajectory.steps)))
+                    replay = functools.partial(self.recorder.replay, trajectory, part, steps)
+                    with torch.no_grad():
+                        replayed = self.calls.run(replay)
+                    velocity[part.start : part.stop, steps.start : steps.stop] = replayed
             if self.recorder.keeps_means:  # type: ignore[attr-defined]
                 trajectory.means.renew(velocity)  # type: ignore[attr-defined]
             else:

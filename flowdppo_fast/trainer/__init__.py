@@ -9,7 +9,7 @@ from .advantages import group_advantages
 from .config import FlowDPPOConfig
 from .recipe import PreparedRun, Recipe
 from .record.recorder import TrajectoryRecorder
-from .record.scheduler import FlowMatchSDEScheduler
+from .record.sampling import FlowMatchSDEScheduler
 from .rewards import Reward
 from .trainer import FlowDPPOTrainer
 

@@ -19,7 +19,6 @@ from .engines.readers import noisy_steps
 from .engines.sampling import EngineSampling
 from .prompts import PromptSource, text_of
 from .record.checks import ReplayCheck
-from .record.offload import on_device
 from .record.recorder import TrajectoryRecorder
 from .record.trajectory import Trajectory
 from .rewards import BackgroundScorer, Reward, score
@@ -48,7 +47,7 @@ class PipelineCalls:
         self.weights, self.workers, self.device = weights, weights.workers, device
         # sharded weights move between calls only
         self._moves = config.run.check_replay and not weights.workers.sharded
-        self._drawn: tuple[Trajectory, Callable[[], Any], Sequence[torch.nn.Module]] | None = None
+        self._drawn: tuple[Trajectory, Callable[[], Any]] | None = None
         engines = EngineSampling(pipeline, weights.modules, config, weights.workers) if config.engines.urls else None
         self._engines = engines
 
@@ -96,29 +95,33 @@ class PipelineCalls:
         if self._engines is not None:
             self._engines.send_weights()
 
-    def drew(self, trajectory: Trajectory, call: Callable[[], Any], idle: Sequence[torch.nn.Module]) -> None:
-        """Takes a trajectory as it is trained on and stored; ``call`` drew it, with ``idle`` on the device."""
+    def drew(self, trajectory: Trajectory, call: Callable[[], Any]) -> None:
+        """Takes a trajectory as it is trained on and stored; ``call`` drew it."""
         if self._engines is not None:
             self._engines.settle(trajectory)
         if self._moves:
-            self._drawn = trajectory, call, idle
+            self._drawn = trajectory, call
         if self.config.sampling.offload_trajectories:
             trajectory.offload(self.device)
+
+    def verify_moved(self, recorder: TrajectoryRecorder, objective: Any) -> None:
+        """:meth:`TrajectoryRecorder.verify_moved` of what was drawn last, once in a run."""
+        if self._drawn is not None:
+            bounds = self._bounds(objective, self._drawn[0])
+            verify = functools.partial(recorder.verify_moved, *self._drawn, **bounds)
+            self._moves, self._drawn = False, None
+            with self._engines.again() if self._engines else contextlib.nullcontext():
+                logger.info("the replay follows the weights: %s", self.run(verify))
 
     def verify(
         self, recorder: TrajectoryRecorder, trajectory: Trajectory, rows: Sequence[int], objective: Any
     ) -> ReplayCheck:
-        """The checks of a replay with the bounds of the run; that at moved weights once, of what was drawn last."""
-        strict, threshold = self.config.run.strict_replay, threshold_of(objective, trajectory.elements)
-        bounds: dict[str, Any] = {"strict": strict, "threshold": threshold}
-        check = self.run(functools.partial(recorder.verify, trajectory, rows, **bounds))
-        if self._drawn is not None:
-            drawn, call, idle = self._drawn
-            self._moves, self._drawn = False, None
-            with on_device(idle, self.device), self._engines.again() if self._engines else contextlib.nullcontext():
-                moved = self.run(functools.partial(recorder.verify_moved, drawn, call, **bounds))
-            logger.info("the replay follows the weights: %s", moved)
-        return check
+        """:meth:`TrajectoryRecorder.verify` with the bounds of the run."""
+        return self.run(functools.partial(recorder.verify, trajectory, rows, **self._bounds(objective, trajectory)))
+
+    def _bounds(self, objective: Any, trajectory: Trajectory) -> dict[str, Any]:
+        threshold = threshold_of(objective, trajectory.elements)
+        return {"strict": self.config.run.strict_replay, "threshold": threshold}
 
     def rewards(self, images: Any, entries: list[dict], scorer: BackgroundScorer | None = None) -> Callable[[], Any]:
         """Starts to score the images of a call; what is returned waits for the rewards."""

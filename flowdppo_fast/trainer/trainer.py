@@ -363,7 +363,7 @@ class FlowDPPOTrainer:
         call = functools.partial(self.calls.images, self.prompts, entries, seeds, s.num_steps, s.pipeline_kwargs)
         with self.recorder.recording(chosen, seed=noise_seed, first_row=rows[0]) as trajectory:
             images = call()
-        self.calls.drew(trajectory, call, self._idle)
+        self.calls.drew(trajectory, call)
         return trajectory, images
 
     def _iterate(self) -> dict[str, float]:
@@ -379,6 +379,7 @@ class FlowDPPOTrainer:
             with on_device(self._idle, self.device):
                 share = self.noise_share() if measured else None
                 rollout = self.sample(self.iteration)
+                self.calls.verify_moved(self.recorder, self.objective)
         except Exception:
             # a reward server that went away must not cost what was trained since the last checkpoint
             if self.iteration and (self.workers.count == 1 or self.workers.agreed):

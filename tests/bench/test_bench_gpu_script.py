@@ -264,4 +264,5 @@ def test_folders_that_need_diffusers_are_left_out_without_it():
     (listed,) = re.findall(r"for needs in ([\w ]+); do", SCRIPT.read_text())
     needs = re.compile(r"^(?:import|from) (?:diffusers|transformers|accelerate|peft|flowdppo_fast\.trainer)\b", re.M)
     files = [path for path in (ROOT / "tests").rglob("*.py") if needs.search(path.read_text())]
-    assert {path.relative_to(ROOT / "tests").parts[0] for path in files} <= set(listed.split())
+    # in support there are no tests: what needs them there runs in a process of its own
+    assert {path.relative_to(ROOT / "tests").parts[0] for path in files} - {"support"} <= set(listed.split())

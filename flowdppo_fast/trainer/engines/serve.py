@@ -21,7 +21,7 @@ from urllib.parse import parse_qs, urlsplit
 import torch
 
 from ..callables import load_callable, search_working_directory
-from ..record.scheduler import FlowMatchSDEScheduler
+from ..record.sampling import FlowMatchSDEScheduler
 from ..record.watch import denoisers
 from .client import OTHER_WEIGHTS
 from .readers import TrajectoryCollector

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..callables import load_callable, search_working_directory
 from ..prompts import REWARD_KEYS
-from ..record.scheduler import FlowMatchSDEScheduler
+from ..record.sampling import FlowMatchSDEScheduler
 from ..settings import require
 from ..weights.adapters import as_targets, is_target
 from .recipe import PipelineConfig, Recipe

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from ...losses import row_statistics
 from ...objectives import DPPO
 from .trajectory import Trajectory
-from .watch import Watch
+from .watch import Watch, modules_of
 
 logger = logging.getLogger(__name__)
 # of a weight's root mean square; far above rounding, and a sum of such moves is still a model
@@ -121,15 +122,8 @@ def verify_moved(
     devices = [device] if device.type == "cuda" else []
     # a call that starts in the middle of the schedule has no step before its first one
     for at_once in dict.fromkeys([first == 0, True]):
-        watch = Watch(recorder, [first], lambda index: upcoming(index))
-        move = _Move(watch.replayed if parameters is None else parameters)
-
-        def upcoming(index: int, watch: Watch = watch, move: _Move = move) -> None:
-            if watch.transitions:
-                raise _Enough
-            if index == first:
-                move.make()
-
+        move = _Move(modules_of(recorder)[0] if parameters is None else parameters)
+        watch = Watch(recorder, [first], functools.partial(move.before_step, first), _Enough)
         try:
             with torch.random.fork_rng(devices):
                 with contextlib.suppress(_Enough), recorder._watched(watch, seed=0, first_row=0):
@@ -182,8 +176,15 @@ class _Move:
         self.parameters = list(dict.fromkeys(p for p in found if p.requires_grad))
         self.before: list[Tensor] = []
 
+    def before_step(self, step: int, upcoming: int) -> None:
+        """Makes them so when ``step`` comes up."""
+        if upcoming == step:
+            self.make()
+
     @torch.no_grad()
     def make(self) -> None:
+        if self.before:
+            return
         self.before = [p.detach().clone() for p in self.parameters]
         for place, p in enumerate(self.parameters):
             drawn = torch.randn(p.shape, generator=torch.Generator(p.device).manual_seed(place), device=p.device)

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from .arguments import Call, PerRow, Ref
+from .functions import tensors_in, title
 from .offload import fetch
 
 
@@ -77,6 +78,7 @@ class Place:
 
     def into(self, flat: Tensor, value: Tensor) -> Tensor:
         """``flat`` with ``value`` in this place."""
+        _check_size(value, self.size)
         return flat.as_strided_scatter(value, self.size, self.stride, self.offset)
 
     def memory_of(self, value: Tensor) -> Tensor:
@@ -95,6 +97,7 @@ class Program:
         negated: the scheduler took its negative (timesteps per token).
         places: names whose memory is written to.
         memories: what such memory held before, where it did not come from a module.
+        sizes: of tensors whose size the pipeline asked for, where that follows from their numbers.
     """
 
     ops: list[Op | Call]
@@ -102,6 +105,7 @@ class Program:
     negated: bool = False
     places: dict[Ref, Place] = field(default_factory=dict)
     memories: dict[int, Const] = field(default_factory=dict)
+    sizes: dict[Ref, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def calls(self) -> list[Call]:
@@ -187,13 +191,30 @@ class Program:
             for ref, value in own.items():
                 place = self.places[ref]
                 memories[place.memory] = place.into(memories[place.memory], value)
-            for name, value in zip(op.results, tensors_in(made)):
+            results = tensors_in(made)
+            if len(results) != len(op.results):
+                raise _other_size(len(results), len(op.results))
+            for name, value in zip(op.results, results):
+                if name in self.sizes:
+                    _check_size(value, self.sizes[name])
                 if name is not None and name not in own:
                     put(name, value)
                     if watch is not None and value.dtype is torch.bool:
                         behind[name] = [x for x in leaves if isinstance(x, Tensor)]
         velocity = get(self.result)
         return -velocity if self.negated else velocity
+
+
+def _check_size(value: Tensor, size: tuple[int, ...]) -> None:
+    if tuple(value.shape) != size:
+        raise _other_size(list(value.shape), list(size))
+
+
+def _other_size(got: Any, expected: Any) -> ValueError:
+    return ValueError(
+        f"pipeline: what it chose by numbers of the transformer's output has size {got}, expected {expected} as "
+        "recorded, which it went on with: other rows or weights choose more or fewer; turn that option off"
+    )
 
 
 def drive(runs: Sequence[Generator[Any, Any, Tensor]], answer: Callable[[int, list[Any]], list[Any]]) -> list[Tensor]:
@@ -214,14 +235,3 @@ def drive(runs: Sequence[Generator[Any, Any, Tensor]], answer: Callable[[int, li
         asked = [proceed(run, reply) for run, reply in zip(runs, answer(number, asked))]
         number += 1
     return asked
-
-
-def title(function: Any) -> str:
-    """The name of a torch function; that of the attribute for one that is read."""
-    name = getattr(function, "__name__", str(function))
-    return getattr(getattr(function, "__self__", None), "__name__", name) if name == "__get__" else name
-
-
-def tensors_in(result: Any) -> list[Any]:
-    # torch.return_types are tuples that pytree does not open
-    return tree_flatten(tuple(result) if isinstance(result, tuple) else result)[0]

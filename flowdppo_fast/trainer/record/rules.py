@@ -6,7 +6,8 @@ from numbers import Number
 from typing import Any
 
 from .arguments import Ref
-from .program import Op, Program, title
+from .functions import title
+from .program import Op, Program
 
 # longer ones are told by their number of functions
 _LONGEST = 120

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
-import diffusers
 import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
     FlowMatchEulerDiscreteScheduler,
@@ -22,34 +19,12 @@ from torch import Tensor
 from ...noise import PhiloxNoise
 from ...samplers import ScheduleLevels, SDEStep, find_sampler
 from ...sampling import sde_step
+from .trajectory import Transition
 
 NOISE_KINDS = ("seeded", "stored")
-_EULER_NAMES = ("FlowMatchEulerDiscreteScheduler", "FlowMatchSDEScheduler")
-_REPLACED = ("step", "set_timesteps")
+REPLACED = ("step", "set_timesteps")
 # further passes draw from streams that no row of another one reads
 _PASS = 1 << 40
-
-
-@dataclass(frozen=True)
-class Transition:
-    """What a chosen step did.
-
-    Attributes:
-        index: position in the schedule, 0 is the noisiest step.
-        velocity: ``[B, *latent]`` the velocity after guidance, as the scheduler was given it.
-        noise: the drawn noise: ``[B, *latent]`` float32, or :class:`PhiloxNoise` with one stream per row.
-        step: the :class:`SDEStep` of all rows.
-        active: ``[B, L, 1]`` bool, the tokens that were moved, where the pipeline gives a timestep per token and holds
-            some still; None where all were.
-        number: of the pass through the schedule.
-    """
-
-    index: int
-    velocity: Tensor
-    noise: Tensor | PhiloxNoise
-    step: SDEStep
-    active: Tensor | None = None
-    number: int = 0
 
 
 class NoisySteps:
@@ -105,7 +80,7 @@ class NoisySteps:
         self.noise, self.seed, self.first_row = noise, seed, first_row
         self.on_step, self.on_output = on_step, on_output
         self.on_begin = on_begin
-        self.own = {name: getattr(type(scheduler), name).__get__(scheduler) for name in _REPLACED}
+        self.own = {name: getattr(type(scheduler), name).__get__(scheduler) for name in REPLACED}
         self.family: list[NoisySteps] = [self]
         # elements per row that other latents of a step have drawn
         self.drawn: dict[tuple[int, int], int] = {}
@@ -118,18 +93,18 @@ class NoisySteps:
     @contextlib.contextmanager
     def in_force(self) -> Iterator[None]:
         """Within this context the scheduler's methods are these."""
-        before = {name: vars(self.scheduler)[name] for name in _REPLACED if name in vars(self.scheduler)}
+        before = {name: vars(self.scheduler)[name] for name in REPLACED if name in vars(self.scheduler)}
         self.put()
         try:
             yield
         finally:
-            for name in _REPLACED:
+            for name in REPLACED:
                 delattr(self.scheduler, name)
             vars(self.scheduler).update(before)
 
     def put(self) -> None:
         """From here on the scheduler's methods are these."""
-        for name in _REPLACED:
+        for name in REPLACED:
             setattr(self.scheduler, name, _Method(self, name))
 
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
@@ -268,69 +243,6 @@ class _Method:
         return getattr(self._steps, self._name)(*args, **kwargs)
 
 
-class FlowMatchSDEScheduler(FlowMatchEulerDiscreteScheduler):
-    """A flow scheduler whose chosen steps draw noise (:class:`NoisySteps`), to sample with; :meth:`from_config`
-    builds it."""
-
-    @classmethod
-    def from_config(  # type: ignore[override]
-        cls, config: Any, *, sampler: str = "flow_sde", eta: float = 0.7, sde_steps: Iterable[int] = (),
-        noise: str = "seeded", seed: int = 0, first_row: int = 0,
-        on_step: Callable[[int, Transition | None], None] | None = None,
-        on_output: Callable[[int, Any, bool], None] | None = None, return_unused_kwargs: bool = False, **unused: Any,
-    ) -> Any:  # fmt: skip
-        """A copy of a flow scheduler with noise on chosen steps.
-
-        Args:
-            config: a diffusers flow scheduler or its config. Of one-call-per-step schedulers of another class, such as
-                UniPC or DPM-Solver with ``use_flow_sigmas``, the noise levels and timesteps are taken, not the solver.
-            sampler, eta, sde_steps, noise, seed, first_row, on_step, on_output: see :class:`NoisySteps`.
-            return_unused_kwargs: as in diffusers: also return further keywords, which are not used.
-
-        Returns:
-            A scheduler of the given one's class, and the unused keywords where they are asked for. A scheduler that was
-            loaded with a pipeline chooses no steps: it is the plain Euler scheduler.
-
-        Raises:
-            TypeError: further keywords that nobody asked for.
-            ValueError: an unknown choice, no noise on chosen steps, or a scheduler that is not for flow matching.
-        """
-        if unused and not return_unused_kwargs:
-            raise TypeError(f"from_config: got {', '.join(map(repr, unused))}, expected none of these keywords")
-        if isinstance(config, SchedulerMixin):
-            check_scheduler(config)
-            scheduler: Any = copy.deepcopy(config)
-            for name in _REPLACED:
-                vars(scheduler).pop(name, None)
-        else:
-            scheduler = _built(config)
-        NoisySteps(
-            scheduler, sampler=sampler, eta=eta, sde_steps=sde_steps, noise=noise, seed=seed, first_row=first_row,
-            on_step=on_step, on_output=on_output,
-        ).put()  # fmt: skip
-        return (scheduler, unused) if return_unused_kwargs else scheduler
-
-
-def _built(config: Any) -> Any:
-    """The scheduler of a config."""
-    given, config = type(config).__name__, dict(config)
-    name = config.get("_class_name", "")
-    known = inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters
-    if not name and {key for key in config if not key.startswith("_")} == known.keys() - {"self"}:
-        # the config of a scheduler that was built in Python names no class
-        name = FlowMatchEulerDiscreteScheduler.__name__
-    if name not in _EULER_NAMES and not hasattr(diffusers, name):
-        raise ValueError(
-            f"config: got a {given} with _class_name={name!r}, expected a scheduler, or a config that names a class of "
-            "diffusers"
-        )
-    if name in _EULER_NAMES:
-        return FlowMatchEulerDiscreteScheduler(**{key: value for key, value in config.items() if key in known})
-    _check_source(name, config)
-    kind: Any = getattr(diffusers, name)
-    return kind.from_config(config)
-
-
 def check_scheduler(scheduler: Any) -> None:
     """Whether chosen steps of a scheduler can draw noise.
 
@@ -346,7 +258,7 @@ def check_scheduler(scheduler: Any) -> None:
     name, config = kind.__name__, dict(vars(scheduler)["_internal_dict"])
     euler = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
     if not euler:
-        _check_source(name, config)
+        check_source(name, config)
     for option in ("invert_sigmas", "stochastic_sampling"):
         if config.get(option):
             raise ValueError(f"config: got {option}=True, expected a plain schedule from noise (1) to data (0)")
@@ -358,7 +270,7 @@ def check_scheduler(scheduler: Any) -> None:
         )
 
 
-def _check_source(name: str, config: dict[str, Any]) -> None:
+def check_source(name: str, config: dict[str, Any]) -> None:
     """Whether a scheduler of class ``name`` makes one transformer call per step on flow-matching levels."""
     if name.startswith("FlowMatch"):
         raise ValueError(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
-from types import FrameType
 from typing import Any
 
 import torch
@@ -22,33 +21,9 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .arguments import Call, Ref
-from .branches import Branch
-from .program import Const, Live, Op, Place, Program, tensors_in, title
-
-# what is asked of a tensor besides its numbers
-_ASKED = frozenset(
-    [
-        "size", "dim", "stride", "numel", "nelement", "element_size", "ndimension", "storage_offset", "get_device",
-        "is_contiguous", "is_floating_point", "is_complex", "is_signed", "is_inference", "is_pinned", "is_shared",
-        "is_same_size", "is_set_to", "is_conj", "is_neg", "type", "has_names", "__len__", "__hash__", "__repr__",
-        "__str__", "__format__", "__dir__", "result_type", "can_cast", "promote_types", "untyped_storage", "data_ptr",
-    ]
-)  # fmt: skip
-# new tensors of the size of another one, whose numbers do not matter
-_LIKE = frozenset(
-    [
-        "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like", "new_empty",
-        "new_zeros", "new_ones", "new_full", "new_tensor", "new_empty_strided", "new",
-    ]
-)  # fmt: skip
-# take no more of a further tensor than its shape or dtype
-_AS = frozenset(
-    [
-        "to", "type_as", "expand_as", "view_as", "reshape_as", "broadcast_to",
-    ]
-)  # fmt: skip
-# cut a tensor off its gradient, which here is the policy's
-_CUT = frozenset(("detach", "detach_", "data", "requires_grad_"))
+from .branches import follow
+from .functions import AS, ASKED, CHOOSE, CUT, LIKE, SIZES, targets_of, tensors_in, title
+from .program import Const, Live, Op, Place, Program
 
 
 class _Flow(TorchDispatchMode):
@@ -66,7 +41,7 @@ class _Flow(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        if function.overloadpacket.__name__ in _LIKE:
+        if function.overloadpacket.__name__ in LIKE:
             return result
         given, _ = tree_flatten((args, kwargs))
         if any(isinstance(x, Tensor) and _memory(x) in self.touched for x in given):
@@ -109,10 +84,13 @@ class Tape(TorchFunctionMode):
         # memory of constants that a noted function wrote to, with what it held
         self._buffers: dict[int, tuple[Tensor, Const]] = {}
         self._written: set[int] = set()
+        # names whose size follows from numbers, and those of them whose size was asked for
+        self._sized: set[Ref] = set()
+        self._asked: set[Ref] = set()
         # memory of tensors that stand for the value a branch chose
         self._chosen: set[int] = set()
         # how many functions the side of a branch still has, and what then has to be done with its result
-        self._pending: tuple[int, Callable[[Any], None]] | None = None
+        self.pending: tuple[int, Callable[[Any], None]] | None = None
 
     def start(self) -> None:
         """From here on functions are noted."""
@@ -165,8 +143,10 @@ class Tape(TorchFunctionMode):
         kept = [self._leaf(leaf) for leaf in leaves]
         name = title(function)
         refs = [leaf for leaf in kept if isinstance(leaf, (Ref, Live))]
-        only_asked = name in _ASKED or name == "requires_grad" or (name in _LIKE and refs == kept[:1])
-        if only_asked or not refs or (name in _AS and not isinstance(kept[0], (Ref, Live))):
+        only_asked = name in ASKED or name == "requires_grad" or (name in LIKE and refs == kept[:1])
+        if only_asked or not refs or (name in AS and not isinstance(kept[0], (Ref, Live))):
+            if name in SIZES | LIKE | AS:
+                self._asked |= self._sized.intersection(x for x in refs if isinstance(x, Ref))
             result = function(*args, **kwargs)
             if self._earlier and not refs:
                 self._pass_on([x for x in leaves if isinstance(x, Tensor)], result)
@@ -178,7 +158,7 @@ class Tape(TorchFunctionMode):
         if kwargs.get("out") is not None:
             return self._out(function, types, args, kwargs)
         # before it happens: what a constant's memory holds that is written to
-        for target in _targets(name, args, kwargs):
+        for target in targets_of(name, args, kwargs):
             if self.ref(target) is None:
                 flat = torch.empty(0, dtype=target.dtype, device=target.device).set_(target.detach().untyped_storage())
                 self._buffers[_memory(target)] = target, Const(flat.clone())
@@ -186,7 +166,7 @@ class Tape(TorchFunctionMode):
         before = [(leaf, _state(leaf)) for leaf in leaves if isinstance(leaf, Tensor)]
         kept = [Const(self.snapshot(x)) if isinstance(x, Tensor) and x is leaf else x for x, leaf in zip(kept, leaves)]
         result = function(*args, **kwargs)
-        writes = self._find_writes(name, before, _targets(name, args, kwargs))
+        writes = self._find_writes(name, before, targets_of(name, args, kwargs))
         results = [(self.ref(x) or self._give(x)) if isinstance(x, Tensor) else None for x in tensors_in(result)]
         answer = None
         if not writes and not any(results):
@@ -195,62 +175,29 @@ class Tape(TorchFunctionMode):
             if not isinstance(result, bool):
                 raise self._refusal(f"{name} took numbers out of a tensor that")
             answer = result
-        noted = Op(_alias if name in _CUT else function, kept, spec, results, tuple(writes), answer)
+        noted = Op(_alias if name in CUT else function, kept, spec, results, tuple(writes), answer)
         self.ops.append(noted)
+        masked = name == "__getitem__" and any(isinstance(x, Tensor) and x.dtype is torch.bool for x in leaves[1:])
+        if masked or name in CHOOSE or (name == "where" and len(refs) == 1) or self._sized.intersection(refs):
+            self._sized |= {x for x in results if x is not None}
+            if name in ("unbind", "split", "chunk"):
+                self._asked |= self._sized.intersection(refs)
         if answer is not None:
-            self._pending = None
+            self.pending = None
             if len(leaves) == 1 and isinstance(leaves[0], Tensor):
-                self._follow(sys._getframe(1), noted, leaves[0])
-        elif self._pending is not None:
-            left, settle = self._pending
-            self._pending = (left - 1, settle) if left > 1 else None
+                follow(self, sys._getframe(1), noted, leaves[0])
+        elif self.pending is not None:
+            left, settle = self.pending
+            self.pending = (left - 1, settle) if left > 1 else None
             if left == 1:
                 settle(result)
         return result
 
-    def _follow(self, frame: FrameType, answered: Op, test: Tensor) -> None:
-        """Notes both sides of a branch whose source is known, and the choice between them."""
-        branch, taken, start = Branch.at(frame), answered.expected, len(self.ops)
-        if branch is None or taken is None:
-            return
-        try:
-            with self:
-                held = None if branch.held is None else branch.run(branch.held, frame)
-                other = branch.run(branch.sides[not taken], frame)
-                before = len(self.ops)
-                own = branch.run(branch.sides[taken], frame)
-                count = len(self.ops) - before
-                same = all(isinstance(x, Tensor) for x in (own, other)) and own.shape == other.shape
-                known = same and own.dtype == other.dtype and isinstance(held, (Tensor, type(None)))
-                if not known or any(isinstance(op, Call) or op.expected is not None for op in self.ops[start:]):
-                    raise TypeError
-                sides = (own, other) if taken else (other, own)
-                chosen = torch.where(test.detach().reshape(()).bool(), *sides)
-        except Exception:
-            # a side that cannot be run here: the branch has to stay as it is
-            del self.ops[start:]
-            return
-        choice = self.ops[-1]
-        assert isinstance(choice, Op)
-        choice.branch = answered
-
-        def settle(result: Any) -> None:
-            if held is not None:
-                answered.followed = True
-                with self:
-                    held.copy_(chosen)
-            elif isinstance(result, Tensor) and result.shape == chosen.shape:
-                # from here on the tensor's name is that of the choice
-                answered.followed = True
-                self._refs[id(result)] = self._refs[id(chosen)][0], result
-                self._chosen.add(_memory(result))
-                self._flow.mark(result)
-
-        if count + branch.extra[taken]:
-            self._pending = count + branch.extra[taken], settle
-        elif held is not None or sum(x is own for x in frame.f_locals.values()) == 1:
-            # under two names it would be the choice under one and what it was under the other
-            settle(own)
+    def rename(self, value: Tensor, other: Tensor) -> None:
+        """From here on the name of ``value`` is that of ``other``, and nothing may be written to its memory."""
+        self._refs[id(value)] = self._refs[id(other)][0], value
+        self._chosen.add(_memory(value))
+        self._flow.mark(value)
 
     def program(self, velocity: Tensor, negated: bool) -> Program | None:
         """What leads to ``velocity``, or None if it has no name."""
@@ -263,7 +210,7 @@ class Tape(TorchFunctionMode):
         ops: list[Op | Call] = []
         for op in reversed(self.ops):
             made = op.outputs.values() if isinstance(op, Call) else (*op.results, *op.writes)
-            guard = isinstance(op, Op) and op.expected is not None
+            guard = isinstance(op, Op) and (op.expected is not None or not self._asked.isdisjoint(op.results))
             if guard or any(ref is not None and memory[ref] in wanted for ref in made):
                 if isinstance(op, Call):
                     # another velocity of the step may need more of them
@@ -275,7 +222,8 @@ class Tape(TorchFunctionMode):
             if len({place.dtype for place in places.values() if place.memory == key}) > 1:
                 raise self._refusal("memory was written to in two dtypes that")
         memories = {key: held for key, (_, held) in self._buffers.items() if key in wanted}
-        return Program(ops[::-1], result, negated, places, memories)
+        sizes = {ref: self._places[ref].size for ref in self._asked}
+        return Program(ops[::-1], result, negated, places, memories, sizes)
 
     def _calls_behind(self) -> dict[Ref, int]:
         """The number of the first call that each name descends from."""
@@ -315,7 +263,7 @@ class Tape(TorchFunctionMode):
         """Names of the tensors a function wrote to; where it only turned one, it has a new name."""
         written: dict[int, Tensor] = {}
         for leaf, (version, geometry) in before:
-            if name in _CUT or id(leaf) in written:
+            if name in CUT or id(leaf) in written:
                 continue
             if _geometry(leaf) != geometry:
                 self._give(leaf)
@@ -361,12 +309,3 @@ def _geometry(value: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], int]:
 
 def _state(value: Tensor) -> tuple[int | None, Any]:
     return None if value.is_inference() else value._version, _geometry(value)
-
-
-def _targets(name: str, args: Any, kwargs: Any) -> list[Tensor]:
-    """Tensors that a function may write to, going by its name."""
-    inplace = name.endswith("_") and not name.endswith("__") and name not in _CUT
-    augmented = name.startswith("__i") and name not in ("__invert__", "__index__", "__int__", "__iter__")
-    if not (inplace or augmented or name == "__setitem__" or kwargs.get("inplace")):
-        return []
-    return [x for x in tree_flatten(args[:1] or tuple(kwargs.values())[:1])[0] if isinstance(x, Tensor)]

@@ -14,7 +14,28 @@ from .arguments import Call, joinable, row_index
 from .offload import fetch, stored_bytes, to_host
 from .program import Program
 from .rules import rule_of
-from .scheduler import Transition
+
+
+@dataclass(frozen=True)
+class Transition:
+    """What a chosen step did.
+
+    Attributes:
+        index: position in the schedule, 0 is the noisiest step.
+        velocity: ``[B, *latent]`` the velocity after guidance, as the scheduler was given it.
+        noise: the drawn noise: ``[B, *latent]`` float32, or :class:`PhiloxNoise` with one stream per row.
+        step: the :class:`SDEStep` of all rows.
+        active: ``[B, L, 1]`` bool, the tokens that were moved, where the pipeline gives a timestep per token and holds
+            some still; None where all were.
+        number: of the pass through the schedule.
+    """
+
+    index: int
+    velocity: Tensor
+    noise: Tensor | PhiloxNoise
+    step: SDEStep
+    active: Tensor | None = None
+    number: int = 0
 
 
 @dataclass

@@ -15,10 +15,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from .arguments import ArgumentStore, Call, Ref, parts, row_index
 from .layouts import find_layouts
 from .program import Const, Op, Program, drive
-from .scheduler import Transition
 from .surroundings import Surroundings
 from .tape import Tape
-from .trajectory import RecordedStep, Trajectory
+from .trajectory import RecordedStep, Trajectory, Transition
 
 # components that make the model's inputs or show its outputs
 _AMBIENT = ("vae", "text_encoder", "image_encoder", "audio_vae", "vocoder", "tokenizer", "safety_checker")
@@ -45,10 +44,14 @@ class Watch:
     Args:
         chosen: indices of the steps that are recorded.
         upcoming: called after each step with the index of the next one.
+        ending: raised by the scheduler, and not by a module, once something is recorded.
     """
 
-    def __init__(self, recorder: Any, chosen: list[int], upcoming: Callable[[int], None] | None = None):
-        self.recorder, self.chosen, self.upcoming = recorder, chosen, upcoming
+    def __init__(
+        self, recorder: Any, chosen: list[int], upcoming: Callable[[int], None] | None = None,
+        ending: type[BaseException] | None = None,
+    ):  # fmt: skip
+        self.recorder, self.chosen, self.upcoming, self.ending = recorder, chosen, upcoming, ending
         self.name = recorder.name
         self.trajectory = Trajectory()
         self.transitions: list[Transition] = []
@@ -140,6 +143,7 @@ class Watch:
 
     def on_output(self, index: int, output: Tensor, negated: bool) -> None:
         """A scheduler was given ``output`` for step ``index``."""
+        self._end()
         if self._parts and self._parts[0][0] != index:
             self.close()
         if self._parts:
@@ -157,10 +161,15 @@ class Watch:
         self._parts[-1] = (*self._parts[-1][:2], transition)
         if len(self.family) == 1:
             self.close()
+            self._end()
             return
         self._busy = False
         if self._on:
             self.tape.start()
+
+    def _end(self) -> None:
+        if self.ending is not None and self.transitions:
+            raise self.ending
 
     def close(self) -> None:
         """Records the step that was made, if one was."""
@@ -251,7 +260,7 @@ class Watch:
             if self.recorder.checks:
                 self._look(program, used, transition, batch)
         except ValueError as cause:
-            raise ValueError(f"{where}: {cause}") from None
+            raise ValueError(f"{where}: {str(cause).removeprefix('pipeline: ')}") from None
         return RecordedStep(index, program, transition.active)
 
     def _precedes_the_loop(self, number: int | None) -> bool:

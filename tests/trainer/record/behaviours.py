@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from numbers_chosen import BRANCHES, by_their_count, by_their_mean, chosen_rows, rows_by_number
 from torch import Tensor, nn
 
 ROWS, TOKENS, WIDTH, STEPS = 4, 5, 8, (0, 1, 2)
@@ -323,60 +324,6 @@ def hooked(p: Any, x: Tensor, t: Tensor, c: Tensor, u: Tensor) -> list[Tensor]:
     return outputs
 
 
-LIMIT = 4.2
-
-
-def capped_in_a_list(c: Tensor, u: Tensor) -> Tensor:
-    return torch.stack([a * (LIMIT / a.norm()) if a.norm() > LIMIT else a for a in u + 3.0 * (c - u)])
-
-
-def capped(c: Tensor, u: Tensor) -> Tensor:
-    rows = []
-    for a, b in zip(c, u):
-        mixed, limit = b + 3.0 * (a - b), a.norm() * 0.3 + 3.7
-        size = mixed.norm()
-        if size > limit:
-            mixed = mixed * (limit / size)
-        rows.append(mixed * 2)
-    return torch.stack(rows)
-
-
-def capped_in_place(c: Tensor, u: Tensor) -> Tensor:
-    v = u + 3.0 * (c - u)
-    for row in v:
-        if row.abs().max() > 1.5:
-            row *= 1.5 / row.abs().max()
-    return v
-
-
-def capped_by_index(c: Tensor, u: Tensor) -> Tensor:
-    v = u + 3.0 * (c - u)
-    for i in range(len(v)):
-        if bool((v[i].norm() > LIMIT).item()):
-            v[i] = v[i] * (LIMIT / v[i].norm())
-    return v * 0.5
-
-
-def either(c: Tensor, u: Tensor) -> Tensor:
-    rows = []
-    for a, b in zip(c, u):
-        if (a - b).abs().max() > 0.55:
-            row = b + 3.0 * (a - b)
-        else:
-            row = a.clamp(-0.3, 0.3)
-        rows.append(row)
-    return torch.stack(rows)
-
-
-# branches on the output, of which other weights take the other side
-BRANCHES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "capped in a list": capped_in_a_list,
-    "capped": capped,
-    "capped in place": capped_in_place,
-    "capped by index": capped_by_index,
-    "either": either,
-}
-
 # combination, calls, what is odd about the net
 RIGHT: dict[str, tuple[Callable[..., Tensor], Callable[..., Any] | None, str]] = {
     "plain": (of(lambda c, u: c), None, ""),
@@ -403,6 +350,7 @@ RIGHT: dict[str, tuple[Callable[..., Tensor], Callable[..., Any] | None, str]] =
     "softmax": (after(lambda v: v.softmax(-1)), None, ""),
     "sorted": (after(lambda v: v.sort(dim=-1).values + v.topk(2, dim=-1)[0].sum(-1, keepdim=True)), None, ""),
     "mask": (after(masked), None, ""),
+    "mean of large ones": (after(by_their_mean), None, ""),
     "masked assignment": (after(assigned), None, ""),
     "part of the channels": (of(channels), None, ""),
     "part of the tokens": (of(lambda c, u: torch.cat([c[:, :2], (2 * c - u)[:, 2:]], 1)), None, ""),
@@ -477,6 +425,9 @@ REFUSED: dict[str, tuple[Callable[..., Tensor], Callable[..., Any] | None, str, 
     "model mixes rows": (guided, None, "mixes rows", "none of the ways to take some of the rows"),
     "dropout": (after(lambda v: F.dropout(v, 0.3)), None, "", "give another velocity"),
     "noise on the output": (after(lambda v: v + v.clone().normal_()), None, "", "give another velocity"),
+    "chosen rows": (after(chosen_rows), None, "", "what it chose by numbers .* has size"),
+    "rows by number": (after(rows_by_number), None, "", "what it chose by numbers .* has size"),
+    "how many are large": (after(by_their_count), None, "", "what it chose by numbers .* has size"),
     "before the loop": (guided, before_the_loop, "", "before the loop"),
 }  # fmt: skip
 

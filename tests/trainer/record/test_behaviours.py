@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.utils.checkpoint
-from behaviours import BRANCHES, REFUSED, RIGHT, STEPS, build, guided, moved
+from behaviours import REFUSED, RIGHT, STEPS, build, guided, moved
+from numbers_chosen import BRANCHES
 from torch import Tensor, nn
 
 from flowdppo_fast.trainer import TrajectoryRecorder
@@ -113,15 +114,40 @@ def test_a_branch_that_turns_is_followed(name, dtype):
     assert turned == {True, False}, "rows should turn from either side"
 
 
-def test_a_branch_whose_other_side_is_not_known_is_an_error_where_it_turns():
+def looped(c):
+    rows = []
+    for row in c:
+        while row.norm() > 0.3:
+            row = row * 0.5
+        rows.append(row)
+    return torch.stack(rows)
+
+
+def kept_for_later(c):
+    rows = []
+    for row in c:
+        share = 1.0
+        if row.norm() > 0.3:
+            share = row.norm()
+            row = row / share
+        rows.append(row * share)
+    return torch.stack(rows)
+
+
+def one_of_two_names(c):
+    rows = []
+    for row in c:
+        whole = row
+        if row.norm() < 0.3:
+            row = row * 2.0
+        rows.append(row + whole)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("odd", [looped, kept_for_later, one_of_two_names])
+def test_a_branch_whose_other_side_is_not_known_is_an_error_where_it_turns(odd):
     def combine(pipeline, c, u, x, t, i):
-        rows = []
-        for row in c:
-            if row.norm() > 0.3:
-                size = row.norm()
-                row = row * (0.3 / size)
-            rows.append(row)
-        return torch.stack(rows)
+        return odd(c)
 
     pipeline = build("", torch.float32)
     recorder, trajectory, _ = record(pipeline, STEPS, combine, None)
