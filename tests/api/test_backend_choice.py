@@ -214,7 +214,7 @@ def test_kernels_of_another_checkout_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda text: text.replace(" unclipped ", " "), "has 'unclipped' where Python has 'trust' of rules:"),
+        (lambda text: text.replace(" unclipped ", " "), "has 'unclipped' where Python has 'dppo_clipped' of rules:"),
         (
             lambda text: text.replace("clip_low clip_high", "clip_high clip_low"),
             "has 'clip_low' where Python has 'clip_high' of options:",
@@ -233,7 +233,9 @@ def test_a_library_with_other_lists_is_refused(monkeypatch, change, message):
 
 def test_kernels_that_are_not_installed_are_missed(monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name.endswith("kernels") else find(name))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *package: None if name.endswith("kernels") else find(name, *package)
+    )
     monkeypatch.setattr(backends, "_TRITON_PROBLEM", backends._kernels_problem())
     with pytest.raises(RuntimeError, match="cannot run: its kernels are not installed; pip install -e"):
         fast.resolve_backend("triton", "cuda")
