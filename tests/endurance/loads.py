@@ -143,7 +143,7 @@ def unexpected_files(folder: Path, iterations: int, plots: bool) -> list[str]:
     """Files after :func:`run_trainer` that its settings do not ask for, and those that they ask for and are absent."""
     checkpoint_every, plot_every = every(iterations)
     done = iterations + 1
-    expected = {"config.yaml", "metrics.jsonl", "metrics.png", "rows.jsonl"}
+    expected = {"config.yaml", "metrics.jsonl", "metrics.png", "report.html", "rows.jsonl"}
     if plots:
         expected |= {f"images/rollout-{i:06d}.png" for i in range(plot_every, done + 1, plot_every)}
     expected |= {f"images/eval-{i + 1:06d}.png" for i in range(0, done, plot_every)}
