@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-
 FOLDER = Path(__file__).parent
 LONGEST = {FOLDER / "test_triton_objective.py"}
 
