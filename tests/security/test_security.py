@@ -50,9 +50,13 @@ MAY_IMPORT_BY_NAME = {
     "flowdppo_fast/integrations/_trainer.py",
     "flowdppo_fast/cli/__init__.py",
 }
-# the reward client and server, which somebody has to name in a config or start, and what was named by its place on the
-# hub: the config of a base model, the weights of a reward
+# both sides of a branch of a pipeline that this process is running, from the file that it was imported from
+MAY_RUN_TEXT = {"flowdppo_fast/trainer/record/branches.py"}
+# clients and servers of rewards and of engines, which somebody has to name in a config or start, and what was named by
+# its place on the hub: the config of a base model, the weights of a reward
 MAY_USE_THE_NETWORK = {
+    "flowdppo_fast/trainer/engines/client.py",
+    "flowdppo_fast/trainer/engines/serve.py",
     "flowdppo_fast/trainer/rewards/http.py",
     "flowdppo_fast/trainer/rewards/imagereward.py",
     "flowdppo_fast/trainer/rewards/serve.py",
@@ -85,7 +89,12 @@ def faults(place: str, tree: ast.AST) -> list[str]:
         found += sorted(imported & NETWORK)
     for node in ast.walk(tree):
         # a mention is enough: run = eval
-        if isinstance(node, ast.Name) and node.id in RUNS_TEXT and isinstance(node.ctx, ast.Load):
+        if (
+            isinstance(node, ast.Name)
+            and node.id in RUNS_TEXT
+            and isinstance(node.ctx, ast.Load)
+            and place not in MAY_RUN_TEXT
+        ):
             found.append(node.id)
         elif isinstance(node, ast.Attribute) and ast.unparse(node) in RUNS_COMMANDS | UNPICKLES:
             found.append(ast.unparse(node))
